@@ -1,0 +1,50 @@
+"""Package metadata. Tool settings live in pyproject.toml."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+
+setup(
+    name="vqd_jax",
+    version="0.1.0",
+    description="VQ-Diffusion in JAX: text to image by discrete diffusion over VQGAN codes",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["vqd_jax", "vqd_jax.*"]),
+    package_data={"vqd_jax.data": ["assets/*"]},
+    install_requires=[
+        "absl-py>=2.1",
+        "chex>=0.1.91",
+        "flax>=0.12.6",
+        "ftfy>=6.3",
+        "grain>=0.2.16",
+        # tensorflow-datasets imports it without asking for it.
+        "importlib_resources>=6.4",
+        "jax>=0.10.2",
+        "ml_collections>=1.0",
+        "numpy>=2.0",
+        "optax>=0.2.6",
+        "orbax-checkpoint>=0.12.0",
+        "pillow>=11.0",
+        "safetensors>=0.5",
+        "scipy>=1.13",
+        "tensorboardX>=2.6.4",
+        "tensorflow-datasets>=4.9.9",
+        "tokenizers>=0.21",
+        "tqdm>=4.66",
+    ],
+    extras_require={
+        "gpu": ["jax[cuda13]"],
+        "tpu": ["jax[tpu]"],
+        "test": ["pytest>=8.3", "pytest-xdist>=3.6", "ruff>=0.9"],
+    },
+    classifiers=[
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

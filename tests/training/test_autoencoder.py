@@ -1,0 +1,149 @@
+"""The stage-one step: it learns, it repeats bit for bit, and its numbers are what they say."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vqd_jax.models import autoencoder
+from vqd_jax.models.autoencoder import AutoencoderConfig
+from vqd_jax.training import autoencoder as training
+from vqd_jax.training.autoencoder import AutoencoderOptions
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+CONFIG = AutoencoderConfig(
+    image_size=16,
+    channels=8,
+    channel_multipliers=(1, 2),
+    num_res_blocks=1,
+    attention_resolutions=(),
+    latent_channels=8,
+    codebook_dim=4,
+    num_codes=16,
+    norm_groups=4,
+)
+OPTIONS = AutoencoderOptions(steps=80, learning_rate=1e-2, warmup_steps=5)
+
+
+def _pictures(count):
+    """Discs of two sizes in four colours on white, uint8 [count, 16, 16, 3]."""
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[:16, :16]
+    pictures = np.full((count, 16, 16, 3), 255, np.uint8)
+    colours = np.array([[230, 40, 30], [30, 160, 60], [20, 60, 200], [250, 200, 40]])
+    for picture in pictures:
+        centre = rng.integers(5, 11, 2)
+        inside = (y - centre[0]) ** 2 + (x - centre[1]) ** 2 < rng.choice([9, 25])
+        picture[inside] = colours[rng.integers(4)]
+    return pictures
+
+
+@pytest.fixture(scope="module")
+def step():
+    return jax.jit(functools.partial(training.train_step, config=CONFIG, options=OPTIONS))
+
+
+@pytest.fixture(scope="module")
+def start():
+    return jax.jit(functools.partial(training.create_state, CONFIG, OPTIONS))(jax.random.key(0))
+
+
+def _run(step, state, pictures, steps):
+    history = []
+    for index in range(steps):
+        batch = np.roll(pictures, -16 * index, axis=0)[:16]
+        state, metrics = step(state, batch)
+        history.append({name: float(value) for name, value in metrics.items()})
+    return state, history
+
+
+def test_training_reconstructs_and_uses_the_codebook(step, start):
+    pictures = _pictures(64)
+    state, history = _run(step, start, pictures, OPTIONS.steps)
+    assert int(state.step) == OPTIONS.steps
+    assert history[-1]["loss"] < 0.3 * history[0]["loss"]
+    assert history[-1]["perplexity"] > 4.0
+    assert history[-1]["learning_rate"] < 1e-4 < history[4]["learning_rate"]
+    result = jax.jit(functools.partial(training.eval_reconstruction, config=CONFIG))(
+        state.params, state.codebook.codebook, pictures
+    )
+    assert result["images"].shape == (64, 16, 16, 3) and result["images"].dtype == jnp.uint8
+    assert result["codes"].shape == (64, 64)
+    assert result["psnr"].shape == (64,) and float(jnp.mean(result["psnr"])) > 18.0
+    error = np.asarray(result["images"], np.float64) - pictures
+    expected = 10 * np.log10(255**2 / np.mean(error**2, axis=(1, 2, 3)))
+    np.testing.assert_allclose(result["psnr"], expected, rtol=1e-4)
+    assert float(result["codes_used"]) == len(np.unique(result["codes"])) / 16
+
+
+def test_a_resumed_run_is_the_uninterrupted_run(step, start):
+    pictures = _pictures(64)
+    straight, _ = _run(step, start, pictures, 4)
+    half, _ = _run(step, start, pictures, 2)
+    copied = jax.tree.map(lambda x: jnp.array(x, copy=True), half)
+    resumed, _ = _run(step, copied, np.roll(pictures, -32, axis=0), 2)
+    leaves = zip(jax.tree.leaves(straight), jax.tree.leaves(resumed), strict=True)
+    for a, b in leaves:
+        if not jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_the_first_step_seeds_the_codebook_from_the_encoder(step, start):
+    pictures = _pictures(16)
+    state, _ = step(start, pictures)
+    params = training.with_codebook(start.params, start.codebook.codebook)
+    z = autoencoder.bind(CONFIG, params).encode(autoencoder.from_pixels(jnp.asarray(pictures)))
+    gap = jnp.abs(state.codebook.codebook[:, None] - z.reshape(1, -1, 4)).max(axis=-1)
+    np.testing.assert_allclose(jnp.min(gap, axis=1), 0.0, atol=1e-5)
+
+
+def test_gradients_pass_straight_through_the_codes(start):
+    pictures = autoencoder.from_pixels(jnp.asarray(_pictures(4)))
+    options = AutoencoderOptions(steps=10, learning_rate=1e-3, warmup_steps=1, commitment=0.0)
+
+    def loss(params):
+        return training._loss(params, start.codebook.codebook, pictures, CONFIG, options)[0]
+
+    gradients = jax.jit(jax.grad(loss))(start.params)
+    assert float(jnp.max(jnp.abs(gradients["encoder"]["conv_in"]["kernel"]))) > 1e-6
+
+
+def test_reconstruction_terms_by_hand(start):
+    pictures = autoencoder.from_pixels(jnp.asarray(_pictures(4)))
+    codebook = start.codebook.codebook
+    options = AutoencoderOptions(
+        steps=10, learning_rate=1e-3, warmup_steps=1, squared_weight=0.25, commitment=0.5
+    )
+    loss, (metrics, z, codes) = training._loss(
+        start.params, codebook, pictures, CONFIG, options
+    )
+    model = autoencoder.bind(CONFIG, training.with_codebook(start.params, codebook))
+    chosen = np.asarray(codebook)[np.asarray(codes)]
+    error = np.asarray(model.decode_latents(chosen)) - np.asarray(pictures)
+    reconstruction = 0.75 * np.abs(error).mean() + 0.25 * (error**2).mean()
+    commitment = ((np.asarray(z) - chosen) ** 2).mean()
+    np.testing.assert_allclose(metrics["reconstruction"], reconstruction, rtol=1e-4)
+    np.testing.assert_allclose(metrics["commitment"], commitment, rtol=1e-4)
+    np.testing.assert_allclose(loss, reconstruction + 0.5 * commitment, rtol=1e-4)
+    np.testing.assert_allclose(
+        metrics["psnr"], 10 * np.log10(4 / (error**2).mean()), rtol=1e-4
+    )
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"warmup_steps": 10},
+        {"learning_rate": 0.0},
+        {"squared_weight": 1.5},
+        {"codebook_decay": 1.0},
+        {"commitment": -1.0},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_impossible_options_are_named(change):
+    with pytest.raises(ValueError, match=next(iter(change))):
+        AutoencoderOptions(**({"steps": 10, "learning_rate": 1e-3, "warmup_steps": 1} | change))

@@ -1,0 +1,315 @@
+"""What every config has: the fields, what they mean, and which values are possible.
+
+A config file in ``configs/`` starts from ``default_config()`` and changes what it wants; the command
+line changes single fields (``--config.training.num_steps=500``). ``validate`` turns impossible
+values into errors that name the key.
+"""
+
+import json
+import math
+
+from ml_collections import ConfigDict
+
+from vqd_jax.diffusion import schedule
+from vqd_jax.errors import UserError
+from vqd_jax.models.attention import REMAT_POLICIES
+from vqd_jax.models.autoencoder import AutoencoderConfig
+from vqd_jax.models.denoiser import DenoiserConfig
+from vqd_jax.models.text_encoder import TextEncoderConfig
+from vqd_jax.models.text_to_image import TextToImageConfig
+from vqd_jax.training.autoencoder import AutoencoderOptions
+
+VOCAB_SIZE = 49408
+SCHEDULES = {"released": schedule.released, "paper": schedule.paper}
+
+
+def default_config() -> ConfigDict:
+    """Every field of a config, with values small enough for a CPU."""
+    config = ConfigDict()
+    config.seed = 0
+
+    config.data = ConfigDict()
+    config.data.name = "emoji_text"  # 'emoji_text' or 'shapes_text'
+    config.data.dir = ""  # where prepared data sets live; '' is TFDS's own default
+    config.data.image_size = 32  # pixels a side
+    config.data.max_bad_share = 0.01  # share of unreadable records that stops a run
+
+    # Stage one: images <-> codes.
+    config.autoencoder = ConfigDict()
+    config.autoencoder.path = ""  # a trained one (model folder or workdir); '' trains it here
+    config.autoencoder.channels = 16
+    config.autoencoder.channel_multipliers = (1, 2, 4)  # one a level; each further one halves
+    config.autoencoder.num_res_blocks = 1
+    config.autoencoder.attention_resolutions = ()
+    config.autoencoder.latent_channels = 64
+    config.autoencoder.codebook_dim = 32
+    config.autoencoder.num_codes = 512  # K
+    config.autoencoder.norm_groups = 8
+    config.autoencoder.num_steps = 1000
+    config.autoencoder.batch_size = 16
+    config.autoencoder.learning_rate = 1e-3
+    config.autoencoder.warmup_steps = 50
+    config.autoencoder.squared_weight = 0.0  # share of squared error in the reconstruction loss
+    config.autoencoder.commitment = 0.25
+    config.autoencoder.codebook_decay = 0.99
+    config.autoencoder.revival_threshold = 0.1
+
+    config.text_encoder = ConfigDict()
+    config.text_encoder.context_length = 77  # ids a caption; longer ones are cut
+    config.text_encoder.width = 64
+    config.text_encoder.num_layers = 2
+    config.text_encoder.num_heads = 2
+    config.text_encoder.normalize = False  # length 1 a position, as with pretrained CLIP
+
+    config.denoiser = ConfigDict()
+    config.denoiser.width = 128
+    config.denoiser.num_layers = 6
+    config.denoiser.num_heads = 4
+    config.denoiser.mlp_ratio = 4
+    config.denoiser.remat = "none"  # 'none', 'dots' or 'full'
+    config.denoiser.dtype = "float32"  # compute dtype: 'float32' or 'bfloat16'
+
+    config.diffusion = ConfigDict()
+    config.diffusion.schedule = "released"  # 'released' or 'paper'
+    config.diffusion.num_steps = 100  # T
+
+    config.training = ConfigDict()
+    config.training.num_steps = 1000
+    config.training.batch_size = 32
+    config.training.learning_rate = 1e-3
+    config.training.warmup_steps = 100
+    config.training.final_learning_rate = 0.05  # share of the peak left at the end (cosine)
+    config.training.adam_b1 = 0.9
+    config.training.adam_b2 = 0.96
+    config.training.weight_decay = 0.045
+    config.training.clip_norm = 1.0
+    config.training.ema_decay = 0.99
+    config.training.null_text_rate = 0.1  # share of captions emptied, for guidance
+    config.training.auxiliary_weight = 5e-4  # lambda of the x_0 term
+    config.training.log_every = 10
+    config.training.eval_every = 500
+    config.training.save_every = 200
+    config.training.keep_checkpoints = 2
+
+    config.evaluation = ConfigDict()
+    config.evaluation.num_images = 176  # pictures of each split whose likelihood is bounded
+    config.evaluation.num_draws = 10  # times drawn a picture
+
+    config.sampling = ConfigDict()
+    config.sampling.prompts = ("red heart", "grinning face", "a black cat", "")
+    config.sampling.images_per_prompt = 4
+    config.sampling.num_steps = 0  # network calls; 0 is T
+    config.sampling.guidance_scale = 3.0
+    config.sampling.truncation = 0.9  # 1 keeps every code
+    return config
+
+
+# What may differ when a run is continued: it changes neither the model nor what it learns from.
+MAY_CHANGE = (
+    "data.dir",
+    "data.max_bad_share",
+    "autoencoder.path",
+    "training.num_steps",
+    "training.log_every",
+    "training.eval_every",
+    "training.save_every",
+    "training.keep_checkpoints",
+    "evaluation.",
+    "sampling.",
+)
+
+
+def flatten(config: ConfigDict) -> dict[str, object]:
+    """{'training.num_steps': 1000, ...}; tuples become lists, as JSON has them."""
+    flat = {}
+    for key, value in config.items():
+        if isinstance(value, ConfigDict):
+            flat |= {f"{key}.{inner}": v for inner, v in flatten(value).items()}
+        else:
+            flat[key] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+def to_json(config: ConfigDict) -> str:
+    """The config as JSON text, keys in order."""
+    return json.dumps(config.to_dict(), indent=2)
+
+
+def from_json(text: str, source: str) -> ConfigDict:
+    """The config that ``to_json`` wrote; ``source`` names its place in error messages."""
+    config = default_config()
+    try:
+        stored = json.loads(text)
+        for key, value in _flatten_dict(stored).items():
+            known = flatten(config)
+            if key not in known:
+                raise UserError(f"{source}: unknown config key {key!r}")
+            config.update_from_flattened_dict({key: _like(known[key], value)})
+    except (json.JSONDecodeError, TypeError, AttributeError) as error:
+        raise UserError(f"{source} is not a config that this program wrote: {error}") from error
+    config.lock()
+    return config
+
+
+def _flatten_dict(nested: dict, prefix: str = "") -> dict:
+    flat = {}
+    for key, value in nested.items():
+        if isinstance(value, dict):
+            flat |= _flatten_dict(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _like(default, value):
+    return tuple(value) if isinstance(value, list) or isinstance(default, list) else value
+
+
+def differences(old: ConfigDict, new: ConfigDict) -> list[str]:
+    """'key: old -> new' for every field that differs and may not change in a continued run."""
+    a, b = flatten(old), flatten(new)
+    return [
+        f"{key}: {a.get(key)!r} -> {b.get(key)!r}"
+        for key in sorted(a.keys() | b.keys())
+        if a.get(key) != b.get(key) and not key.startswith(MAY_CHANGE)
+    ]
+
+
+def autoencoder_config(config: ConfigDict) -> AutoencoderConfig:
+    """Sizes of the image tokenizer."""
+    c = config.autoencoder
+    return AutoencoderConfig(
+        image_size=config.data.image_size,
+        channels=c.channels,
+        channel_multipliers=tuple(c.channel_multipliers),
+        num_res_blocks=c.num_res_blocks,
+        attention_resolutions=tuple(c.attention_resolutions),
+        latent_channels=c.latent_channels,
+        codebook_dim=c.codebook_dim,
+        num_codes=c.num_codes,
+        norm_groups=c.norm_groups,
+    )
+
+
+def autoencoder_options(config: ConfigDict) -> AutoencoderOptions:
+    """How the image tokenizer is trained."""
+    c = config.autoencoder
+    return AutoencoderOptions(
+        steps=c.num_steps,
+        learning_rate=c.learning_rate,
+        warmup_steps=c.warmup_steps,
+        squared_weight=c.squared_weight,
+        commitment=c.commitment,
+        codebook_decay=c.codebook_decay,
+        revival_threshold=c.revival_threshold,
+    )
+
+
+def model_config(config: ConfigDict) -> TextToImageConfig:
+    """Sizes of the text encoder and the denoiser."""
+    text, denoiser = config.text_encoder, config.denoiser
+    grid = autoencoder_config(config).grid_size
+    return TextToImageConfig(
+        text_encoder=TextEncoderConfig(
+            vocab_size=VOCAB_SIZE,
+            context_length=text.context_length,
+            width=text.width,
+            num_layers=text.num_layers,
+            num_heads=text.num_heads,
+            normalize=text.normalize,
+            dtype=denoiser.dtype,
+        ),
+        denoiser=DenoiserConfig(
+            num_codes=config.autoencoder.num_codes,
+            grid=(grid, grid),
+            num_steps=config.diffusion.num_steps,
+            width=denoiser.width,
+            num_layers=denoiser.num_layers,
+            num_heads=denoiser.num_heads,
+            mlp_ratio=denoiser.mlp_ratio,
+            text_width=text.width,
+            remat=denoiser.remat,
+            dtype=denoiser.dtype,
+        ),
+    )
+
+
+def noise_schedule(config: ConfigDict) -> schedule.Schedule:
+    """The schedule that the config names."""
+    return SCHEDULES[config.diffusion.schedule](
+        config.diffusion.num_steps, config.autoencoder.num_codes
+    )
+
+
+def validate(config: ConfigDict) -> None:
+    """Raises ``UserError`` that names the key of the first impossible value."""
+    at_least = {
+        "data.image_size": 1,
+        "text_encoder.context_length": 3,
+        "text_encoder.width": 1,
+        "text_encoder.num_layers": 1,
+        "text_encoder.num_heads": 1,
+        "denoiser.width": 1,
+        "denoiser.num_layers": 1,
+        "denoiser.num_heads": 1,
+        "denoiser.mlp_ratio": 1,
+        "diffusion.num_steps": 1,
+        "training.num_steps": 1,
+        "training.batch_size": 1,
+        "training.warmup_steps": 0,
+        "training.log_every": 1,
+        "training.eval_every": 1,
+        "training.save_every": 1,
+        "training.keep_checkpoints": 1,
+        "training.auxiliary_weight": 0,
+        "training.weight_decay": 0,
+        "autoencoder.batch_size": 1,
+        "evaluation.num_images": 2,
+        "evaluation.num_draws": 1,
+        "sampling.images_per_prompt": 1,
+        "sampling.num_steps": 0,
+        "sampling.guidance_scale": 0,
+        "seed": 0,
+    }
+    flat = flatten(config)
+    for key, least in at_least.items():
+        if not flat[key] >= least or not math.isfinite(flat[key]):
+            raise UserError(f"config.{key}={flat[key]}: must be at least {least}")
+    for key in ("training.learning_rate", "training.clip_norm", "sampling.truncation"):
+        if not flat[key] > 0 or not math.isfinite(flat[key]):
+            raise UserError(f"config.{key}={flat[key]}: must be positive")
+    shares = ("training.null_text_rate", "training.ema_decay", "training.adam_b1")
+    for key in (*shares, "training.adam_b2", "training.final_learning_rate", "data.max_bad_share"):
+        if not 0 <= flat[key] <= 1:
+            raise UserError(f"config.{key}={flat[key]}: must lie in 0..1")
+    choices = {
+        "diffusion.schedule": SCHEDULES,
+        "denoiser.remat": REMAT_POLICIES,
+        "denoiser.dtype": ("float32", "bfloat16"),
+    }
+    for key, names in choices.items():
+        if flat[key] not in names:
+            raise UserError(f"config.{key}={flat[key]!r}: must be one of {', '.join(names)}")
+    if config.seed >= 2**32:
+        raise UserError(f"config.seed={config.seed}: must lie in 0..2**32-1")
+    if config.sampling.num_steps > config.diffusion.num_steps:
+        raise UserError(
+            f"config.sampling.num_steps={config.sampling.num_steps}: must not exceed "
+            f"config.diffusion.num_steps={config.diffusion.num_steps}"
+        )
+    if config.autoencoder.num_codes > 2**16:
+        raise UserError(
+            f"config.autoencoder.num_codes={config.autoencoder.num_codes}: must be at most 65536, "
+            "since codes are cached as uint16"
+        )
+    for section, build in (
+        ("autoencoder", autoencoder_config),
+        ("autoencoder", autoencoder_options),
+        ("", model_config),
+        ("diffusion", noise_schedule),
+    ):
+        try:
+            build(config)
+        except ValueError as error:
+            prefix = "config." + (f"{section}: " if section else "")
+            raise UserError(f"{prefix}{error}") from error

@@ -1,0 +1,155 @@
+"""CLIP's text tokeniser: byte-level BPE over 49,408 ids.
+
+Letters: B batch, L text tokens (context length).
+
+A caption becomes ``[start, bytes merged by rank ..., end, 0, 0, ...]``. Id 0 is the padding and
+also the token "!", as in the published system; everything after the last end mark is padding.
+"""
+
+import functools
+import gzip
+import html
+import importlib.resources
+import re
+
+import ftfy
+import numpy as np
+from absl import logging
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+VOCAB_SIZE = 49408
+START_ID = 49406
+END_ID = 49407
+PAD_ID = 0
+
+_MERGES_FILE = 'assets/bpe_simple_vocab_16e6.txt.gz'
+_NUM_MERGES = 48894
+_MARKS = {'<|startoftext|>': START_ID, '<|endoftext|>': END_ID}
+_SPLIT = (
+    r"<\|startoftext\|>|<\|endoftext\|>|(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+    r'|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+'
+)
+
+
+def _byte_symbols() -> list[str]:
+    """The 256 printable characters that stand for bytes, in the order of the vocabulary."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    return [chr(b) for b in printable] + [chr(256 + i) for i in range(256 - len(printable))]
+
+
+@functools.lru_cache(maxsize=1)
+def _byte_pair_encoder() -> Tokenizer:
+    """Builds the encoder from the packaged merges (about 0.2 s, once a process)."""
+    packed = importlib.resources.files('vqd_jax.data').joinpath(_MERGES_FILE).read_bytes()
+    lines = gzip.decompress(packed).decode('utf-8').split('\n')[1 : 1 + _NUM_MERGES]
+    merges = [tuple(line.split()) for line in lines]
+    symbols = _byte_symbols()
+    tokens = [*symbols, *(s + '</w>' for s in symbols), *(a + b for a, b in merges), *_MARKS]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    if len(vocabulary) != VOCAB_SIZE:
+        raise ValueError(
+            f'{_MERGES_FILE}: {len(vocabulary)} different tokens instead of {VOCAB_SIZE}; '
+            'the file is damaged, reinstall vqd_jax'
+        )
+    encoder = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, end_of_word_suffix='</w>'))
+    encoder.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_SPLIT), 'removed', invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    encoder.decoder = decoders.ByteLevel()
+    return encoder
+
+
+def clean(caption: str) -> str:
+    """Lower case, text repaired by ftfy, HTML entities resolved, white space collapsed."""
+    text = ftfy.fix_text(caption.lower())
+    text = html.unescape(html.unescape(text)).strip()
+    return re.sub(r'\s+', ' ', text).strip().lower()
+
+
+class ClipTokenizer:
+    """Captions to fixed-length rows of ids, equal to the published tokeniser.
+
+    Args:
+      context_length: L, ids in a row, the two marks included; at least 2.
+    """
+
+    vocab_size = VOCAB_SIZE
+
+    def __init__(self, context_length: int = 77):
+        if context_length < 2:
+            raise ValueError(
+                f'context_length is {context_length}; a row needs 2 ids for its start and end mark'
+            )
+        self.context_length = context_length
+        self._encoder = _byte_pair_encoder()
+
+    def _ids(self, caption: str) -> list[int]:
+        ids = [START_ID]
+        for piece, _ in self._encoder.pre_tokenizer.pre_tokenize_str(clean(caption)):
+            # The published code lets the marks be written in a caption, as words of their own.
+            if piece in _MARKS:
+                ids.append(_MARKS[piece])
+            else:
+                ids.extend(token.id for token in self._encoder.model.tokenize(piece))
+        ids.append(END_ID)
+        return ids
+
+    def num_ids(self, caption: str) -> int:
+        """The number of ids of a caption before any cut, start and end mark included."""
+        return len(self._ids(caption))
+
+    def encode(self, caption: str) -> np.ndarray:
+        """Encodes one caption.
+
+        Args:
+          caption: any text; "" gives ``[start, end, 0, ...]``.
+
+        Returns:
+          int32 [L]. A caption of more than L ids keeps the first L with the last one replaced by
+          the end mark, and a warning is logged.
+        """
+        ids = self._ids(caption)
+        length = self.context_length
+        if len(ids) > length:
+            logging.warning(
+                'caption of %d ids is cut to the limit of %d: %r...', len(ids), length, caption[:60]
+            )
+            ids = [*ids[: length - 1], END_ID]
+        row = np.full(length, PAD_ID, np.int32)
+        row[: len(ids)] = ids
+        return row
+
+    def encode_batch(self, captions: list[str]) -> np.ndarray:
+        """Encodes B captions; see `encode`. Returns int32 [B, L]."""
+        rows = np.empty((len(captions), self.context_length), np.int32)
+        for row, caption in zip(rows, captions, strict=True):
+            row[:] = self.encode(caption)
+        return rows
+
+    def decode(self, ids) -> str:
+        """The cleaned text of a row of ids.
+
+        Args:
+          ids: integers [<= L], as `encode` gives; the start mark, the last end mark and what
+            follows it are left out.
+
+        Returns:
+          The text with one space between tokens that end a word ("bird's" gives "bird 's").
+
+        Raises:
+          ValueError: an id outside 0..vocab_size-1.
+        """
+        ids = [int(i) for i in ids]
+        bad = [i for i in ids if not 0 <= i < VOCAB_SIZE]
+        if bad:
+            raise ValueError(f'id {bad[0]} is outside 0..{VOCAB_SIZE - 1}')
+        if END_ID in ids:
+            ids = ids[: len(ids) - 1 - ids[::-1].index(END_ID)]
+        if ids and ids[0] == START_ID:
+            ids = ids[1:]
+        marks = {i: f'{mark}</w>' for mark, i in _MARKS.items()}
+        words = ''.join(marks.get(i) or self._encoder.id_to_token(i) for i in ids).split('</w>')
+        return ' '.join(self._encoder.decoder.decode([word]) for word in words).strip()

@@ -1,0 +1,237 @@
+"""Training objective and likelihood (VQ-Diffusion, section 4.1 and algorithm 1).
+
+The variational bound of an image is a sum over t = 1..T of KL(q(x_{t-1}|x_t,x_0) || p(x_{t-1}|x_t))
+(at t = 1 that is -log p0[x_0], since the posterior at time 0 is p0 itself). One t is drawn an image
+and its term divided by the probability p_t of drawing it. Beside it stands the x_0 term
+-log p0[x_0] of every token (equation 9 of the paper), weighted and largest at small t.
+
+Letters: B batch, N image tokens, K codes, T steps.
+"""
+
+from collections.abc import Callable
+
+import chex
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from vqd_jax.diffusion import transition
+from vqd_jax.diffusion.schedule import Schedule
+
+PredictX0 = Callable[[jax.Array, jax.Array], jax.Array]
+
+# How strongly one visit moves the running mean of squared losses, and how many visits every time
+# needs before they are trusted (both as in the published code).
+HISTORY_RATE = 0.1
+MIN_VISITS = 10
+
+
+class TimeStatistics(struct.PyTreeNode):
+    """What importance sampling of t knows: per time 1..T (entry t-1).
+
+    Attributes:
+      squared_loss: float32 [T], running mean of the squared bound term, nats^2 an image.
+      visits: float32 [T], how many images were drawn at that time.
+    """
+
+    squared_loss: jax.Array
+    visits: jax.Array
+
+
+def init_time_statistics(num_steps: int) -> TimeStatistics:
+    """No visit yet: times are drawn uniformly."""
+    return TimeStatistics(jnp.zeros(num_steps), jnp.zeros(num_steps))
+
+
+def time_probabilities(statistics: TimeStatistics) -> jax.Array:
+    """float32 [T], the probability p_t of drawing each time (entry t-1).
+
+    Proportional to the root of the mean squared loss; time 1 borrows the value of time 2. Uniform
+    until every time was visited more than MIN_VISITS times.
+    """
+    num_steps = statistics.visits.shape[0]
+    weight = jnp.sqrt(statistics.squared_loss + 1e-10) + 1e-4
+    weight = weight.at[0].set(weight[min(1, num_steps - 1)])
+    uniform = jnp.full(num_steps, 1.0 / num_steps)
+    known = jnp.all(statistics.visits > MIN_VISITS)
+    return jnp.where(known, weight / weight.sum(), uniform)
+
+
+def sample_times(key: jax.Array, probabilities: jax.Array, batch: int) -> jax.Array:
+    """int32 [B] of times in 1..T, each with the given marginal probability.
+
+    The draws are stratified: one uniform offset, B equally spaced points of the inverse cumulative
+    distribution. That keeps every marginal and lowers the variance of the batch mean.
+    """
+    points = (jnp.arange(batch) + jax.random.uniform(key)) / batch
+    cumulative = jnp.cumsum(probabilities)
+    index = jnp.searchsorted(cumulative / cumulative[-1], points, side="right")
+    return jnp.minimum(index, probabilities.shape[0] - 1).astype(jnp.int32) + 1
+
+
+def update_time_statistics(
+    statistics: TimeStatistics, times: jax.Array, losses: jax.Array
+) -> TimeStatistics:
+    """Statistics after the images of a batch, with bound terms ``losses`` [B] at ``times`` [B].
+
+    Images that share a time count once, with the mean of their squared losses: the result does not
+    depend on their order.
+    """
+    num_steps = statistics.visits.shape[0]
+    count = jax.ops.segment_sum(jnp.ones_like(losses), times - 1, num_steps)
+    squared = jax.ops.segment_sum(losses**2, times - 1, num_steps) / jnp.maximum(count, 1.0)
+    moved = (1 - HISTORY_RATE) * statistics.squared_loss + HISTORY_RATE * squared
+    return TimeStatistics(
+        squared_loss=jnp.where(count > 0, moved, statistics.squared_loss),
+        visits=statistics.visits + count,
+    )
+
+
+def token_bound(
+    log_x0: jax.Array, x0: jax.Array, x_t: jax.Array, t: jax.Array, schedule: Schedule
+) -> jax.Array:
+    """KL(q(x_{t-1}|x_t,x_0) || p(x_{t-1}|x_t)) of one token, nats; exact for every schedule.
+
+    Args:
+      log_x0: float32 [K], predicted log-probabilities of the clean code, normalised.
+      x0: int32 [], the clean code.
+      x_t: int32 [], the token at time t; K is the mask token.
+      t: int32 [], time in 1..T.
+    """
+    num_codes = schedule.num_codes
+    b = transition.bridge(t - 1, t, schedule)
+    masked = x_t == num_codes
+    x = jnp.where(masked, 0, x_t)
+    log_px, log_p0 = log_x0[x], log_x0[x0]
+    same = x == x0
+
+    jump = jnp.where(masked, b.unmask, b.unreplace)
+    model_noise = jnp.where(masked, 1.0, transition.noise_share(log_px, b))
+    true_noise = jnp.where(masked | ~same, 1.0, b.noise_at_t)
+    model_uniform = b.uniform / num_codes * model_noise
+    true_uniform = b.uniform / num_codes * true_noise
+
+    # Every code that is neither x_0 nor the one shown: q is the same for all of them, so only
+    # sum_j log p(j) is needed, and their part vanishes with the replace mass of the schedule.
+    model_codes = b.clean * jnp.exp(log_x0) + model_uniform
+    special = (jnp.arange(num_codes) == x0) | ((jnp.arange(num_codes) == x) & ~masked)
+    log_model = jnp.where(special, 0.0, transition.safe_log(model_codes))
+    num_rest = num_codes - jnp.where(masked | same, 1, 2)
+    rest = jump * true_uniform
+    kl_rest = rest * (num_rest * transition.safe_log(true_uniform) - log_model.sum())
+    kl_rest = jnp.where(rest > 0, kl_rest, 0.0)
+
+    # The clean code where it is not the one shown.
+    log_model_x0 = jnp.logaddexp(
+        transition.safe_log(b.clean) + log_p0, transition.safe_log(model_uniform)
+    )
+    true_x0 = b.clean + true_uniform
+    kl_x0 = jump * true_x0 * (transition.safe_log(true_x0) - log_model_x0)
+    kl_x0 = jnp.where((jump * true_x0 > 0) & (masked | ~same), kl_x0, 0.0)
+
+    # The code shown: p0 is 1 (same) or 0 there under the truth.
+    true_log_px = jnp.where(same, 0.0, transition.LOG_ZERO)
+    log_true_x = transition.log_stay(true_log_px, b, num_codes)
+    kl_x = jnp.exp(log_true_x) * (log_true_x - transition.log_stay(log_px, b, num_codes))
+    kl_x = jnp.where(masked, 0.0, kl_x)
+    # Each part may round below zero, the divergence cannot.
+    return jnp.maximum(kl_rest + kl_x0 + kl_x, 0.0)
+
+
+def bound_terms(
+    log_x0: jax.Array, x0: jax.Array, x_t: jax.Array, t: jax.Array, schedule: Schedule
+) -> jax.Array:
+    """``token_bound`` of a batch: float32 [B, N] from log_x0 [B, N, K], codes [B, N], t [B]."""
+    over_tokens = jax.vmap(token_bound, in_axes=(0, 0, 0, None, None))
+    return jax.vmap(over_tokens, in_axes=(0, 0, 0, 0, None))(log_x0, x0, x_t, t, schedule)
+
+
+def noise(key: jax.Array, x0: jax.Array, t: jax.Array, schedule: Schedule) -> jax.Array:
+    """Draws x_t of a batch: int32 [B, N] from codes [B, N] and times [B]."""
+    keys = jax.random.split(key, x0.shape)
+    over_tokens = jax.vmap(transition.q_sample, in_axes=(0, 0, None, None))
+    return jax.vmap(over_tokens, in_axes=(0, 0, 0, None))(keys, x0, t, schedule)
+
+
+def variational_bound(
+    key: jax.Array,
+    predict_log_x0: PredictX0,
+    x0: jax.Array,
+    schedule: Schedule,
+    statistics: TimeStatistics,
+    *,
+    auxiliary_weight: float,
+    mask_weight: tuple[float, float] = (1.0, 1.0),
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """One-sample estimate of the training loss, in nats a token.
+
+    Args:
+      key: PRNG key; decides the times and the noise.
+      predict_log_x0: (tokens int32 [B, N], times int32 [B]) -> float32 [B, N, K], normalised.
+      x0: int32 [B, N], clean codes.
+      schedule: the noise schedule.
+      statistics: decide how the times are drawn; returned updated.
+      auxiliary_weight: lambda of the x_0 term; it is multiplied by 2 - (t-1)/T.
+      mask_weight: weight of masked and of visible tokens.
+
+    Returns:
+      loss, float32 []; and a dict with ``statistics`` (updated), ``bound`` and ``auxiliary``
+      (the two terms without lambda, nats a token), ``accuracy`` of the most likely codes.
+    """
+    chex.assert_rank(x0, 2)
+    batch, num_tokens = x0.shape
+    key_time, key_noise = jax.random.split(key)
+    p = time_probabilities(statistics)
+    t = sample_times(key_time, p, batch)
+    x_t = noise(key_noise, x0, t, schedule)
+    log_x0 = predict_log_x0(x_t, t).astype(jnp.float32)
+    chex.assert_shape(log_x0, (batch, num_tokens, schedule.num_codes))
+
+    weight = jnp.where(x_t == schedule.num_codes, mask_weight[0], mask_weight[1])
+    # At t = 1 the term is the likelihood of the data itself, which the published loss never weighs.
+    weight = jnp.where((t == 1)[:, None], 1.0, weight)
+    main = (weight * bound_terms(log_x0, x0, x_t, t, schedule)).sum(axis=1)
+    cross_entropy = -jnp.take_along_axis(log_x0, x0[..., None], axis=-1)[..., 0]
+    auxiliary = (weight * cross_entropy).sum(axis=1)
+
+    factor = 2.0 - (t - 1) / schedule.num_steps
+    scale = 1.0 / (p[t - 1] * batch * num_tokens)
+    loss = jnp.sum(scale * (main + auxiliary_weight * factor * auxiliary))
+    return loss, {
+        "statistics": update_time_statistics(statistics, t, jax.lax.stop_gradient(main)),
+        "bound": jnp.sum(scale * main),
+        "auxiliary": auxiliary.sum() / (batch * num_tokens),
+        "accuracy": jnp.mean(log_x0.argmax(-1) == x0),
+    }
+
+
+def likelihood(
+    key: jax.Array,
+    predict_log_x0: PredictX0,
+    x0: jax.Array,
+    schedule: Schedule,
+    num_draws: int,
+) -> jax.Array:
+    """Bound on -log2 p(x0) in bits a token, one number an image: float32 [B].
+
+    The sum over t is estimated from ``num_draws`` times an image, stratified over 1..T and the same
+    for every image of the call; with num_draws = T every time is visited once. The prior term is 0:
+    sampling starts from all tokens masked. Two calls with one key meet the same noise, so their
+    difference is a paired one.
+    """
+    num_steps = schedule.num_steps
+    key_time, key_noise = jax.random.split(key)
+    offset = jax.random.uniform(key_time)
+    index = jnp.floor((jnp.arange(num_draws) + offset) * num_steps / num_draws)
+    times = jnp.minimum(index, num_steps - 1).astype(jnp.int32) + 1
+
+    def one_draw(total, draw):
+        t, draw_key = draw
+        t = jnp.full(x0.shape[0], t)
+        x_t = noise(draw_key, x0, t, schedule)
+        log_x0 = predict_log_x0(x_t, t).astype(jnp.float32)
+        return total + bound_terms(log_x0, x0, x_t, t, schedule).mean(axis=1), None
+
+    keys = jax.random.split(key_noise, num_draws)
+    total, _ = jax.lax.scan(one_draw, jnp.zeros(x0.shape[0]), (times, keys))
+    return total * num_steps / num_draws / jnp.log(2.0)

@@ -1,0 +1,95 @@
+"""Multi-head attention and the scanned stack of layers that the transformers here share.
+
+Letters: B batch, N queries, M keys, D width, H heads.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+# What a layer keeps for the backward pass, by the name used in configs.
+REMAT_POLICIES = {
+    "none": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, *, causal: bool = False) -> jax.Array:
+    """softmax(q k^T / sqrt(D/H)) v; q [B, N, H, D/H], k and v [B, M, H, D/H] -> like q."""
+    return jax.nn.dot_product_attention(q, k, v, is_causal=causal)
+
+
+def split_heads(x: jax.Array, num_heads: int) -> jax.Array:
+    """[..., D] -> [..., H, D/H]."""
+    return x.reshape(*x.shape[:-1], num_heads, x.shape[-1] // num_heads)
+
+
+def merge_heads(x: jax.Array) -> jax.Array:
+    """[..., H, D/H] -> [..., D]."""
+    return x.reshape(*x.shape[:-2], -1)
+
+
+def quick_gelu(x: jax.Array) -> jax.Array:
+    """x sigmoid(1.702 x), the activation of CLIP and of VQ-Diffusion."""
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
+class Attention(nnx.Module):
+    """Attention with separate query, key, value and output projections, all with bias."""
+
+    def __init__(
+        self, width: int, context_width: int, num_heads: int, *, make_linear: Callable, rngs
+    ):
+        self.num_heads = num_heads
+        self.query = make_linear(width, width, rngs=rngs)
+        self.key = make_linear(context_width, width, rngs=rngs)
+        self.value = make_linear(context_width, width, rngs=rngs)
+        self.proj = make_linear(width, width, rngs=rngs)
+
+    def keys_values(self, context: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Keys and values [B, M, H, D/H] of a context [B, M, context_width]."""
+        split = lambda x: split_heads(x, self.num_heads)  # noqa: E731
+        return split(self.key(context)), split(self.value(context))
+
+    def __call__(self, x: jax.Array, keys_values, *, causal: bool = False) -> jax.Array:
+        """[B, N, D] attends to ``keys_values`` and comes back as [B, N, D]."""
+        q = split_heads(self.query(x), self.num_heads)
+        return self.proj(merge_heads(attend(q, *keys_values, causal=causal)))
+
+
+def stack_layers(make_layer: Callable, num_layers: int, rngs: nnx.Rngs) -> nnx.Module:
+    """``num_layers`` independently initialised layers whose parameters have a leading layer axis."""
+
+    @nnx.split_rngs(splits=num_layers)
+    @nnx.vmap(in_axes=0, out_axes=0)
+    def make(rngs):
+        return make_layer(rngs)
+
+    return make(rngs)
+
+
+def scan_layers(layers: nnx.Module, x: jax.Array, extras, remat: str = "none") -> jax.Array:
+    """x <- layer(x, extra) for every layer; ``extras`` is a pytree with a leading layer axis."""
+    graphdef, params = nnx.split(layers)
+
+    def body(x, layer):
+        layer_params, extra = layer
+        return nnx.merge(graphdef, layer_params)(x, extra), None
+
+    if remat != "none":
+        body = jax.checkpoint(body, policy=REMAT_POLICIES[remat], prevent_cse=False)
+    return jax.lax.scan(body, x, (params, extras))[0]
+
+
+def map_layers(layers: nnx.Module, method: Callable):
+    """``method(layer)`` for every layer at once; results get a leading layer axis."""
+    graphdef, params = nnx.split(layers)
+    return jax.vmap(lambda layer_params: method(nnx.merge(graphdef, layer_params)))(params)
+
+
+def float_dtype(name: str) -> jnp.dtype:
+    """The compute dtype that a config names."""
+    return jnp.dtype({"float32": jnp.float32, "bfloat16": jnp.bfloat16}[name])

@@ -1,0 +1,381 @@
+"""The image tokeniser: a convolutional autoencoder with a codebook in the middle (VQGAN).
+
+Letters: B batch, H/W image side, h/w side of the token grid, N = h w image tokens, C channels,
+K codes, E codebook dimension. Images are [B, H, W, C] (channels last).
+
+The network is the one of Esser et al., "Taming Transformers for High-Resolution Image Synthesis"
+(CVPR 2021), and the modules bear the names of its published weights, so that a table of keys is
+enough to load them. In `down` and `up`, index 0 is full resolution.
+"""
+
+import dataclasses
+import functools
+import math
+
+import chex
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from vqd_jax.models import quantizer
+
+
+@dataclasses.dataclass(frozen=True)
+class AutoencoderConfig:
+    """Shape of an autoencoder.
+
+    Attributes:
+        image_size: H = W, in pixels.
+        channels: width at full resolution.
+        channel_multipliers: width of each level as a multiple of `channels`, full resolution
+            first; every level but the last halves the side.
+        num_res_blocks: residual blocks a level in the encoder; the decoder has one more.
+        attention_resolutions: sides, in pixels, of the levels with attention after every block.
+        latent_channels: width between the encoder and the 1x1 convolution to E.
+        codebook_dim: E.
+        num_codes: K.
+        norm_groups: groups of every group normalisation; 32 in all published weights.
+
+    Raises:
+        ValueError: a value is impossible; the message names the field.
+    """
+
+    image_size: int
+    channels: int
+    channel_multipliers: tuple[int, ...]
+    num_res_blocks: int
+    attention_resolutions: tuple[int, ...]
+    latent_channels: int
+    codebook_dim: int
+    num_codes: int
+    norm_groups: int = 32
+
+    def __post_init__(self):
+        # Configs arrive with lists; a tuple keeps the dataclass hashable.
+        object.__setattr__(self, "channel_multipliers", tuple(self.channel_multipliers))
+        object.__setattr__(self, "attention_resolutions", tuple(self.attention_resolutions))
+        if not self.channel_multipliers or min(self.channel_multipliers) < 1:
+            raise ValueError(
+                f"channel_multipliers={self.channel_multipliers}: give one positive integer a level"
+            )
+        for name, least in (
+            ("image_size", 1),
+            ("channels", 1),
+            ("num_res_blocks", 1),
+            ("latent_channels", 1),
+            ("codebook_dim", 1),
+            ("num_codes", 2),
+            ("norm_groups", 1),
+        ):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least {least}")
+        if self.image_size % self.downsampling:
+            raise ValueError(
+                f"image_size={self.image_size}: must be a multiple of {self.downsampling}, the "
+                f"downsampling of channel_multipliers={self.channel_multipliers}"
+            )
+        if self.channels % self.norm_groups:
+            raise ValueError(
+                f"channels={self.channels}: must be a multiple of norm_groups={self.norm_groups}"
+            )
+        sides = [self.image_size >> level for level in range(len(self.channel_multipliers))]
+        unknown = [side for side in self.attention_resolutions if side not in sides]
+        if unknown:
+            raise ValueError(
+                f"attention_resolutions={self.attention_resolutions}: {unknown[0]} is not the side "
+                f"of a level; the levels have {sides}"
+            )
+
+    @property
+    def downsampling(self):
+        """Pixels a token covers, along one side."""
+        return 2 ** (len(self.channel_multipliers) - 1)
+
+    @property
+    def grid_size(self):
+        """h = w, the side of the token grid."""
+        return self.image_size // self.downsampling
+
+    @property
+    def num_tokens(self):
+        """N, the tokens of an image."""
+        return self.grid_size**2
+
+
+def from_pixels(pixels):
+    """uint8 [...] in 0..255 -> float32 [...] in [-1, 1]."""
+    return pixels.astype(jnp.float32) / 127.5 - 1.0
+
+
+def to_pixels(images):
+    """float [...] in [-1, 1] -> uint8 [...] in 0..255, clipped and rounded to nearest.
+
+    The published code cuts the fraction off instead; rounding makes `from_pixels` reversible.
+    """
+    return jnp.round((jnp.clip(images, -1.0, 1.0) + 1.0) * 127.5).astype(jnp.uint8)
+
+
+def _conv3(in_channels, out_channels, rngs):
+    return nnx.Conv(in_channels, out_channels, (3, 3), padding=1, rngs=rngs)
+
+
+def _conv1(in_channels, out_channels, rngs):
+    return nnx.Conv(in_channels, out_channels, (1, 1), rngs=rngs)
+
+
+def _norm(channels, config, rngs):
+    return nnx.GroupNorm(channels, num_groups=config.norm_groups, epsilon=1e-6, rngs=rngs)
+
+
+class ResBlock(nnx.Module):
+    """Normalise, swish, convolve, twice, plus the input; [B, H, W, in] -> [B, H, W, out]."""
+
+    def __init__(self, in_channels, out_channels, config, *, rngs):
+        self.norm1 = _norm(in_channels, config, rngs)
+        self.conv1 = _conv3(in_channels, out_channels, rngs)
+        self.norm2 = _norm(out_channels, config, rngs)
+        self.conv2 = _conv3(out_channels, out_channels, rngs)
+        changes = in_channels != out_channels
+        self.nin_shortcut = _conv1(in_channels, out_channels, rngs) if changes else None
+
+    def __call__(self, x):
+        y = self.conv1(jax.nn.swish(self.norm1(x)))
+        y = self.conv2(jax.nn.swish(self.norm2(y)))
+        if self.nin_shortcut is not None:
+            x = self.nin_shortcut(x)
+        return x + y
+
+
+class AttentionBlock(nnx.Module):
+    """Single-head self-attention over all positions, plus the input; keeps [B, H, W, C]."""
+
+    def __init__(self, channels, config, *, rngs):
+        self.norm = _norm(channels, config, rngs)
+        self.q = _conv1(channels, channels, rngs)
+        self.k = _conv1(channels, channels, rngs)
+        self.v = _conv1(channels, channels, rngs)
+        self.proj_out = _conv1(channels, channels, rngs)
+
+    def __call__(self, x):
+        batch, height, width, channels = x.shape
+        y = self.norm(x)
+        q, k, v = (f(y).reshape(batch, height * width, channels) for f in (self.q, self.k, self.v))
+        scores = jnp.einsum("bqc,bkc->bqk", q, k) * channels**-0.5
+        mixed = jnp.einsum("bqk,bkc->bqc", jax.nn.softmax(scores, axis=-1), v)
+        return x + self.proj_out(mixed.reshape(x.shape))
+
+
+class Downsample(nnx.Module):
+    """Halves the side; [B, H, W, C] -> [B, H/2, W/2, C]."""
+
+    def __init__(self, channels, *, rngs):
+        self.conv = nnx.Conv(channels, channels, (3, 3), 2, padding="VALID", rngs=rngs)
+
+    def __call__(self, x):
+        # The published network pads on the right and at the bottom only.
+        return self.conv(jnp.pad(x, ((0, 0), (0, 1), (0, 1), (0, 0))))
+
+
+class Upsample(nnx.Module):
+    """Doubles the side by repetition, then convolves; [B, H, W, C] -> [B, 2H, 2W, C]."""
+
+    def __init__(self, channels, *, rngs):
+        self.conv = _conv3(channels, channels, rngs)
+
+    def __call__(self, x):
+        batch, height, width, channels = x.shape
+        x = jnp.broadcast_to(
+            x[:, :, None, :, None, :], (batch, height, 2, width, 2, channels)
+        ).reshape(batch, 2 * height, 2 * width, channels)
+        return self.conv(x)
+
+
+class _Level(nnx.Module):
+    """One resolution: residual blocks, each followed by attention where it is asked for."""
+
+    def __init__(self, in_channels, out_channels, num_blocks, side, config, *, rngs):
+        widths = [in_channels] + [out_channels] * num_blocks
+        attends = side in config.attention_resolutions
+        self.block = nnx.List(
+            [ResBlock(a, b, config, rngs=rngs) for a, b in zip(widths, widths[1:], strict=False)]
+        )
+        self.attn = nnx.List(
+            [AttentionBlock(out_channels, config, rngs=rngs) for _ in range(num_blocks * attends)]
+        )
+
+    def __call__(self, x):
+        for index, block in enumerate(self.block):
+            x = block(x)
+            if self.attn:
+                x = self.attn[index](x)
+        return x
+
+
+class _Middle(nnx.Module):
+    """Residual block, attention, residual block at the lowest resolution."""
+
+    def __init__(self, channels, config, *, rngs):
+        self.block_1 = ResBlock(channels, channels, config, rngs=rngs)
+        self.attn_1 = AttentionBlock(channels, config, rngs=rngs)
+        self.block_2 = ResBlock(channels, channels, config, rngs=rngs)
+
+    def __call__(self, x):
+        return self.block_2(self.attn_1(self.block_1(x)))
+
+
+class Encoder(nnx.Module):
+    """Images [B, H, W, 3] -> features [B, h, w, latent_channels]."""
+
+    def __init__(self, config, *, rngs):
+        widths = [config.channels * m for m in config.channel_multipliers]
+        self.conv_in = _conv3(3, config.channels, rngs)
+        levels = []
+        in_channels = config.channels
+        for index, width in enumerate(widths):
+            side = config.image_size >> index
+            level = _Level(in_channels, width, config.num_res_blocks, side, config, rngs=rngs)
+            if index < len(widths) - 1:
+                level.downsample = Downsample(width, rngs=rngs)
+            levels.append(level)
+            in_channels = width
+        self.down = nnx.List(levels)
+        self.mid = _Middle(in_channels, config, rngs=rngs)
+        self.norm_out = _norm(in_channels, config, rngs)
+        self.conv_out = _conv3(in_channels, config.latent_channels, rngs)
+
+    def __call__(self, images):
+        x = self.conv_in(images)
+        for index, level in enumerate(self.down):
+            x = level(x)
+            if index < len(self.down) - 1:
+                x = level.downsample(x)
+        return self.conv_out(jax.nn.swish(self.norm_out(self.mid(x))))
+
+
+class Decoder(nnx.Module):
+    """Features [B, h, w, latent_channels] -> images [B, H, W, 3], not limited to [-1, 1]."""
+
+    def __init__(self, config, *, rngs):
+        widths = [config.channels * m for m in config.channel_multipliers]
+        self.conv_in = _conv3(config.latent_channels, widths[-1], rngs)
+        self.mid = _Middle(widths[-1], config, rngs=rngs)
+        levels = []
+        in_channels = widths[-1]
+        for index in reversed(range(len(widths))):
+            side = config.image_size >> index
+            width = widths[index]
+            level = _Level(in_channels, width, config.num_res_blocks + 1, side, config, rngs=rngs)
+            if index > 0:
+                level.upsample = Upsample(width, rngs=rngs)
+            levels.insert(0, level)
+            in_channels = width
+        self.up = nnx.List(levels)
+        self.norm_out = _norm(in_channels, config, rngs)
+        self.conv_out = _conv3(in_channels, 3, rngs)
+
+    def __call__(self, latents):
+        x = self.mid(self.conv_in(latents))
+        for index in reversed(range(len(self.up))):
+            level = self.up[index]
+            x = level(x)
+            if index > 0:
+                x = level.upsample(x)
+        return self.conv_out(jax.nn.swish(self.norm_out(x)))
+
+
+class Codebook(nnx.Module):
+    """Holder of the code vectors, `embedding` [K, E]."""
+
+    def __init__(self, num_codes, codebook_dim, *, rngs):
+        self.embedding = nnx.Param(jax.random.normal(rngs.params(), (num_codes, codebook_dim)))
+
+
+class Autoencoder(nnx.Module):
+    """Images <-> codes.
+
+    Args:
+        config: `AutoencoderConfig`.
+        rngs: `nnx.Rngs` with a `params` stream.
+    """
+
+    def __init__(self, config, *, rngs):
+        self.config = config
+        self.encoder = Encoder(config, rngs=rngs)
+        self.decoder = Decoder(config, rngs=rngs)
+        self.quant_conv = _conv1(config.latent_channels, config.codebook_dim, rngs)
+        self.post_quant_conv = _conv1(config.codebook_dim, config.latent_channels, rngs)
+        self.quantize = Codebook(config.num_codes, config.codebook_dim, rngs=rngs)
+
+    def encode(self, images):
+        """Images, float [B, H, W, 3] in [-1, 1] -> latents before quantisation [B, h, w, E]."""
+        size = self.config.image_size
+        chex.assert_shape(images, (None, size, size, 3))
+        return self.quant_conv(self.encoder(images))
+
+    def codes(self, images):
+        """Images, float [B, H, W, 3] in [-1, 1] -> codes, int32 [B, N], row by row."""
+        codes = quantizer.nearest_codes(self.encode(images), self.quantize.embedding[...])
+        return codes.reshape(images.shape[0], self.config.num_tokens)
+
+    def decode_latents(self, z):
+        """Latents [B, h, w, E] -> images [B, H, W, 3], not limited to [-1, 1]."""
+        grid = self.config.grid_size
+        chex.assert_shape(z, (None, grid, grid, self.config.codebook_dim))
+        return self.decoder(self.post_quant_conv(z))
+
+    def decode(self, codes):
+        """Codes, int32 [B, N], row by row -> images, float [B, H, W, 3] in [-1, 1]."""
+        grid = self.config.grid_size
+        chex.assert_shape(codes, (None, self.config.num_tokens))
+        z = quantizer.lookup(codes, self.quantize.embedding[...])
+        images = self.decode_latents(z.reshape(codes.shape[0], grid, grid, -1))
+        return jnp.clip(images, -1.0, 1.0)
+
+
+@functools.lru_cache(maxsize=8)
+def _split(config):
+    """The static part of an `Autoencoder`, and its parameters as shapes."""
+    model = nnx.eval_shape(lambda: Autoencoder(config, rngs=nnx.Rngs(0)))
+    graphdef, params = nnx.split(model, nnx.Param)
+    return graphdef, nnx.to_pure_dict(params)
+
+
+def init_params(config, key):
+    """Initial parameters of an autoencoder.
+
+    Convolution kernels are normal with variance 1 / fan-in, codes standard normal, biases 0 and
+    scales 1. One draw serves all of them: compiling a draw for each takes ten times as long.
+
+    Args:
+        config: `AutoencoderConfig`.
+        key: PRNG key.
+
+    Returns:
+        A nested dict of float32 arrays with the top-level keys `encoder`, `decoder`,
+        `quant_conv`, `post_quant_conv` and `quantize` (the codebook).
+    """
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(_split(config)[1])
+    noise = jax.random.normal(key, (sum(leaf.size for _, leaf in leaves),), jnp.float32)
+    params, start = [], 0
+    for path, leaf in leaves:
+        kind = path[-1].key
+        if kind == "scale":
+            value = jnp.ones(leaf.shape)
+        elif kind == "bias":
+            value = jnp.zeros(leaf.shape)
+        else:
+            fan_in = 1 if kind == "embedding" else math.prod(leaf.shape[:-1])
+            value = noise[start : start + leaf.size].reshape(leaf.shape) * fan_in**-0.5
+        params.append(value)
+        start += leaf.size
+    return treedef.unflatten(params)
+
+
+def bind(config, params):
+    """Returns the `Autoencoder` of `config` with the parameters `params`; usable inside `jit`.
+
+    Args:
+        config: `AutoencoderConfig`.
+        params: nested dict as `init_params` returns it.
+    """
+    return nnx.merge(_split(config)[0], params)

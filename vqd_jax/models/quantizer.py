@@ -1,0 +1,174 @@
+"""Vector quantisation: nearest codes, and a codebook learnt as a moving average of encoder outputs.
+
+Letters: B batch, N image tokens, M = number of latent vectors in a batch, K codes,
+E codebook dimension.
+
+The moving average replaces a gradient: every code follows the mean of the encoder outputs that
+chose it (van den Oord et al., "Neural Discrete Representation Learning", 2017, appendix A.1).
+Codes that nobody chooses are re-seeded from encoder outputs of the batch, so that all K stay in
+use.
+"""
+
+import chex
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+
+@flax.struct.dataclass
+class CodebookState:
+    """A codebook and the running sums that it is the quotient of.
+
+    Attributes:
+        codebook: float32 [K, E], the code vectors.
+        cluster_size: float32 [K], moving average of the latents a batch assigns to each code.
+        cluster_sum: float32 [K, E], moving average of the sum of those latents.
+    """
+
+    codebook: jax.Array
+    cluster_size: jax.Array
+    cluster_sum: jax.Array
+
+
+def init_codebook(key, num_codes, codebook_dim):
+    """Returns a standard normal codebook that has never been used.
+
+    All usage counts are zero, so the first `update_codebook` with revival re-seeds every code
+    from real encoder outputs.
+
+    Args:
+        key: PRNG key.
+        num_codes: K.
+        codebook_dim: E.
+
+    Returns:
+        `CodebookState`.
+    """
+    codebook = jax.random.normal(key, (num_codes, codebook_dim), jnp.float32)
+    return CodebookState(codebook, jnp.zeros(num_codes), jnp.zeros((num_codes, codebook_dim)))
+
+
+def squared_distances(z, codebook):
+    """Squared Euclidean distance from every latent to every code.
+
+    Args:
+        z: [M, E] latents.
+        codebook: [K, E].
+
+    Returns:
+        float32 [M, K]: |z|^2 - 2 z.e + |e|^2, in full float32 on every device.
+    """
+    z = z.astype(jnp.float32)
+    codebook = codebook.astype(jnp.float32)
+    products = jnp.matmul(z, codebook.T, precision=jax.lax.Precision.HIGHEST)
+    z_norms = jnp.sum(z**2, axis=1)[:, None]
+    return z_norms - 2.0 * products + jnp.sum(codebook**2, axis=1)[None, :]
+
+
+def nearest_codes(z, codebook):
+    """Returns the index of the closest code, the smaller index where two are equally close.
+
+    Args:
+        z: [..., E] latents.
+        codebook: [K, E].
+
+    Returns:
+        int32 [...].
+    """
+    chex.assert_rank(codebook, 2)
+    chex.assert_equal_shape_suffix([z, codebook], 1)
+    distances = squared_distances(z.reshape(-1, z.shape[-1]), codebook)
+    return jnp.argmin(distances, axis=1).astype(jnp.int32).reshape(z.shape[:-1])
+
+
+def lookup(codes, codebook):
+    """Returns the code vectors of `codes`.
+
+    Args:
+        codes: integers [...], 0 <= code < K. Other values are clamped into the range.
+        codebook: [K, E].
+
+    Returns:
+        [..., E], the dtype of the codebook.
+    """
+    return jnp.take(codebook, codes, axis=0, mode="clip")
+
+
+def update_codebook(
+    state, z, codes, *, key, decay=0.99, epsilon=1e-5, revival_threshold=0.0
+):
+    """One step of the moving-average codebook, with revival of unused codes.
+
+    With n_k latents of sum s_k assigned to code k:
+
+        size_k <- decay size_k + (1 - decay) n_k          sum_k <- decay sum_k + (1 - decay) s_k
+        codebook_k = sum_k / ((size_k + epsilon) / (S + K epsilon) S),    S = sum of all size_k
+
+    (Laplace smoothing: a code without latents does not divide by zero.) A code whose size is
+    below `revival_threshold` of an even share M / K then becomes one of the batch's latents.
+    Latents are drawn without replacement and in proportion to their squared distance from their
+    code, so new codes go where the codebook is poor; each starts with an even share, which gives
+    it log(revival_threshold) / log(decay) steps to find users.
+
+    Args:
+        state: `CodebookState`.
+        z: [..., E] latents of the batch; no gradient flows into the codebook.
+        codes: int32 [...], the code each latent chose.
+        key: PRNG key for the choice of latents at revival.
+        decay: of the moving averages, 0 <= decay < 1.
+        epsilon: of the smoothing, in latents.
+        revival_threshold: share of an even usage under which a code is dead; 0 revives nothing.
+
+    Returns:
+        The new `CodebookState`.
+    """
+    num_codes, codebook_dim = state.codebook.shape
+    chex.assert_shape(z, (*codes.shape, codebook_dim))
+    z = jax.lax.stop_gradient(z.astype(jnp.float32)).reshape(-1, codebook_dim)
+    codes = codes.reshape(-1)
+
+    # A product with one-hot rows adds in a fixed order; a scatter on a GPU does not.
+    chosen = jax.nn.one_hot(codes, num_codes, dtype=jnp.float32)
+    batch_sum = jnp.matmul(chosen.T, z, precision=jax.lax.Precision.HIGHEST)
+    size = decay * state.cluster_size + (1.0 - decay) * jnp.sum(chosen, axis=0)
+    total = decay * state.cluster_sum + (1.0 - decay) * batch_sum
+    mass = jnp.sum(size)
+    smoothed = (size + epsilon) / (mass + num_codes * epsilon) * mass
+    updated = CodebookState(total / smoothed[:, None], size, total)
+    if revival_threshold <= 0.0:
+        return updated
+    error = jnp.sum((z - lookup(codes, state.codebook)) ** 2, axis=1)
+    return _revive(updated, z, error, key, revival_threshold)
+
+
+def _revive(state, z, error, key, threshold):
+    """Re-seeds dead codes from latents z [M, E] drawn in proportion to `error` [M]."""
+    even_share = z.shape[0] / state.codebook.shape[0]
+    dead = state.cluster_size < threshold * even_share
+    # Gumbel top-k: sorted by log(error) + Gumbel noise, any prefix is a draw without replacement.
+    noise = jax.random.gumbel(key, error.shape)
+    order = jnp.argsort(-(jnp.log(error + 1e-12) + noise))
+    rank = jnp.cumsum(dead) - 1
+    seeds = z[order[rank % z.shape[0]]]
+    return CodebookState(
+        codebook=jnp.where(dead[:, None], seeds, state.codebook),
+        cluster_size=jnp.where(dead, even_share, state.cluster_size),
+        cluster_sum=jnp.where(dead[:, None], seeds * even_share, state.cluster_sum),
+    )
+
+
+def code_usage(codes, num_codes):
+    """How evenly a set of codes uses the codebook.
+
+    Args:
+        codes: int32 [...].
+        num_codes: K.
+
+    Returns:
+        Two float32 scalars: perplexity, exp of the entropy of the code frequencies (1: a single
+        code; K: all equally often), and the share of the K codes that occur at all.
+    """
+    counts = jnp.bincount(codes.reshape(-1), length=num_codes)
+    share = counts / codes.size
+    entropy = -jnp.sum(jnp.where(counts > 0, share * jnp.log(jnp.maximum(share, 1e-12)), 0.0))
+    return jnp.exp(entropy), jnp.mean((counts > 0).astype(jnp.float32))

@@ -1,0 +1,98 @@
+"""Text encoder of the shape of CLIP's text tower: token ids -> features of every position.
+
+Causal pre-norm transformer with quick-GELU and a final norm (Radford et al., arXiv:2103.00020).
+
+Letters: B batch, L text positions, D width.
+"""
+
+import dataclasses
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from vqd_jax.models import attention
+
+
+@dataclasses.dataclass(frozen=True)
+class TextEncoderConfig:
+    """Sizes of a text encoder.
+
+    Attributes:
+      vocab_size: number of token ids.
+      context_length: L.
+      width, num_layers, num_heads: D, blocks, heads.
+      normalize: scale every position's feature to length 1, as VQ-Diffusion does with the features
+        of the pretrained tower.
+      dtype: compute dtype, "float32" or "bfloat16".
+    """
+
+    vocab_size: int
+    context_length: int
+    width: int
+    num_layers: int
+    num_heads: int
+    normalize: bool = False
+    dtype: str = "float32"
+
+    def __post_init__(self):
+        if self.width % self.num_heads:
+            raise ValueError(
+                f"text_encoder.width={self.width} is not divisible by "
+                f"text_encoder.num_heads={self.num_heads}"
+            )
+
+
+class TextBlock(nnx.Module):
+    """One layer of the text encoder."""
+
+    def __init__(self, config: TextEncoderConfig, rngs: nnx.Rngs):
+        width, dtype = config.width, attention.float_dtype(config.dtype)
+        normal = nnx.initializers.normal
+        # Initial scales of the published tower: branches start small in proportion to the depth.
+        linear = functools.partial(nnx.Linear, dtype=dtype)
+        make_linear = functools.partial(linear, kernel_init=normal(width**-0.5))
+        branch = normal((2 * width * config.num_layers) ** -0.5)
+        self.norm_attention = nnx.LayerNorm(width, epsilon=1e-5, dtype=dtype, rngs=rngs)
+        self.attention = attention.Attention(
+            width, width, config.num_heads, make_linear=make_linear, rngs=rngs
+        )
+        self.norm_mlp = nnx.LayerNorm(width, epsilon=1e-5, dtype=dtype, rngs=rngs)
+        self.mlp_in = linear(width, 4 * width, kernel_init=normal((2 * width) ** -0.5), rngs=rngs)
+        self.mlp_out = linear(4 * width, width, kernel_init=branch, rngs=rngs)
+
+    def __call__(self, h: jax.Array, _) -> jax.Array:
+        x = self.norm_attention(h)
+        h = h + self.attention(x, self.attention.keys_values(x), causal=True)
+        return h + self.mlp_out(attention.quick_gelu(self.mlp_in(self.norm_mlp(h))))
+
+
+class TextEncoder(nnx.Module):
+    """Token ids int32 [B, L] -> features [B, L, D]."""
+
+    def __init__(self, config: TextEncoderConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        dtype, normal = attention.float_dtype(config.dtype), nnx.initializers.normal
+        self.token_embedding = nnx.Embed(
+            config.vocab_size, config.width, embedding_init=normal(0.02), dtype=dtype, rngs=rngs
+        )
+        self.position_embedding = nnx.Param(
+            normal(0.01)(rngs.params(), (config.context_length, config.width))
+        )
+        self.blocks = attention.stack_layers(
+            lambda rngs: TextBlock(config, rngs), config.num_layers, rngs
+        )
+        self.norm_out = nnx.LayerNorm(config.width, epsilon=1e-5, dtype=dtype, rngs=rngs)
+
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        """All L states after the final norm; nothing is pooled."""
+        chex.assert_shape(ids, (None, self.config.context_length))
+        h = self.token_embedding(ids)
+        h = h + self.position_embedding[...].astype(h.dtype)[None]
+        h = attention.scan_layers(self.blocks, h, None)
+        h = self.norm_out(h)
+        if self.config.normalize:
+            h = h / jnp.linalg.norm(h.astype(jnp.float32), axis=-1, keepdims=True).astype(h.dtype)
+        return h

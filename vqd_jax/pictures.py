@@ -1,0 +1,90 @@
+"""Grids and animations to look at.
+
+Letters: P prompts, J images a prompt, S image side, F frames.
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+MARGIN = 8
+# Small pictures are enlarged to about this many pixels, by whole factors.
+SHOWN_SIDE = 96
+
+
+def enlarge(image: np.ndarray) -> np.ndarray:
+    """uint8 [S, S, 3] -> [k S, k S, 3], every pixel a k x k square; k = 1 for large pictures."""
+    factor = max(1, round(SHOWN_SIDE / image.shape[0]))
+    return image.repeat(factor, axis=0).repeat(factor, axis=1)
+
+
+def grid(images: np.ndarray, labels: Sequence[str]) -> Image.Image:
+    """A row of pictures a prompt, with the prompt under it.
+
+    Args:
+      images: uint8 [P, J, S, S, 3].
+      labels: P texts; an empty one is shown as "(no prompt)".
+    """
+    rows, columns = images.shape[:2]
+    side = enlarge(images[0, 0]).shape[0]
+    font = ImageFont.load_default(15)
+    text_height = 26
+    width = MARGIN + columns * (side + MARGIN)
+    row_height = side + text_height + MARGIN
+    canvas = Image.new("RGB", (width, MARGIN + rows * row_height), "white")
+    draw = ImageDraw.Draw(canvas)
+    for row, label in enumerate(labels):
+        top = MARGIN + row * row_height
+        for column in range(columns):
+            tile = Image.fromarray(enlarge(images[row, column]))
+            canvas.paste(tile, (MARGIN + column * (side + MARGIN), top))
+        text = _fit(label or "(no prompt)", font, width - 2 * MARGIN)
+        draw.text((MARGIN, top + side + 3), text, fill="black", font=font)
+    return canvas
+
+
+def _fit(text: str, font, width: int) -> str:
+    text = " ".join(text.split())
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "…") > width:
+        text = text[:-1]
+    return text + "…"
+
+
+def masked(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """``image`` uint8 [S, S, 3] with the cells of ``mask``, bool [h, w], in grey."""
+    cell = image.shape[0] // mask.shape[0]
+    hidden = mask.repeat(cell, axis=0).repeat(cell, axis=1)
+    return np.where(hidden[..., None], np.uint8(160), image)
+
+
+def save_animation(path: str, frames: Sequence[Image.Image], milliseconds: int = 60) -> None:
+    """Writes an animation (GIF or WebP by the ending) that rests on its last frame."""
+    durations = [milliseconds] * (len(frames) - 1) + [1500]
+    extra = {"lossless": True} if str(path).endswith(".webp") else {}
+    _atomically(
+        path,
+        lambda scratch: frames[0].save(
+            scratch, save_all=True, append_images=frames[1:], duration=durations, loop=0, **extra
+        ),
+    )
+
+
+def save(path: str, image: Image.Image) -> None:
+    """Writes a picture; the file appears complete or not at all."""
+    _atomically(path, image.save)
+
+
+def _atomically(path: str, write) -> None:
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = target.with_name(f".tmp-{os.getpid()}-{target.name}")
+    try:
+        write(scratch)
+        os.replace(scratch, target)
+    finally:
+        scratch.unlink(missing_ok=True)

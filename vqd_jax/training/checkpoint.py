@@ -1,0 +1,142 @@
+"""Checkpoints of a run: state, place in the data, config. The only module that imports Orbax."""
+
+from typing import Any
+
+import grain
+import jax
+import orbax.checkpoint as ocp
+from absl import logging
+from etils import epath
+
+from vqd_jax.errors import UserError
+
+
+class Checkpoints:
+    """The checkpoints ``directory/<step>``, written in the background, the newest few kept.
+
+    A checkpoint is renamed into place when it is complete: one that was cut off is never taken
+    for a checkpoint, and is removed.
+    """
+
+    def __init__(self, directory: str, keep: int = 2):
+        self.directory = epath.Path(directory)
+        policies = ocp.checkpoint_managers
+        self._manager = ocp.CheckpointManager(
+            self.directory,
+            options=ocp.CheckpointManagerOptions(
+                save_decision_policy=policies.FixedIntervalPolicy(1),
+                preservation_policy=policies.LatestN(keep),
+                cleanup_tmp_directories=True,
+                enable_async_checkpointing=True,
+            ),
+        )
+
+    @property
+    def latest_step(self) -> int | None:
+        """Step of the newest complete checkpoint."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: Any, iterator: grain.DatasetIterator, config: dict) -> None:
+        """Begins to write a checkpoint; returns when ``state`` may be overwritten.
+
+        An error of the write before it is raised here or by ``wait``.
+        """
+        if step in self._manager.all_steps():
+            return
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(state),
+                data=grain.checkpoint.CheckpointSave(iterator),
+                config=ocp.args.JsonSave(config),
+            ),
+        )
+
+    def wait(self) -> None:
+        """Returns when everything is on disk."""
+        self._manager.wait_until_finished()
+
+    def restore(self, abstract_state: Any, iterator: grain.DatasetIterator) -> Any:
+        """The newest readable state; ``iterator`` is put to its place in the data.
+
+        Args:
+          abstract_state: pytree of ``jax.ShapeDtypeStruct``.
+          iterator: an iterator over the same data set.
+
+        Raises:
+          UserError: there are checkpoints but none can be read.
+        """
+        failures = []
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                restored = self._manager.restore(
+                    step,
+                    args=ocp.args.Composite(
+                        state=ocp.args.StandardRestore(abstract_state),
+                        data=grain.checkpoint.CheckpointRestore(iterator),
+                    ),
+                )
+            except Exception as error:  # Orbax and TensorStore raise many kinds.
+                failures.append((step, error))
+                _warn_damaged(self.directory / str(step), error)
+                continue
+            for bad, _ in failures:
+                # What follows would be saved under this step again.
+                self._manager.delete(bad)
+            return restored.state
+        raise UserError(_none_readable(self.directory, failures))
+
+    def close(self) -> None:
+        """Waits for the writes and stops the background threads."""
+        self._manager.close()
+
+
+def load(directory: str, abstract_state: Any) -> tuple[int, Any]:
+    """Reads the newest readable state for use, not for going on: (step, state).
+
+    Args:
+      directory: where ``Checkpoints`` wrote.
+      abstract_state: pytree of ``jax.ShapeDtypeStruct``.
+
+    Raises:
+      UserError: there is no checkpoint, or none can be read.
+    """
+    path = epath.Path(directory)
+    failures = []
+    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
+        for step in _steps(path):
+            try:
+                args = ocp.args.StandardRestore(abstract_state)
+                return step, reader.restore(path / str(step) / "state", args=args)
+            except Exception as error:  # Orbax and TensorStore raise many kinds.
+                failures.append((step, error))
+                _warn_damaged(path / str(step), error)
+    if failures:
+        raise UserError(_none_readable(path, failures))
+    raise UserError(f"no checkpoint in {path}; train first: run without --mode=sample")
+
+
+def abstract(tree: Any) -> Any:
+    """Shapes and dtypes of a pytree, placed on the first device."""
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree
+    )
+
+
+def _steps(path: epath.Path) -> list[int]:
+    names = [child.name for child in path.iterdir()] if path.exists() else []
+    return sorted((int(name) for name in names if name.isdigit()), reverse=True)
+
+
+def _warn_damaged(path: epath.Path, error: Exception) -> None:
+    logging.warning("checkpoint %s cannot be read, trying the one before: %s", path, error)
+
+
+def _none_readable(path: epath.Path, failures) -> str:
+    steps = ", ".join(str(step) for step, _ in failures)
+    reason = str(failures[0][1]).strip().splitlines()[0][:300]
+    return (
+        f"no checkpoint in {path} can be read (steps {steps}; the newest: {reason}). "
+        "They are damaged or belong to another model; restore them or use another --workdir"
+    )

@@ -1,0 +1,69 @@
+"""Where numbers go: a progress bar, ``metrics.jsonl`` and TensorBoard event files."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import tensorboardX
+from tqdm import tqdm
+
+
+class MetricWriter:
+    """Appends metrics to ``workdir/metrics.jsonl`` (an object a line) and to ``workdir/tensorboard``.
+
+    Lines of later steps than ``step`` are dropped first: the run that is continued from a
+    checkpoint writes them anew.
+    """
+
+    def __init__(self, workdir: str, step: int):
+        self._path = Path(workdir) / "metrics.jsonl"
+        if self._path.exists():
+            _drop_after(self._path, step)
+        self._board = tensorboardX.SummaryWriter(
+            str(Path(workdir) / "tensorboard"), purge_step=step + 1 if step else None
+        )
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Writes scalars, by names such as 'train/loss'."""
+        line = json.dumps({"step": step, **{k: float(v) for k, v in values.items()}})
+        with open(self._path, "a", encoding="utf-8") as file:
+            file.write(line + "\n")
+        for name, value in values.items():
+            self._board.add_scalar(name, float(value), step)
+
+    def image(self, step: int, name: str, image) -> None:
+        """Shows a uint8 [H, W, 3] picture in TensorBoard."""
+        self._board.add_image(name, image, step, dataformats="HWC")
+
+    def close(self) -> None:
+        """Writes out what is buffered."""
+        self._board.close()
+
+
+def _drop_after(path: Path, step: int) -> None:
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (json.JSONDecodeError, KeyError, TypeError):
+            # A line that a kill cut short belongs to a step that is done again.
+            continue
+    scratch = path.with_suffix(".tmp")
+    scratch.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    os.replace(scratch, path)
+
+
+def progress_bar(name: str, total: int, start: int = 0) -> tqdm:
+    """A bar with rate and time left; a line every half minute where there is no terminal."""
+    live = sys.stderr.isatty()
+    return tqdm(
+        desc=name,
+        total=total,
+        initial=start,
+        dynamic_ncols=live,
+        mininterval=0.5 if live else 30,
+        maxinterval=1 if live else 60,
+        unit="step",
+    )

@@ -1,0 +1,23 @@
+"""AdamW with warm-up, cosine decay and clipping by global norm."""
+
+import optax
+
+
+def learning_rate(
+    peak: float, warmup_steps: int, num_steps: int, final_share: float
+) -> optax.Schedule:
+    """Linear from 0 to ``peak`` over the warm-up, then a cosine down to ``final_share * peak``."""
+    warmup_steps = min(warmup_steps, num_steps - 1)
+    return optax.warmup_cosine_decay_schedule(
+        0.0, peak, warmup_steps, num_steps, end_value=final_share * peak
+    )
+
+
+def adamw(
+    schedule: optax.Schedule, *, b1: float, b2: float, weight_decay: float, clip_norm: float
+) -> optax.GradientTransformation:
+    """AdamW on clipped gradients. Weight decay reaches every parameter, as in the published code."""
+    return optax.chain(
+        optax.clip_by_global_norm(clip_norm),
+        optax.adamw(schedule, b1=b1, b2=b2, weight_decay=weight_decay),
+    )

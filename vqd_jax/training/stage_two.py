@@ -1,0 +1,192 @@
+"""Stage two: trains text-to-image diffusion on the codes of stage one."""
+
+import contextlib
+import fcntl
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+from absl import logging
+from ml_collections import ConfigDict
+
+from vqd_jax import config as config_lib
+from vqd_jax import pictures
+from vqd_jax.data import builders, codes, pipeline
+from vqd_jax.data.text import ClipTokenizer
+from vqd_jax.diffusion import objective
+from vqd_jax.errors import UserError
+from vqd_jax.evaluation.likelihood import caption_likelihood
+from vqd_jax.interop import folder
+from vqd_jax.models import autoencoder, text_to_image
+from vqd_jax.pipeline import VQDiffusion
+from vqd_jax.training import loop, stage_one
+from vqd_jax.training import state as state_lib
+
+ENCODE_BATCH = 32
+
+
+@contextlib.contextmanager
+def claim_workdir(config: ConfigDict, workdir: str) -> Iterator[None]:
+    """Holds the workdir for this process, with the config that belongs to it written there.
+
+    Raises:
+      UserError: another process works in it, or it was made with another config.
+      OSError: it cannot be written.
+    """
+    path = Path(workdir)
+    path.mkdir(parents=True, exist_ok=True)
+    with open(path / ".lock", "w", encoding="utf-8") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"another run is at work in {path}; use another --workdir") from error
+        stored = path / "config.json"
+        if stored.exists():
+            old = config_lib.from_json(stored.read_text(encoding="utf-8"), str(stored))
+            changed = config_lib.differences(old, config)
+            if changed:
+                raise UserError(
+                    f"{path} was made with another config ({'; '.join(changed)}). "
+                    "Put the values back to go on, or use another --workdir"
+                )
+        scratch = stored.with_suffix(".tmp")
+        scratch.write_text(config_lib.to_json(config) + "\n", encoding="utf-8")
+        scratch.replace(stored)
+        yield
+
+
+def train_autoencoder(config: ConfigDict, workdir: str) -> None:
+    """Stage one alone."""
+    with claim_workdir(config, workdir):
+        stage_one.prepare(config, workdir, builders.load(config.data.name, config.data.dir))
+
+
+def train(config: ConfigDict, workdir: str) -> None:
+    """Both stages, or what is left of them; ends with likelihoods and a grid of pictures."""
+    with claim_workdir(config, workdir):
+        builder = builders.load(config.data.name, config.data.dir)
+        autoencoder_params = stage_one.prepare(config, workdir, builder)
+        splits = {
+            split: _cached_codes(config, workdir, builder, split, autoencoder_params)
+            for split in ("train", "validation")
+        }
+        _train(config, workdir, splits, autoencoder_params)
+
+
+def _cached_codes(config, workdir, builder, split, params) -> codes.CachedSplit:
+    sizes = config_lib.autoencoder_config(config)
+    encode = jax.jit(
+        lambda params, images: autoencoder.bind(sizes, params).codes(
+            autoencoder.from_pixels(images)
+        )
+    )
+    return codes.cached_split(
+        f"{workdir}/codes/{split}.npz",
+        {
+            "data": builder.info.full_name,
+            "split": split,
+            "autoencoder": codes.fingerprint(folder.flatten(params)),
+        },
+        pipeline.records(builder, split),
+        functools.partial(encode, params),
+        image_size=sizes.image_size,
+        batch_size=ENCODE_BATCH,
+        max_bad_share=config.data.max_bad_share,
+    )
+
+
+def _train(config, workdir, splits, autoencoder_params) -> None:
+    c = config.training
+    tokenizer = ClipTokenizer(config.text_encoder.context_length)
+    dataset = pipeline.code_dataset(
+        splits["train"].codes,
+        [tokenizer.encode_batch(captions) for captions in splits["train"].captions],
+        c.batch_size,
+        config.seed,
+        c.null_text_rate,
+        train=True,
+    )
+    evaluation = Evaluation(config, workdir, splits, tokenizer, autoencoder_params)
+
+    def on_step(step, state, writer):
+        if step == c.num_steps:
+            evaluation.run(step, state, writer, ["train", "validation"], f"{workdir}/samples.png")
+        elif step % c.eval_every == 0:
+            evaluation.run(step, state, writer, ["validation"])
+
+    loop.fit(
+        "training",
+        functools.partial(state_lib.create_state, config),
+        state_lib.jit_train_step(config),
+        dataset,
+        directory=workdir,
+        prefix="train",
+        config=config,
+        num_steps=c.num_steps,
+        batch_size=c.batch_size,
+        log_every=c.log_every,
+        save_every=c.save_every,
+        keep_checkpoints=c.keep_checkpoints,
+        on_step=on_step,
+    )
+
+
+class Evaluation:
+    """Likelihoods and pictures of the averaged parameters; compiled functions live as long as it."""
+
+    def __init__(self, config, workdir, splits, tokenizer, autoencoder_params):
+        self._config = config
+        self._workdir = workdir
+        self._pipeline = VQDiffusion(config, None, autoencoder_params)
+        self._sets = {}
+        for split, cached in splits.items():
+            count = min(config.evaluation.num_images, len(cached.codes))
+            rows = np.sort(np.random.default_rng(0).permutation(len(cached.codes))[:count])
+            ids = tokenizer.encode_batch([cached.captions[row][0] for row in rows])
+            self._sets[split] = cached.codes[rows].astype(np.int32), ids
+        model_config = config_lib.model_config(config)
+        schedule = config_lib.noise_schedule(config)
+
+        def bits(params, key, codes, text_ids):
+            model = text_to_image.bind(model_config, params)
+            text = model.text_encoder(text_ids)
+            predict = lambda tokens, time: jax.nn.log_softmax(  # noqa: E731
+                model.denoiser(tokens, time, text)
+            )
+            draws = min(config.evaluation.num_draws, schedule.num_steps)
+            return objective.likelihood(key, predict, codes, schedule, draws)
+
+        self._bits = jax.jit(bits)
+
+    def run(self, step, state, writer, splits, grid_path=None) -> None:
+        """Writes likelihoods of the splits, and a grid of the config's prompts."""
+        values = {}
+        for split in splits:
+            codes, ids = self._sets[split]
+            result = caption_likelihood(
+                functools.partial(self._bits, state.ema_params), codes, ids, seed=0, batch_size=44
+            )
+            values |= {
+                f"{split}/bits_per_token": result.right,
+                f"{split}/bits_per_token_shuffled": result.shuffled,
+                f"{split}/shuffled_over_right": result.shuffled / result.right,
+                f"{split}/difference_in_standard_errors": result.difference_in_standard_errors,
+            }
+            logging.info(
+                "step %d, %d %s pictures: %.3f bits a token with right captions, %.3f with "
+                "shuffled ones (%.2f times; the difference is %.1f standard errors)",
+                step, len(codes), split, result.right, result.shuffled,
+                result.shuffled / result.right, result.difference_in_standard_errors,
+            )  # fmt: skip
+        writer.write(step, values)
+        sampling = self._config.sampling
+        made = self._pipeline.with_params(state.ema_params).generate(
+            sampling.prompts, num_images=sampling.images_per_prompt, seed=self._config.seed
+        )
+        picture = pictures.grid(made.images, sampling.prompts)
+        path = grid_path or f"{self._workdir}/samples/step_{step:07d}.png"
+        pictures.save(path, picture)
+        writer.image(step, "samples", np.asarray(picture))
+        logging.info("pictures of step %d: %s", step, path)
