@@ -1,8 +1,8 @@
 """What every config has: the fields, what they mean, and which values are possible.
 
-A config file in ``configs/`` starts from ``default_config()`` and changes what it wants; the command
-line changes single fields (``--config.training.num_steps=500``). ``validate`` turns impossible
-values into errors that name the key.
+A config file in ``configs/`` starts from ``default_config()`` and changes what it wants; the
+command line changes single fields (``--config.training.num_steps=500``). ``validate`` turns
+impossible values into errors that name the key.
 """
 
 import json

@@ -1,7 +1,7 @@
 """The one exception that means: the user can mend this."""
 
 
-class UserError(Exception):
+class UserError(ValueError):
     """Something outside the program is wrong: a config, a file, a folder, a request.
 
     The message says what, where (path, key, line), and what to do. The command line prints it

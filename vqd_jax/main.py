@@ -4,10 +4,13 @@ python -m vqd_jax.main --config=configs/emoji.py --workdir=DIR
 python -m vqd_jax.main --mode=sample --workdir=DIR --prompt="red heart" --num_images=4
 """
 
+import io
+import logging as python_logging
 import sys
 
 from absl import app, flags, logging
 from ml_collections import config_flags
+from tqdm import tqdm
 
 from vqd_jax.errors import UserError
 
@@ -18,7 +21,9 @@ _MODE = flags.DEFINE_enum("mode", "train", ["train", "train_autoencoder", "sampl
 _PROMPT = flags.DEFINE_multi_string("prompt", None, "sample: a text; may be given several times.")
 _NUM_IMAGES = flags.DEFINE_integer("num_images", 4, "sample: pictures of every prompt.")
 _SEED = flags.DEFINE_integer("seed", 0, "sample: decides the pictures.")
-_NUM_STEPS = flags.DEFINE_integer("num_steps", None, "sample: network calls; the config's if unset.")
+_NUM_STEPS = flags.DEFINE_integer(
+    "num_steps", None, "sample: network calls; the config's if unset."
+)
 _GUIDANCE = flags.DEFINE_float("guidance_scale", None, "sample: 1 is none; the config's if unset.")
 _TRUNCATION = flags.DEFINE_float("truncation", None, "sample: 1 is none; the config's if unset.")
 _ANIMATE = flags.DEFINE_bool("animate", False, "sample: write the denoising as animations too.")
@@ -60,7 +65,7 @@ def _parse(argv: list[str]) -> list[str]:
         return FLAGS(argv)
     except (flags.Error, OSError, KeyError, AttributeError, TypeError, ValueError) as error:
         # ml_collections reports unknown and mistyped fields as all of these.
-        _fail(f"{str(error).strip()} (see --help)")
+        _fail(f"{error} (see --help)")
 
 
 def _guarded(argv: list[str]) -> None:
@@ -74,10 +79,30 @@ def _guarded(argv: list[str]) -> None:
 
 
 def _fail(message: str) -> None:
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(1)
 
 
-if __name__ == "__main__":
+class _BesideBars(io.TextIOBase):
+    """A stream to stderr that leaves progress bars whole."""
+
+    def write(self, text):
+        tqdm.write(text, file=sys.stderr, end="")
+
+    def flush(self):
+        sys.stderr.flush()
+
+
+def _quiet() -> None:
+    """Shows our own messages, and of the libraries only what went wrong, beside progress bars."""
     logging.set_verbosity(logging.INFO)
+    ours = lambda record: "vqd_jax" in record.pathname or record.levelno > python_logging.WARNING  # noqa: E731
+    handler = logging.get_absl_handler()
+    handler.python_handler.setStream(_BesideBars())
+    handler.addFilter(ours)
+    handler.setFormatter(python_logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+
+
+if __name__ == "__main__":
+    _quiet()
     app.run(_guarded, flags_parser=_parse)

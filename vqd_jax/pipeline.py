@@ -58,9 +58,9 @@ class VQDiffusion:
                 schedule=config_lib.noise_schedule(config),
             )
         )
-        self._decode = jax.jit(
-            functools.partial(_decode, config=config_lib.autoencoder_config(config))
-        )
+        sizes = config_lib.autoencoder_config(config)
+        self._encode = jax.jit(functools.partial(_encode, config=sizes))
+        self._decode = jax.jit(functools.partial(_decode, config=sizes))
 
     @classmethod
     def from_workdir(cls, workdir: str) -> "VQDiffusion":
@@ -76,9 +76,7 @@ class VQDiffusion:
             (path / "config.json").read_text(encoding="utf-8"), str(path / "config.json")
         )
         autoencoder_params = stage_one.load(config, stage_one.model_folder(workdir))
-        abstract = checkpoint.abstract(
-            jax.eval_shape(functools.partial(create_state, config))
-        )
+        abstract = checkpoint.abstract(jax.eval_shape(functools.partial(create_state, config)))
         _, state = checkpoint.load(str(path / "checkpoints"), abstract)
         return cls(config, state.ema_params, autoencoder_params)
 
@@ -157,6 +155,16 @@ class VQDiffusion:
             tokens if trajectory else None,
         )
 
+    def reconstruct(self, images: np.ndarray, batch_size: int = 32) -> np.ndarray:
+        """Pictures through their codes and back: uint8 [R, S, S, 3] -> the same shape."""
+        made = []
+        for start in range(0, len(images), batch_size):
+            part = images[start : start + batch_size]
+            padded = np.concatenate([part, part[:1].repeat(batch_size - len(part), axis=0)])
+            codes = self._encode(self._autoencoder_params, padded)
+            made.append(np.asarray(self.decode(codes))[: len(part)])
+        return np.concatenate(made)
+
     def decode(self, codes: jax.Array) -> jax.Array:
         """uint8 [B, S, S, 3] of codes int32 [B, N]."""
         return self._decode(self._autoencoder_params, codes)
@@ -187,12 +195,14 @@ def _sample(params, keys, text_ids, null_ids, settings, *, model_config, schedul
     modulations = model.denoiser.modulations(jnp.arange(1, schedule.num_steps + 1))
 
     def predict_log_x0(tokens, time):
-        return jax.nn.log_softmax(
-            model.denoiser.denoise(tokens, modulations[:, time - 1], context)
-        )
+        return jax.nn.log_softmax(model.denoiser.denoise(tokens, modulations[:, time - 1], context))
 
     shape = (batch, grid[0] * grid[1])
     return sampler.sample(keys, predict_log_x0, shape, schedule, settings)
+
+
+def _encode(params, images, *, config):
+    return autoencoder.bind(config, params).codes(autoencoder.from_pixels(images))
 
 
 def _decode(params, codes, *, config):

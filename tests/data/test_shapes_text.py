@@ -6,8 +6,8 @@ import pytest
 from vqd_jax.data import pipeline
 from vqd_jax.data.builders import shapes_text
 
-NAMES = ('colour', 'shape', 'size', 'position')
-FIRST = ('white', 'blue', 'circle', 'small', 'top right')
+NAMES = ("colour", "shape", "size", "position")
+FIRST = ("white", "blue", "circle", "small", "top right")
 FIRST_X = 0.7393981071760082
 
 
@@ -16,12 +16,12 @@ def scenes(split, count=2000, seed=0):
 
 
 def test_scene_is_a_function_of_its_arguments():
-    assert shapes_text.scene(5, 17, 'train') == shapes_text.scene(5, 17, 'train')
-    assert shapes_text.scene(5, 17, 'train') != shapes_text.scene(5, 18, 'train')
-    assert shapes_text.scene(5, 17, 'train') != shapes_text.scene(6, 17, 'train')
-    assert shapes_text.scene(5, 17, 'train') != shapes_text.scene(5, 17, 'validation')
+    assert shapes_text.scene(5, 17, "train") == shapes_text.scene(5, 17, "train")
+    assert shapes_text.scene(5, 17, "train") != shapes_text.scene(5, 18, "train")
+    assert shapes_text.scene(5, 17, "train") != shapes_text.scene(6, 17, "train")
+    assert shapes_text.scene(5, 17, "train") != shapes_text.scene(5, 17, "validation")
     # Pins the generator: prepared data sets of one version must stay comparable.
-    one = shapes_text.scene(0, 0, 'train')
+    one = shapes_text.scene(0, 0, "train")
     assert (one.background, *(getattr(one.objects[0], n) for n in NAMES)) == FIRST
     assert one.objects[0].x == pytest.approx(FIRST_X, abs=1e-12)
 
@@ -29,7 +29,7 @@ def test_scene_is_a_function_of_its_arguments():
 def test_held_out_pairs_are_only_in_the_test_split():
     pairs = {
         s: {(o.colour, o.shape) for scene in scenes(s) for o in scene.objects}
-        for s in ('train', 'validation')
+        for s in ("train", "validation")
     }
     held = {
         (c, s)
@@ -37,14 +37,14 @@ def test_held_out_pairs_are_only_in_the_test_split():
         if shapes_text.is_held_out(c, s)
     }
     assert len(held) == 8
-    assert not (pairs['train'] | pairs['validation']) & held
-    assert len(pairs['train']) == 8 * 6 - 8
-    test = scenes('test')
+    assert not (pairs["train"] | pairs["validation"]) & held
+    assert len(pairs["train"]) == 8 * 6 - 8
+    test = scenes("test")
     assert {(s.objects[0].colour, s.objects[0].shape) for s in test} == held
 
 
 def test_every_value_occurs_in_training():
-    found = scenes('train')
+    found = scenes("train")
     objects = [o for s in found for o in s.objects]
     assert {s.background for s in found} == set(shapes_text.BACKGROUNDS)
     assert {o.colour for o in objects} == set(shapes_text.COLOURS)
@@ -55,7 +55,7 @@ def test_every_value_occurs_in_training():
 
 
 def test_objects_lie_inside_and_apart():
-    for scene in scenes('train', 500) + scenes('test', 500):
+    for scene in scenes("train", 500) + scenes("test", 500):
         covers = [
             shapes_text.coverage(o.shape, 64 * o.x, 64 * o.y, 64 * o.radius, 64)
             for o in scene.objects
@@ -68,17 +68,17 @@ def test_objects_lie_inside_and_apart():
             assert scene.objects[0].colour != scene.objects[1].colour
 
 
-@pytest.mark.parametrize('shape', shapes_text.SHAPES)
+@pytest.mark.parametrize("shape", shapes_text.SHAPES)
 def test_coverage_has_the_right_area_and_centre(shape):
     radius = 10.0
     star = 5 * 1.1 * 0.45 * np.sin(np.pi / 5)
     areas = {
-        'circle': np.pi,
-        'square': (2 * 0.88) ** 2,
-        'triangle': 1.1**2 * 3 * np.sqrt(3) / 4,
-        'diamond': 2 * 1.1 * 0.8,
-        'cross': 4 * (2 * 0.34) - (2 * 0.34) ** 2,
-        'star': star,
+        "circle": np.pi,
+        "square": (2 * 0.88) ** 2,
+        "triangle": 1.1**2 * 3 * np.sqrt(3) / 4,
+        "diamond": 2 * 1.1 * 0.8,
+        "cross": 4 * (2 * 0.34) - (2 * 0.34) ** 2,
+        "star": star,
     }
     cover = shapes_text.coverage(shape, 15.3, 17.6, radius, 32)
     assert cover.dtype == np.float32
@@ -90,7 +90,7 @@ def test_coverage_has_the_right_area_and_centre(shape):
 
 
 def test_render_paints_the_named_colours():
-    for scene in scenes('train', 100):
+    for scene in scenes("train", 100):
         image = shapes_text.render(scene, 48)
         assert image.dtype == np.uint8
         assert image.shape == (48, 48, 3)
@@ -110,20 +110,20 @@ def test_colours_are_well_separated():
 
 
 def test_first_caption_is_canonical():
-    o = shapes_text.Shape('orange', 'star', 'small', 'top left', 0.27, 0.27, 0.14)
-    p = shapes_text.Shape('red', 'circle', 'large', 'bottom', 0.5, 0.73, 0.22)
-    texts = shapes_text.captions(shapes_text.Scene('pale blue', (o, p)))
+    o = shapes_text.Shape("orange", "star", "small", "top left", 0.27, 0.27, 0.14)
+    p = shapes_text.Shape("red", "circle", "large", "bottom", 0.5, 0.73, 0.22)
+    texts = shapes_text.captions(shapes_text.Scene("pale blue", (o, p)))
     assert texts[0] == (
-        'a small orange star at the top left and a large red circle at the bottom, '
-        'pale blue background'
+        "a small orange star at the top left and a large red circle at the bottom, "
+        "pale blue background"
     )
-    assert texts == shapes_text.captions(shapes_text.Scene('pale blue', (o, p)))
+    assert texts == shapes_text.captions(shapes_text.Scene("pale blue", (o, p)))
 
 
 def test_captions_name_every_attribute_in_varied_words():
     synonyms = shapes_text._SYNONYMS
     every = []
-    for scene in scenes('train', 400):
+    for scene in scenes("train", 400):
         texts = shapes_text.captions(scene)
         assert len(texts) == 4
         for text in texts:
@@ -135,31 +135,31 @@ def test_captions_name_every_attribute_in_varied_words():
     for words in synonyms.values():
         for word in words:
             assert any(word in text for text in every), word
-    assert not any(' a orange' in t or t.startswith('a orange') for t in every)
+    assert not any(" a orange" in t or t.startswith("a orange") for t in every)
 
 
 def test_prepared_records_equal_the_functions(shapes):
     assert {k: v.num_examples for k, v in shapes.info.splits.items()} == {
-        'train': 60,
-        'validation': 10,
-        'test': 20,
+        "train": 60,
+        "validation": 10,
+        "test": 20,
     }
-    for split in ('train', 'test'):
+    for split in ("train", "test"):
         source = pipeline.records(shapes, split)
         seen = set()
         for i in range(len(source)):
             record = source[i]
-            index = int(record['file'].removeprefix(f'{split}/'))
+            index = int(record["file"].removeprefix(f"{split}/"))
             seen.add(index)
             scene = shapes_text.scene(3, index, split)
-            np.testing.assert_array_equal(record['image'], shapes_text.render(scene, 32))
-            assert record['captions'] == shapes_text.captions(scene)
-            assert record['background'] == scene.background
+            np.testing.assert_array_equal(record["image"], shapes_text.render(scene, 32))
+            assert record["captions"] == shapes_text.captions(scene)
+            assert record["background"] == scene.background
             for name in NAMES:
-                assert record['objects'][name] == [getattr(o, name) for o in scene.objects]
+                assert record["objects"][name] == [getattr(o, name) for o in scene.objects]
         assert seen == set(range(len(source)))
 
 
 def test_unknown_split_is_named():
     with pytest.raises(ValueError, match="'dev'; it is one of train, validation, test"):
-        shapes_text.scene(0, 0, 'dev')
+        shapes_text.scene(0, 0, "dev")

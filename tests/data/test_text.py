@@ -6,35 +6,35 @@ import pytest
 
 from vqd_jax.data.text import ClipTokenizer, clean
 
-GOLDEN = json.loads((pathlib.Path(__file__).parents[1] / 'golden' / 'bpe.json').read_text())
+GOLDEN = json.loads((pathlib.Path(__file__).parents[1] / "golden" / "bpe.json").read_text())
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture(scope="module")
 def tokenizer():
     return ClipTokenizer()
 
 
-@pytest.mark.parametrize('row', range(60))
+@pytest.mark.parametrize("row", range(60))
 def test_ids_equal_the_published_tokeniser(tokenizer, row):
-    caption = GOLDEN['captions'][row]
+    caption = GOLDEN["captions"][row]
     ids = tokenizer.encode(caption)
     assert ids.dtype == np.int32
-    assert ids.tolist() == GOLDEN['ids'][row]
-    assert tokenizer.num_ids(caption) == GOLDEN['ids_untruncated_length'][row]
+    assert ids.tolist() == GOLDEN["ids"][row]
+    assert tokenizer.num_ids(caption) == GOLDEN["ids_untruncated_length"][row]
 
 
 def test_constants_equal_the_published_tokeniser(tokenizer):
-    assert tokenizer.vocab_size == GOLDEN['vocab_size'] == 49408
-    assert tokenizer.context_length == GOLDEN['context_length'] == 77
+    assert tokenizer.vocab_size == GOLDEN["vocab_size"] == 49408
+    assert tokenizer.context_length == GOLDEN["context_length"] == 77
 
 
 def test_empty_caption_is_start_and_end(tokenizer):
-    assert tokenizer.encode('').tolist() == [49406, 49407] + [0] * 75
-    assert tokenizer.encode(' \n\t ').tolist() == tokenizer.encode('').tolist()
+    assert tokenizer.encode("").tolist() == [49406, 49407] + [0] * 75
+    assert tokenizer.encode(" \n\t ").tolist() == tokenizer.encode("").tolist()
 
 
 def test_batch_is_the_rows(tokenizer):
-    captions = ['a red cat', '', 'two dogs!']
+    captions = ["a red cat", "", "two dogs!"]
     batch = tokenizer.encode_batch(captions)
     assert batch.shape == (3, 77)
     assert batch.dtype == np.int32
@@ -44,36 +44,36 @@ def test_batch_is_the_rows(tokenizer):
 
 def test_long_caption_is_cut_with_a_warning(caplog):
     tokenizer = ClipTokenizer(context_length=5)
-    with caplog.at_level('WARNING'):
-        ids = tokenizer.encode('one two three four five')
-    full = ClipTokenizer().encode('one two three four five')
+    with caplog.at_level("WARNING"):
+        ids = tokenizer.encode("one two three four five")
+    full = ClipTokenizer().encode("one two three four five")
     assert ids.tolist() == [*full[:4], 49407]
     assert [r.getMessage() for r in caplog.records] == [
         "caption of 7 ids is cut to the limit of 5: 'one two three four five'..."
     ]
     caplog.clear()
-    with caplog.at_level('WARNING'):
-        tokenizer.encode('one two three')
+    with caplog.at_level("WARNING"):
+        tokenizer.encode("one two three")
     assert not caplog.records
 
 
 def test_marks_inside_other_signs_are_plain_text(tokenizer):
     # The split is greedy: "!" takes the signs that follow, so the mark is never seen.
-    ids = tokenizer.encode('!<|endoftext|>')
+    ids = tokenizer.encode("!<|endoftext|>")
     assert ids[1] != 49407
     assert (ids == 49407).sum() == 1
 
 
 def test_decode_returns_the_words(tokenizer):
-    assert tokenizer.decode(tokenizer.encode('  A Red   CAT &amp; a dog')) == 'a red cat & a dog'
-    assert tokenizer.decode(tokenizer.encode('café 日本語 😀')) == 'café 日本語 😀'
-    assert tokenizer.decode(tokenizer.encode('')) == ''
-    assert tokenizer.decode(tokenizer.encode('wow!')) == 'wow !'
+    assert tokenizer.decode(tokenizer.encode("  A Red   CAT &amp; a dog")) == "a red cat & a dog"
+    assert tokenizer.decode(tokenizer.encode("café 日本語 😀")) == "café 日本語 😀"
+    assert tokenizer.decode(tokenizer.encode("")) == ""
+    assert tokenizer.decode(tokenizer.encode("wow!")) == "wow !"
 
 
-@pytest.mark.parametrize('row', range(60))
+@pytest.mark.parametrize("row", range(60))
 def test_decoded_text_has_the_same_ids(tokenizer, row):
-    text = tokenizer.decode(GOLDEN['ids'][row])
+    text = tokenizer.decode(GOLDEN["ids"][row])
     again = tokenizer.encode(text)
     # Cleaning the decoded text may join or drop signs that the first cleaning had kept apart.
     assert tokenizer.decode(again) == text
@@ -81,7 +81,7 @@ def test_decoded_text_has_the_same_ids(tokenizer, row):
 
 
 def test_impossible_arguments_are_named(tokenizer):
-    with pytest.raises(ValueError, match='49408 is outside 0..49407'):
+    with pytest.raises(ValueError, match="49408 is outside 0..49407"):
         tokenizer.decode([49406, 49408])
-    with pytest.raises(ValueError, match='context_length is 1'):
+    with pytest.raises(ValueError, match="context_length is 1"):
         ClipTokenizer(1)

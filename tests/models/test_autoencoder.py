@@ -68,8 +68,10 @@ def test_downsample_pads_right_and_bottom():
     layer.conv.bias[...] = jnp.zeros(1)
     x = jnp.arange(16.0).reshape(1, 4, 4, 1)
     # Rows 0-2 and columns 0-2; then columns 2-3 and a column of zeros; and so on.
-    expected = [[0 + 1 + 2 + 4 + 5 + 6 + 8 + 9 + 10, 2 + 3 + 6 + 7 + 10 + 11],
-                [8 + 9 + 10 + 12 + 13 + 14, 10 + 11 + 14 + 15]]
+    expected = [
+        [0 + 1 + 2 + 4 + 5 + 6 + 8 + 9 + 10, 2 + 3 + 6 + 7 + 10 + 11],
+        [8 + 9 + 10 + 12 + 13 + 14, 10 + 11 + 14 + 15],
+    ]
     np.testing.assert_allclose(layer(x)[0, :, :, 0], expected)
 
 
@@ -156,7 +158,7 @@ def test_pixels_round_trip():
     ids=lambda change: next(iter(change)),
 )
 def test_impossible_values_are_named(change):
-    (name, value), = change.items()
+    ((name, value),) = change.items()
     with pytest.raises(ValueError, match=name) as error:
         dataclasses.replace(TINY, **change)
     assert str(value) in str(error.value)

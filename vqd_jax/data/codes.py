@@ -33,7 +33,7 @@ def fingerprint(params: dict[str, np.ndarray]) -> str:
     digest = hashlib.sha256()
     for name in sorted(params):
         array = np.ascontiguousarray(params[name])
-        digest.update(f'{name} {array.dtype} {array.shape}'.encode())
+        digest.update(f"{name} {array.dtype} {array.shape}".encode())
         digest.update(array.tobytes())
     return digest.hexdigest()
 
@@ -72,15 +72,15 @@ def _read(path: Path, wanted: str) -> CachedSplit | None:
     if not path.exists():
         return None
     with np.load(path, allow_pickle=False) as cache:
-        if str(cache['origin']) != wanted:
+        if str(cache["origin"]) != wanted:
             return None
-        return CachedSplit(cache['codes'], json.loads(str(cache['captions'])))
+        return CachedSplit(cache["codes"], json.loads(str(cache["captions"])))
 
 
 def _encode(source, encode, image_size, batch_size, max_bad_share, path):
     read = pipeline.CheckedReader(source, max_bad_share)
     codes, captions, images = [], [], []
-    bar = tqdm(total=len(source), desc=f'encoding {path.stem}', unit='image', mininterval=1)
+    bar = tqdm(total=len(source), desc=f"encoding {path.stem}", unit="image", mininterval=1)
 
     def flush():
         # One shape for every call, so that there is one compilation.
@@ -92,8 +92,8 @@ def _encode(source, encode, image_size, batch_size, max_bad_share, path):
         for index in range(len(source)):
             record = read(index)
             if record is not None:
-                images.append(pipeline.resize(record['image'], image_size))
-                captions.append(list(record['captions']))
+                images.append(pipeline.resize(record["image"], image_size))
+                captions.append(list(record["captions"]))
             if images and (len(images) == batch_size or index == len(source) - 1):
                 flush()
             bar.update()
@@ -102,8 +102,8 @@ def _encode(source, encode, image_size, batch_size, max_bad_share, path):
 
 def _write(path: Path, origin: str, codes: np.ndarray, captions: list[list[str]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_suffix('.tmp')
-    with open(scratch, 'wb') as file:
+    scratch = path.with_suffix(".tmp")
+    with open(scratch, "wb") as file:
         np.savez(file, origin=origin, codes=codes, captions=json.dumps(captions))
         file.flush()
         os.fsync(file.fileno())

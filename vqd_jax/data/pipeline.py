@@ -19,12 +19,13 @@ from absl import logging
 from PIL import Image
 
 from vqd_jax.data.text import END_ID, PAD_ID, START_ID
+from vqd_jax.errors import UserError
 
 
 def _to_text(value):
     """Bytes to str, at any depth of dicts and lists; numbers as they are."""
     if isinstance(value, bytes):
-        return value.decode('utf-8')
+        return value.decode("utf-8")
     if isinstance(value, dict):
         return {key: _to_text(v) for key, v in value.items()}
     if isinstance(value, list) or (isinstance(value, np.ndarray) and value.dtype == object):
@@ -33,13 +34,13 @@ def _to_text(value):
 
 
 def _decode(stored: dict) -> dict:
-    record = {key: _to_text(value) for key, value in stored.items() if key != 'image'}
+    record = {key: _to_text(value) for key, value in stored.items() if key != "image"}
     try:
-        with Image.open(io.BytesIO(stored['image'])) as image:
-            record['image'] = np.asarray(image.convert('RGB'))
+        with Image.open(io.BytesIO(stored["image"])) as image:
+            record["image"] = np.asarray(image.convert("RGB"))
     # Pillow reports damage as OSError, SyntaxError, ValueError, struct.error, ...
     except Exception as error:
-        raise ValueError(f'{record.get("file", "image")}: {error}') from error
+        raise ValueError(f"{record.get('file', 'image')}: {error}") from error
     return record
 
 
@@ -55,7 +56,7 @@ def records(builder: tfds.core.DatasetBuilder, split: str) -> grain.MapDataset:
       as lists of str. Reading a record whose image cannot be decoded raises ValueError.
     """
     # TFDS would return palette indices or four channels for some files, so decode here.
-    decoders = {'image': tfds.decode.SkipDecoding()}
+    decoders = {"image": tfds.decode.SkipDecoding()}
     return grain.MapDataset.source(builder.as_data_source(split, decoders=decoders)).map(_decode)
 
 
@@ -73,7 +74,7 @@ def resize(image: np.ndarray, size: int) -> np.ndarray:
       ValueError: not uint8 [H, W, 3].
     """
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
-        raise ValueError(f'image is {image.dtype} {image.shape}; it must be uint8 [H, W, 3]')
+        raise ValueError(f"image is {image.dtype} {image.shape}; it must be uint8 [H, W, 3]")
     height, width, _ = image.shape
     if height == width == size:
         return image
@@ -106,15 +107,15 @@ class CheckedReader:
         """The record at `index`, or None if it is bad.
 
         Raises:
-          ValueError: more than the tolerated share of records is bad; the message has the counts.
+          UserError: more than the tolerated share of records is bad; the message has the counts.
         """
         try:
             record = self._source[index]
-            captions = record.get('captions', ['none needed'])
+            captions = record.get("captions", ["none needed"])
             if len(captions) == 0 or not all(str(c).strip() for c in captions):
-                raise ValueError(f'{record.get("file", "record")}: empty caption')
+                raise ValueError(f"{record.get('file', 'record')}: empty caption")
         except Exception as error:
-            self._report(index, f'{type(error).__name__}: {error}')
+            self._report(index, f"{type(error).__name__}: {error}")
             return None
         return record
 
@@ -122,13 +123,13 @@ class CheckedReader:
         with self._lock:
             if index not in self.bad:
                 self.bad[index] = reason
-                logging.warning('record %d is skipped: %s', index, reason)
+                logging.warning("record %d is skipped: %s", index, reason)
             bad, total = len(self.bad), len(self._source)
         if bad > self._max_bad_share * total:
-            raise ValueError(
-                f'{bad} of {total} records are bad, more than the tolerated share of '
-                f'{self._max_bad_share}; the last one is record {index} ({reason}). Repair or '
-                'remove them, or raise max_bad_share'
+            raise UserError(
+                f"{bad} of {total} records are bad, more than the tolerated share of "
+                f"{self._max_bad_share}; the last one is record {index} ({reason}). Repair or "
+                "remove them, or raise config.data.max_bad_share"
             )
 
 
@@ -136,9 +137,9 @@ def _indices(count: int, batch_size: int, seed: int, train: bool) -> grain.MapDa
     """This process's stream of `epoch * count + record`: endless and shuffled, or once in order."""
     processes = jax.process_count()
     if count < batch_size * processes:
-        raise ValueError(
-            f'{count} records are too few for one batch of {batch_size} on each of {processes} '
-            'processes; lower the batch size'
+        raise UserError(
+            f"{count} records are too few for one batch of {batch_size} on each of {processes} "
+            "processes; lower the batch size"
         )
     stream = grain.MapDataset.range(count)
     if train:
@@ -180,14 +181,14 @@ def image_dataset(
     """
 
     def resized(record):
-        return {**record, 'image': resize(record['image'], image_size)}
+        return {**record, "image": resize(record["image"], image_size)}
 
     # Resized inside the check, so that an array of the wrong kind is a bad record as well.
     read = CheckedReader(grain.MapDataset.source(source).map(resized), max_bad_share)
 
     def image(index):
         record = read(index % len(source))
-        return None if record is None else {'image': record['image']}
+        return None if record is None else {"image": record["image"]}
 
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=4 * batch_size)
     stream = _indices(len(source), batch_size, seed, train).map(image)
@@ -239,12 +240,12 @@ def code_dataset(
         records than one batch.
     """
     if len(codes) != len(text_ids):
-        raise ValueError(f'{len(codes)} rows of codes but captions of {len(text_ids)} records')
+        raise ValueError(f"{len(codes)} rows of codes but captions of {len(text_ids)} records")
     if not 0 <= null_text_rate <= 1:
-        raise ValueError(f'null_text_rate is {null_text_rate}; it must lie in 0..1')
+        raise ValueError(f"null_text_rate is {null_text_rate}; it must lie in 0..1")
     counts = np.array([len(ids) for ids in text_ids])
     if not counts.all():
-        raise ValueError(f'record {int(counts.argmin())} has no caption; leave it out of the codes')
+        raise ValueError(f"record {int(counts.argmin())} has no caption; leave it out of the codes")
     all_ids = np.concatenate(text_ids).astype(np.int32)
     first = np.concatenate([[0], np.cumsum(counts)[:-1]])
     empty = np.full(all_ids.shape[1], PAD_ID, np.int32)
@@ -257,7 +258,7 @@ def code_dataset(
             caption, null = _uniforms(seed, indices)
             ids = all_ids[first[rows] + (caption * counts[rows]).astype(np.int64)]
             ids[null < null_text_rate] = empty
-        return {'codes': codes[rows].astype(np.int32), 'text_ids': ids}
+        return {"codes": codes[rows].astype(np.int32), "text_ids": ids}
 
     stream = _indices(len(codes), batch_size, seed, train)
     # Batches of indices, then one gather a batch: the work for a record is a few index operations.

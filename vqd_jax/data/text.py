@@ -22,12 +22,12 @@ START_ID = 49406
 END_ID = 49407
 PAD_ID = 0
 
-_MERGES_FILE = 'assets/bpe_simple_vocab_16e6.txt.gz'
+_MERGES_FILE = "assets/bpe_simple_vocab_16e6.txt.gz"
 _NUM_MERGES = 48894
-_MARKS = {'<|startoftext|>': START_ID, '<|endoftext|>': END_ID}
+_MARKS = {"<|startoftext|>": START_ID, "<|endoftext|>": END_ID}
 _SPLIT = (
     r"<\|startoftext\|>|<\|endoftext\|>|(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-    r'|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+'
+    r"|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 )
 
 
@@ -40,21 +40,21 @@ def _byte_symbols() -> list[str]:
 @functools.lru_cache(maxsize=1)
 def _byte_pair_encoder() -> Tokenizer:
     """Builds the encoder from the packaged merges (about 0.2 s, once a process)."""
-    packed = importlib.resources.files('vqd_jax.data').joinpath(_MERGES_FILE).read_bytes()
-    lines = gzip.decompress(packed).decode('utf-8').split('\n')[1 : 1 + _NUM_MERGES]
+    packed = importlib.resources.files("vqd_jax.data").joinpath(_MERGES_FILE).read_bytes()
+    lines = gzip.decompress(packed).decode("utf-8").split("\n")[1 : 1 + _NUM_MERGES]
     merges = [tuple(line.split()) for line in lines]
     symbols = _byte_symbols()
-    tokens = [*symbols, *(s + '</w>' for s in symbols), *(a + b for a, b in merges), *_MARKS]
+    tokens = [*symbols, *(s + "</w>" for s in symbols), *(a + b for a, b in merges), *_MARKS]
     vocabulary = {token: i for i, token in enumerate(tokens)}
     if len(vocabulary) != VOCAB_SIZE:
         raise ValueError(
-            f'{_MERGES_FILE}: {len(vocabulary)} different tokens instead of {VOCAB_SIZE}; '
-            'the file is damaged, reinstall vqd_jax'
+            f"{_MERGES_FILE}: {len(vocabulary)} different tokens instead of {VOCAB_SIZE}; "
+            "the file is damaged, reinstall vqd_jax"
         )
-    encoder = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, end_of_word_suffix='</w>'))
+    encoder = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, end_of_word_suffix="</w>"))
     encoder.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(_SPLIT), 'removed', invert=True),
+            pre_tokenizers.Split(Regex(_SPLIT), "removed", invert=True),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
@@ -66,7 +66,7 @@ def clean(caption: str) -> str:
     """Lower case, text repaired by ftfy, HTML entities resolved, white space collapsed."""
     text = ftfy.fix_text(caption.lower())
     text = html.unescape(html.unescape(text)).strip()
-    return re.sub(r'\s+', ' ', text).strip().lower()
+    return re.sub(r"\s+", " ", text).strip().lower()
 
 
 class ClipTokenizer:
@@ -81,7 +81,7 @@ class ClipTokenizer:
     def __init__(self, context_length: int = 77):
         if context_length < 2:
             raise ValueError(
-                f'context_length is {context_length}; a row needs 2 ids for its start and end mark'
+                f"context_length is {context_length}; a row needs 2 ids for its start and end mark"
             )
         self.context_length = context_length
         self._encoder = _byte_pair_encoder()
@@ -115,7 +115,7 @@ class ClipTokenizer:
         length = self.context_length
         if len(ids) > length:
             logging.warning(
-                'caption of %d ids is cut to the limit of %d: %r...', len(ids), length, caption[:60]
+                "caption of %d ids is cut to the limit of %d: %r...", len(ids), length, caption[:60]
             )
             ids = [*ids[: length - 1], END_ID]
         row = np.full(length, PAD_ID, np.int32)
@@ -145,11 +145,11 @@ class ClipTokenizer:
         ids = [int(i) for i in ids]
         bad = [i for i in ids if not 0 <= i < VOCAB_SIZE]
         if bad:
-            raise ValueError(f'id {bad[0]} is outside 0..{VOCAB_SIZE - 1}')
+            raise ValueError(f"id {bad[0]} is outside 0..{VOCAB_SIZE - 1}")
         if END_ID in ids:
             ids = ids[: len(ids) - 1 - ids[::-1].index(END_ID)]
         if ids and ids[0] == START_ID:
             ids = ids[1:]
-        marks = {i: f'{mark}</w>' for mark, i in _MARKS.items()}
-        words = ''.join(marks.get(i) or self._encoder.id_to_token(i) for i in ids).split('</w>')
-        return ' '.join(self._encoder.decoder.decode([word]) for word in words).strip()
+        marks = {i: f"{mark}</w>" for mark, i in _MARKS.items()}
+        words = "".join(marks.get(i) or self._encoder.id_to_token(i) for i in ids).split("</w>")
+        return " ".join(self._encoder.decoder.decode([word]) for word in words).strip()

@@ -124,9 +124,7 @@ def sample(
 
     def step(tokens, pair):
         t, s = pair
-        token_keys = jax.vmap(
-            lambda k: jax.random.split(jax.random.fold_in(k, s), num_tokens)
-        )(key)
+        token_keys = jax.vmap(lambda k: jax.random.split(jax.random.fold_in(k, s), num_tokens))(key)
         draw = jax.vmap(transition.draw_posterior, in_axes=(0, 0, 0, None, None, None))
         draw = jax.vmap(draw, in_axes=(0, 0, 0, None, None, None))
         tokens = draw(token_keys, predict(tokens, t), tokens, s, t, schedule).astype(jnp.int32)

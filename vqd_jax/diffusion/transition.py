@@ -94,7 +94,8 @@ def marginal(log_x0: jax.Array, t: jax.Array, schedule: Schedule) -> jax.Array:
     """
     chex.assert_shape(log_x0, (schedule.num_codes,))
     keep, replace, mask = (
-        safe_log(jnp.asarray(table)[t]) for table in (schedule.keep, schedule.replace, schedule.mask)
+        safe_log(jnp.asarray(table)[t])
+        for table in (schedule.keep, schedule.replace, schedule.mask)
     )
     return jnp.append(jnp.logaddexp(keep + log_x0, replace), mask)
 

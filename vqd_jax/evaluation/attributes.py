@@ -11,7 +11,7 @@ from scipy import ndimage
 
 from vqd_jax.data.builders import shapes_text
 
-ATTRIBUTES = ('colour', 'shape', 'size', 'position')
+ATTRIBUTES = ("colour", "shape", "size", "position")
 
 # Euclidean RGB distance from the background that counts as an object; the palest object colour is
 # more than twice as far from every background.
@@ -97,7 +97,7 @@ def read_attributes(image: np.ndarray) -> list[dict[str, str]]:
       ValueError: not uint8 [S, S, 3].
     """
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[:2] != (len(image),) * 2:
-        raise ValueError(f'image is {image.dtype} {image.shape}; it must be uint8 [S, S, 3]')
+        raise ValueError(f"image is {image.dtype} {image.shape}; it must be uint8 [S, S, 3]")
     size = len(image)
     pixels = image.astype(float)
     background = _background_colour(pixels)
@@ -117,16 +117,16 @@ def read_attributes(image: np.ndarray) -> list[dict[str, str]]:
         near &= (labels == label) | (labels == 0)
         alpha = np.where(near, np.clip(offset @ direction, 0, 1), 0)
         shape, x, y, radius = _fit_shape(alpha)
-        limit = (shapes_text.RADII['small'][1] + shapes_text.RADII['large'][0]) / 2
+        limit = (shapes_text.RADII["small"][1] + shapes_text.RADII["large"][0]) / 2
         found.append(
             {
-                'colour': _nearest(colour, shapes_text.COLOURS),
-                'shape': shape,
-                'size': 'small' if radius < limit * size else 'large',
-                'position': _position(x / size, y / size),
+                "colour": _nearest(colour, shapes_text.COLOURS),
+                "shape": shape,
+                "size": "small" if radius < limit * size else "large",
+                "position": _position(x / size, y / size),
             }
         )
-    return sorted(found, key=lambda o: shapes_text.POSITIONS.index(o['position']))
+    return sorted(found, key=lambda o: shapes_text.POSITIONS.index(o["position"]))
 
 
 def attribute_scores(image: np.ndarray, wanted: list[dict[str, str]]) -> dict[str, float]:
@@ -151,4 +151,4 @@ def attribute_scores(image: np.ndarray, wanted: list[dict[str, str]]) -> dict[st
     pairings = itertools.permutations(padded[:6], len(wanted))
     best = np.mean(max((right(p) for p in pairings), key=np.sum), axis=0)
     scores = dict(zip(ATTRIBUTES, map(float, best), strict=True))
-    return scores | {'count': float(len(found) == len(wanted))}
+    return scores | {"count": float(len(found) == len(wanted))}

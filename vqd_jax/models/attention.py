@@ -61,7 +61,7 @@ class Attention(nnx.Module):
 
 
 def stack_layers(make_layer: Callable, num_layers: int, rngs: nnx.Rngs) -> nnx.Module:
-    """``num_layers`` independently initialised layers whose parameters have a leading layer axis."""
+    """``num_layers`` independent layers; their parameters have a leading layer axis."""
 
     @nnx.split_rngs(splits=num_layers)
     @nnx.vmap(in_axes=0, out_axes=0)

@@ -1,8 +1,8 @@
 """The denoiser of VQ-Diffusion: a transformer that predicts clean codes from noisy tokens.
 
-Every block is self-attention, cross-attention to all text positions and an MLP, each on a normalised
-input and added to the stream. The norms before the attentions are AdaLN: scale and shift come from a
-learned embedding of the time, with a table of its own for every norm (section 4.3 of
+Every block is self-attention, cross-attention to all text positions and an MLP, each on a
+normalised input and added to the stream. The norms before the attentions are AdaLN: scale and shift
+come from a learned embedding of the time, with a table of its own for every norm (section 4.3 of
 arXiv:2111.14822; "AdaLayerNorm" in the published code).
 
 Letters: B batch, N image tokens, L text positions, D width, K codes, H heads, T steps.
@@ -70,9 +70,7 @@ class AdaLayerNorm(nnx.Module):
         self.norm = nnx.LayerNorm(
             config.width, epsilon=1e-5, use_bias=False, use_scale=False, rngs=rngs
         )
-        self.embedding = nnx.Embed(
-            config.num_steps, config.width, embedding_init=INIT, rngs=rngs
-        )
+        self.embedding = nnx.Embed(config.num_steps, config.width, embedding_init=INIT, rngs=rngs)
         self.linear = make_linear(config.width, 2 * config.width, rngs=rngs)
 
     def modulation(self, time: jax.Array) -> jax.Array:
@@ -153,9 +151,7 @@ class Denoiser(nnx.Module):
             )
         )
 
-    def denoise(
-        self, tokens: jax.Array, modulations: jax.Array, context: TextContext
-    ) -> jax.Array:
+    def denoise(self, tokens: jax.Array, modulations: jax.Array, context: TextContext) -> jax.Array:
         """Logits float32 [B, N, K] of tokens [B, N] in 0..K.
 
         Args:
@@ -165,8 +161,9 @@ class Denoiser(nnx.Module):
         """
         rows, columns = self.config.grid
         chex.assert_shape(tokens, (None, rows * columns))
-        position = self.row_embedding(jnp.arange(rows))[:, None] + (
-            self.column_embedding(jnp.arange(columns))[None]
+        position = (
+            self.row_embedding(jnp.arange(rows))[:, None]
+            + (self.column_embedding(jnp.arange(columns))[None])
         )
         h = self.code_embedding(tokens) + position.reshape(1, rows * columns, -1)
         h = attention.scan_layers(self.blocks, h, (modulations, context), self.config.remat)

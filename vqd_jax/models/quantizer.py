@@ -33,8 +33,8 @@ class CodebookState:
 def init_codebook(key, num_codes, codebook_dim):
     """Returns a standard normal codebook that has never been used.
 
-    All usage counts are zero, so the first `update_codebook` with revival re-seeds every code
-    from real encoder outputs.
+    All usage counts are zero, so the first `update_codebook` with revival replaces the whole
+    codebook: a code that many latents chose becomes their mean, every other one a latent.
 
     Args:
         key: PRNG key.
@@ -94,9 +94,7 @@ def lookup(codes, codebook):
     return jnp.take(codebook, codes, axis=0, mode="clip")
 
 
-def update_codebook(
-    state, z, codes, *, key, decay=0.99, epsilon=1e-5, revival_threshold=0.0
-):
+def update_codebook(state, z, codes, *, key, decay=0.99, epsilon=1e-5, revival_threshold=0.0):
     """One step of the moving-average codebook, with revival of unused codes.
 
     With n_k latents of sum s_k assigned to code k:
@@ -166,9 +164,9 @@ def code_usage(codes, num_codes):
 
     Returns:
         Two float32 scalars: perplexity, exp of the entropy of the code frequencies (1: a single
-        code; K: all equally often), and the share of the K codes that occur at all.
+        code; K: all equally often), and how many of the K codes occur at all.
     """
     counts = jnp.bincount(codes.reshape(-1), length=num_codes)
     share = counts / codes.size
     entropy = -jnp.sum(jnp.where(counts > 0, share * jnp.log(jnp.maximum(share, 1e-12)), 0.0))
-    return jnp.exp(entropy), jnp.mean((counts > 0).astype(jnp.float32))
+    return jnp.exp(entropy), jnp.sum(counts > 0).astype(jnp.float32)

@@ -50,10 +50,10 @@ class AutoencoderOptions:
     clip_norm: float = 1.0
     beta1: float = 0.9
     beta2: float = 0.99
-    squared_weight: float = 0.0
+    squared_weight: float = 1.0
     commitment: float = 0.25
-    codebook_decay: float = 0.99
-    revival_threshold: float = 0.1
+    codebook_decay: float = 0.95
+    revival_threshold: float = 0.3
 
     def __post_init__(self):
         if not 0 <= self.warmup_steps < self.steps:

@@ -1,5 +1,6 @@
 """Checkpoints of a run: state, place in the data, config. The only module that imports Orbax."""
 
+import contextlib
 from typing import Any
 
 import grain
@@ -43,18 +44,31 @@ class Checkpoints:
         """
         if step in self._manager.all_steps():
             return
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state),
-                data=grain.checkpoint.CheckpointSave(iterator),
-                config=ocp.args.JsonSave(config),
-            ),
-        )
+        with self._write_errors():
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state),
+                    data=grain.checkpoint.CheckpointSave(iterator),
+                    config=ocp.args.JsonSave(config),
+                ),
+            )
 
     def wait(self) -> None:
         """Returns when everything is on disk."""
-        self._manager.wait_until_finished()
+        with self._write_errors():
+            self._manager.wait_until_finished()
+
+    @contextlib.contextmanager
+    def _write_errors(self):
+        try:
+            yield
+        except Exception as error:  # TensorStore reports a full disk as a ValueError.
+            raise UserError(
+                f"a checkpoint could not be written to {self.directory}: "
+                f"{str(error).strip().splitlines()[0][:500]}. The newest complete one is of step "
+                f"{self.latest_step}; make room and run the same command again"
+            ) from error
 
     def restore(self, abstract_state: Any, iterator: grain.DatasetIterator) -> Any:
         """The newest readable state; ``iterator`` is put to its place in the data.
@@ -88,6 +102,7 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits for the writes and stops the background threads."""
+        self.wait()
         self._manager.close()
 
 
@@ -119,9 +134,7 @@ def load(directory: str, abstract_state: Any) -> tuple[int, Any]:
 def abstract(tree: Any) -> Any:
     """Shapes and dtypes of a pytree, placed on the first device."""
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree
-    )
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
 
 
 def _steps(path: epath.Path) -> list[int]:

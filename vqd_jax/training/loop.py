@@ -3,6 +3,7 @@
 Nothing here knows what is trained: a step is (state, batch) -> (state, metrics).
 """
 
+import contextlib
 import math
 import signal
 import time
@@ -75,49 +76,73 @@ def fit(
       UserError: the loss is not finite, or no checkpoint can be read.
       Terminated: after SIGTERM, once the state is saved.
     """
-    checkpoints = Checkpoints(f"{directory}/checkpoints", keep_checkpoints)
-    iterator = iter(dataset)
-    if checkpoints.latest_step is None:
-        state = jax.jit(create_state)()
-    else:
-        state = checkpoints.restore(abstract(jax.eval_shape(create_state)), iterator)
-        logging.info("%s goes on from step %d in %s", name, int(state.step), directory)
-    step = int(state.step)
-    writer = MetricWriter(directory, step)
-    save = lambda: checkpoints.save(step, state, iterator, config.to_dict())  # noqa: E731
+    with contextlib.ExitStack() as stack:
+        checkpoints = Checkpoints(f"{directory}/checkpoints", keep_checkpoints)
+        # Whatever ends the run, a write that has begun is completed.
+        stack.callback(checkpoints.close)
+        iterator = iter(dataset)
+        if checkpoints.latest_step is None:
+            state = jax.jit(create_state)()
+        else:
+            state = checkpoints.restore(abstract(jax.eval_shape(create_state)), iterator)
+        step = int(state.step)
+        if step:
+            left = "goes on" if step < num_steps else "is done, nothing is left to do:"
+            logging.info("%s %s from step %d in %s", name, left, step, directory)
 
-    with _SigtermFlag() as sigterm, progress_bar(name, num_steps, step) as bar:
-        clock, timed_steps = time.perf_counter(), 0
-        pending = None
+        writer = stack.enter_context(contextlib.closing(MetricWriter(directory, step)))
+        sigterm = stack.enter_context(_SigtermFlag())
+        bar = stack.enter_context(progress_bar(name, num_steps, step))
+        speed = _Speed(batch_size)
+        last = None
         while step < num_steps and not sigterm.raised:
             state, metrics = train_step(state, next(iterator))
-            step, timed_steps = step + 1, timed_steps + 1
+            step += 1
             # The step before is finished by now, so that reading it does not hold this one up.
-            _require_finite(pending, checkpoints)
-            pending = step, metrics
+            _require_finite(last, checkpoints)
+            last = step, metrics
+            speed.count()
             if step % log_every == 0 or step == num_steps:
                 values = {key: float(value) for key, value in metrics.items()}
-                seconds = time.perf_counter() - clock
-                values["images_per_second"] = timed_steps * batch_size / seconds
-                clock, timed_steps = time.perf_counter(), 0
+                values["images_per_second"] = speed.read()
                 writer.write(step, {f"{prefix}/{key}": value for key, value in values.items()})
-                bar.set_postfix_str(
-                    f"loss {values['loss']:.3f}, {values['images_per_second']:.0f} images/s",
-                    refresh=False,
-                )
+                shown = "loss {loss:.3f}, {images_per_second:.0f} images/s".format(**values)
+                bar.set_postfix_str(shown, refresh=False)
             bar.update()
-            pause = time.perf_counter()
-            # Before the save: what a kill cuts off here is done again from the checkpoint before.
-            on_step(step, state, writer)
-            clock += time.perf_counter() - pause
-            if step % save_every == 0 or step == num_steps or sigterm.raised:
-                _require_finite(pending, checkpoints)
-                save()
-        checkpoints.close()
-        writer.close()
+            with speed.paused():
+                # Before the save: what a kill cuts off in here is done again after the restart.
+                on_step(step, state, writer)
+                if step % save_every == 0 or step == num_steps:
+                    _require_finite(last, checkpoints)
+                    checkpoints.save(step, state, iterator, config.to_dict())
         if step < num_steps:
-            raise Terminated(f"stopped by SIGTERM after step {step}; run the same command to go on")
-    return state
+            _require_finite(last, checkpoints)
+            checkpoints.save(step, state, iterator, config.to_dict())
+            raise Terminated(f"stopped by SIGTERM at step {step}; the same command goes on")
+        return state
+
+
+class _Speed:
+    """Images a second since the last reading, pauses left out."""
+
+    def __init__(self, batch_size: int):
+        self._batch_size = batch_size
+        self._start, self._steps = time.perf_counter(), 0
+
+    def count(self) -> None:
+        self._steps += 1
+
+    def read(self) -> float:
+        now = time.perf_counter()
+        speed = self._steps * self._batch_size / (now - self._start)
+        self._start, self._steps = now, 0
+        return speed
+
+    @contextlib.contextmanager
+    def paused(self):
+        pause = time.perf_counter()
+        yield
+        self._start += time.perf_counter() - pause
 
 
 def _require_finite(pending: tuple[int, dict] | None, checkpoints: Checkpoints) -> None:

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 
 class MetricWriter:
-    """Appends metrics to ``workdir/metrics.jsonl`` (an object a line) and to ``workdir/tensorboard``.
+    """Appends to ``workdir/metrics.jsonl`` (an object a line) and to ``workdir/tensorboard``.
 
     Lines of later steps than ``step`` are dropped first: the run that is continued from a
     checkpoint writes them anew.

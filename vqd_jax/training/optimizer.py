@@ -16,7 +16,7 @@ def learning_rate(
 def adamw(
     schedule: optax.Schedule, *, b1: float, b2: float, weight_decay: float, clip_norm: float
 ) -> optax.GradientTransformation:
-    """AdamW on clipped gradients. Weight decay reaches every parameter, as in the published code."""
+    """AdamW on clipped gradients; every parameter decays, as in the published code."""
     return optax.chain(
         optax.clip_by_global_norm(clip_norm),
         optax.adamw(schedule, b1=b1, b2=b2, weight_decay=weight_decay),

@@ -82,11 +82,13 @@ def _train(config: ConfigDict, directory: str, builder) -> Any:
         train=True,
         max_bad_share=config.data.max_bad_share,
     )
-    step = functools.partial(training.train_step, config=sizes, options=options)
+    step = jax.jit(
+        functools.partial(training.train_step, config=sizes, options=options), donate_argnums=0
+    )
     state = loop.fit(
         "autoencoder",
         functools.partial(training.create_state, sizes, options, jax.random.key(config.seed)),
-        lambda state, batch, step=jax.jit(step, donate_argnums=0): step(state, batch["image"]),
+        lambda state, batch: step(state, batch["image"]),
         dataset,
         directory=directory,
         prefix="autoencoder",
@@ -98,16 +100,17 @@ def _train(config: ConfigDict, directory: str, builder) -> Any:
         keep_checkpoints=config.training.keep_checkpoints,
     )
     _report(state, sizes, builder, directory)
-    return jax.tree.map(
-        np.asarray, training.with_codebook(state.params, state.codebook.codebook)
-    )
+    return jax.tree.map(np.asarray, training.with_codebook(state.params, state.codebook.codebook))
 
 
 def _report(state, sizes, builder, directory: str) -> None:
     """Logs the PSNR on validation pictures and draws some beside their reconstructions."""
     read = pipeline.CheckedReader(pipeline.records(builder, "validation"), 1.0)
-    records = [r for r in map(read, range(min(64, builder.info.splits["validation"].num_examples)))
-               if r is not None]
+    records = [
+        r
+        for r in map(read, range(min(64, builder.info.splits["validation"].num_examples)))
+        if r is not None
+    ]
     images = np.stack([pipeline.resize(r["image"], sizes.image_size) for r in records])
     evaluate = jax.jit(functools.partial(training.eval_reconstruction, config=sizes))
     result = evaluate(state.params, state.codebook.codebook, images)

@@ -134,7 +134,7 @@ def _train(config, workdir, splits, autoencoder_params) -> None:
 
 
 class Evaluation:
-    """Likelihoods and pictures of the averaged parameters; compiled functions live as long as it."""
+    """Likelihoods and pictures of the averaged parameters; compiles each function once."""
 
     def __init__(self, config, workdir, splits, tokenizer, autoencoder_params):
         self._config = config

@@ -10,36 +10,37 @@ from absl import logging
 
 from vqd_jax.data.builders.emoji_text import EmojiText
 from vqd_jax.data.builders.shapes_text import ShapesText
+from vqd_jax.errors import UserError
 
-_BUILDERS = {'emoji_text': EmojiText, 'shapes_text': ShapesText}
+_BUILDERS = {"emoji_text": EmojiText, "shapes_text": ShapesText}
 
 
 def _create(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
-    base, _, config = name.partition('/')
+    base, _, config = name.partition("/")
     names = [
         *_BUILDERS,
-        *(f'{n}/{c}' for n, b in _BUILDERS.items() for c in b.builder_configs),
+        *(f"{n}/{c}" for n, b in _BUILDERS.items() for c in b.builder_configs),
     ]
     if name not in names:
-        raise ValueError(f'unknown data set {name!r}; there are {", ".join(names)}')
+        raise UserError(f"unknown data set {name!r}; there are {', '.join(names)}")
     return _BUILDERS[base](data_dir=data_dir or None, config=config or None)
 
 
 def _prepare(builder: tfds.core.DatasetBuilder) -> None:
     start = time.monotonic()
-    logging.info('preparing %s in %s', builder.info.full_name, builder.data_path)
+    logging.info("preparing %s in %s", builder.info.full_name, builder.data_path)
     bars = tfds.core.utils.tqdm_utils
     # TFDS prints to stdout and draws bars; a log file or a pipe wants neither.
-    with open(os.devnull, 'w') as nowhere, contextlib.redirect_stdout(nowhere):
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         bars.display_progress_bar(sys.stderr.isatty())
         try:
-            builder.download_and_prepare(file_format='array_record')
+            builder.download_and_prepare(file_format="array_record")
         finally:
             bars.display_progress_bar(True)
-    logging.info('prepared %s in %.1f s', builder.info.full_name, time.monotonic() - start)
+    logging.info("prepared %s in %.1f s", builder.info.full_name, time.monotonic() - start)
 
 
-def load(name: str, data_dir: str = '') -> tfds.core.DatasetBuilder:
+def load(name: str, data_dir: str = "") -> tfds.core.DatasetBuilder:
     """Gives a data set ready to be read, preparing it on first use.
 
     Preparation writes to a temporary directory beside the final one and renames it at the end, so
@@ -54,7 +55,7 @@ def load(name: str, data_dir: str = '') -> tfds.core.DatasetBuilder:
       The prepared TFDS builder, stored as array_record.
 
     Raises:
-      ValueError: an unknown name.
+      UserError: an unknown name.
       OSError: the directory cannot be written or holds something else. The subclass is the one of
         the cause (PermissionError, NotADirectoryError, FileNotFoundError, ...).
     """
@@ -66,18 +67,18 @@ def load(name: str, data_dir: str = '') -> tfds.core.DatasetBuilder:
     except OSError as error:
         if not path.exists():
             message = (
-                f'cannot prepare {name}: {error.strerror or error}; make the directory '
-                'writable or choose another data_dir (or TFDS_DATA_DIR)'
+                f"cannot prepare {name}: {error.strerror or error}; make the directory "
+                "writable or choose another data_dir (or TFDS_DATA_DIR)"
             )
             if error.errno is None:
-                raise OSError(f'{message}: {path}') from error
+                raise OSError(f"{message}: {path}") from error
             # OSError picks the subclass by the number.
             raise OSError(error.errno, message, str(path)) from error
-        logging.info('%s was prepared by another process meanwhile', name)
+        logging.info("%s was prepared by another process meanwhile", name)
     builder = _create(name, data_dir)
     if not builder.info.splits:
         raise FileNotFoundError(
-            f'{path} exists but holds no prepared data set (no dataset_info.json); '
-            'remove that directory and run again'
+            f"{path} exists but holds no prepared data set (no dataset_info.json); "
+            "remove that directory and run again"
         )
     return builder

@@ -17,65 +17,65 @@ import tensorflow_datasets as tfds
 from PIL import Image, ImageDraw
 
 COLOURS = {
-    'red': (215, 25, 35),
-    'orange': (250, 135, 10),
-    'yellow': (245, 215, 0),
-    'green': (20, 145, 50),
-    'cyan': (0, 195, 205),
-    'blue': (25, 55, 220),
-    'purple': (140, 30, 165),
-    'black': (15, 15, 15),
+    "red": (215, 25, 35),
+    "orange": (250, 135, 10),
+    "yellow": (245, 215, 0),
+    "green": (20, 145, 50),
+    "cyan": (0, 195, 205),
+    "blue": (25, 55, 220),
+    "purple": (140, 30, 165),
+    "black": (15, 15, 15),
 }
 BACKGROUNDS = {
-    'white': (255, 255, 255),
-    'grey': (200, 200, 200),
-    'pale blue': (200, 220, 255),
-    'pale green': (205, 245, 205),
-    'pale pink': (255, 205, 220),
+    "white": (255, 255, 255),
+    "grey": (200, 200, 200),
+    "pale blue": (200, 220, 255),
+    "pale green": (205, 245, 205),
+    "pale pink": (255, 205, 220),
 }
-SHAPES = ('circle', 'square', 'triangle', 'diamond', 'cross', 'star')
-SIZES = ('small', 'large')
+SHAPES = ("circle", "square", "triangle", "diamond", "cross", "star")
+SIZES = ("small", "large")
 POSITIONS = (
-    *('top left', 'top', 'top right'),
-    *('left', 'centre', 'right'),
-    *('bottom left', 'bottom', 'bottom right'),
+    *("top left", "top", "top right"),
+    *("left", "centre", "right"),
+    *("bottom left", "bottom", "bottom right"),
 )
 # Radii and offsets are shares of the image side. The grid leaves every object whole inside the
 # picture, and two objects in opposite rows or columns at least a pixel apart at S = 32.
 GRID = (0.27, 0.5, 0.73)
 _JITTER = 0.015
-RADII = {'small': (0.13, 0.15), 'large': (0.21, 0.23)}
+RADII = {"small": (0.13, 0.15), "large": (0.21, 0.23)}
 
-SPLITS = ('train', 'validation', 'test')
+SPLITS = ("train", "validation", "test")
 _TWO_OBJECTS_RATE = 0.25
 _SUPERSAMPLING = 4
 
 _SYNONYMS = {
-    'red': ('red', 'crimson', 'scarlet'),
-    'orange': ('orange', 'tangerine'),
-    'yellow': ('yellow', 'golden'),
-    'green': ('green', 'emerald'),
-    'cyan': ('cyan', 'turquoise'),
-    'blue': ('blue', 'cobalt'),
-    'purple': ('purple', 'violet'),
-    'black': ('black', 'jet black'),
-    'circle': ('circle', 'ball', 'disc'),
-    'square': ('square', 'box', 'block'),
-    'triangle': ('triangle', 'pyramid'),
-    'diamond': ('diamond', 'rhombus'),
-    'cross': ('cross', 'plus sign'),
-    'star': ('star', 'five-pointed star'),
-    'small': ('small', 'little', 'tiny'),
-    'large': ('large', 'big', 'huge'),
-    'left': ('on the left', 'on the left side', 'to the left'),
-    'right': ('on the right', 'on the right side', 'to the right'),
-    'top': ('at the top', 'on the top side', 'near the top'),
-    'bottom': ('at the bottom', 'on the bottom side', 'near the bottom'),
-    'centre': ('in the centre', 'in the middle', 'in the center'),
-    'top left': ('at the top left', 'in the upper left', 'in the top left corner'),
-    'top right': ('at the top right', 'in the upper right', 'in the top right corner'),
-    'bottom left': ('at the bottom left', 'in the lower left', 'in the bottom left corner'),
-    'bottom right': ('at the bottom right', 'in the lower right', 'in the bottom right corner'),
+    "red": ("red", "crimson", "scarlet"),
+    "orange": ("orange", "tangerine"),
+    "yellow": ("yellow", "golden"),
+    "green": ("green", "emerald"),
+    "cyan": ("cyan", "turquoise"),
+    "blue": ("blue", "cobalt"),
+    "purple": ("purple", "violet"),
+    "black": ("black", "jet black"),
+    "circle": ("circle", "ball", "disc"),
+    "square": ("square", "box", "block"),
+    "triangle": ("triangle", "pyramid"),
+    "diamond": ("diamond", "rhombus"),
+    "cross": ("cross", "plus sign"),
+    "star": ("star", "five-pointed star"),
+    "small": ("small", "little", "tiny"),
+    "large": ("large", "big", "huge"),
+    "left": ("on the left", "on the left side", "to the left"),
+    "right": ("on the right", "on the right side", "to the right"),
+    "top": ("at the top", "on the top side", "near the top"),
+    "bottom": ("at the bottom", "on the bottom side", "near the bottom"),
+    "centre": ("in the centre", "in the middle", "in the center"),
+    "top left": ("at the top left", "in the upper left", "in the top left corner"),
+    "top right": ("at the top right", "in the upper right", "in the top right corner"),
+    "bottom left": ("at the bottom left", "in the lower left", "in the bottom left corner"),
+    "bottom right": ("at the bottom right", "in the lower right", "in the bottom right corner"),
 }
 
 
@@ -135,17 +135,17 @@ def scene(seed: int, index: int, split: str) -> Scene:
       ValueError: another split.
     """
     if split not in SPLITS:
-        raise ValueError(f'split is {split!r}; it is one of {", ".join(SPLITS)}')
+        raise ValueError(f"split is {split!r}; it is one of {', '.join(SPLITS)}")
     rng = np.random.default_rng([seed, SPLITS.index(split), index])
     colour, other = rng.choice(list(COLOURS), 2, replace=False).tolist()
     position = _choose(rng, POSITIONS)
     size = _choose(rng, SIZES)
     background = _choose(rng, list(BACKGROUNDS))
-    objects = [_object(rng, colour, split == 'test', size, position)]
+    objects = [_object(rng, colour, split == "test", size, position)]
     # Two large objects would touch, and nothing is far enough from the centre.
-    if rng.uniform() < _TWO_OBJECTS_RATE and position != 'centre':
+    if rng.uniform() < _TWO_OBJECTS_RATE and position != "centre":
         place = _choose(rng, [p for p in POSITIONS if _apart(position, p)])
-        size = 'small' if size == 'large' else _choose(rng, SIZES)
+        size = "small" if size == "large" else _choose(rng, SIZES)
         objects.append(_object(rng, other, False, size, place))
     return Scene(background, tuple(objects))
 
@@ -157,20 +157,20 @@ def _outline(shape: str, radius: float) -> np.ndarray:
         angles = first + np.arange(len(radii)) * (2 * math.pi / len(radii))
         return np.stack([np.cos(angles), np.sin(angles)], axis=1) * np.asarray(radii)[:, None]
 
-    if shape == 'square':
+    if shape == "square":
         corners = 0.88 * np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)])
-    elif shape == 'triangle':
+    elif shape == "triangle":
         corners = regular([1.1] * 3, -math.pi / 2)
-    elif shape == 'diamond':
+    elif shape == "diamond":
         corners = np.array([(0, -1.1), (0.8, 0), (0, 1.1), (-0.8, 0)])
-    elif shape == 'cross':
+    elif shape == "cross":
         a = 0.34
         corners = [(-a, -1), (a, -1), (a, -a), (1, -a), (1, a), (a, a)]
         corners = np.array(corners + [(-x, -y) for x, y in corners])
-    elif shape == 'star':
+    elif shape == "star":
         corners = regular([1.1, 0.45] * 5, -math.pi / 2)
     else:
-        raise ValueError(f'shape is {shape!r}; it is one of {", ".join(SHAPES)}')
+        raise ValueError(f"shape is {shape!r}; it is one of {', '.join(SHAPES)}")
     return radius * corners
 
 
@@ -186,11 +186,11 @@ def coverage(shape: str, x: float, y: float, radius: float, size: int) -> np.nda
       float32 [S, S] in 0..1.
     """
     k = _SUPERSAMPLING
-    canvas = Image.new('L', (k * size, k * size))
+    canvas = Image.new("L", (k * size, k * size))
     draw = ImageDraw.Draw(canvas)
     # Pillow cuts coordinates to whole numbers and paints both end points of a span; the constants
     # undo that, so that the centre is right to an eighth of a pixel and the area to 3 %.
-    if shape == 'circle':
+    if shape == "circle":
         low, high = (k * (np.array([x, y]) + sign * radius) + 0.5 for sign in (-1, 1))
         draw.ellipse([*low, *(high - 1)], fill=255)
     else:
@@ -210,19 +210,19 @@ def render(scene: Scene, size: int) -> np.ndarray:
 
 
 def _with_article(words: str) -> str:
-    return f'{"an" if words[0] in "aeiou" else "a"} {words}'
+    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
 def _phrase(o: Shape, word, order: int) -> str:
-    what = f'{word(o.size)} {word(o.colour)} {word(o.shape)}'
+    what = f"{word(o.size)} {word(o.colour)} {word(o.shape)}"
     if order == 0:
-        return f'{_with_article(what)} {word(o.position)}'
+        return f"{_with_article(what)} {word(o.position)}"
     if order == 1:
-        return f'{what}, {word(o.position)}'
+        return f"{what}, {word(o.position)}"
     if order == 2:
-        return f'{word(o.position)}, {_with_article(what)}'
-    what = f'{word(o.colour)} {word(o.shape)}'
-    return f'{_with_article(what)} {word(o.position)}, {word(o.size)}'
+        return f"{word(o.position)}, {_with_article(what)}"
+    what = f"{word(o.colour)} {word(o.shape)}"
+    return f"{_with_article(what)} {word(o.position)}, {word(o.size)}"
 
 
 def captions(scene: Scene) -> list[str]:
@@ -231,18 +231,18 @@ def captions(scene: Scene) -> list[str]:
     The first is in plain words and one order and names the background; the others vary words and
     order, and half of them name the background. A pure function of the scene.
     """
-    first = ' and '.join(_phrase(o, lambda w: _SYNONYMS.get(w, (w,))[0], 0) for o in scene.objects)
-    result = [f'{first}, {scene.background} background']
+    first = " and ".join(_phrase(o, lambda w: _SYNONYMS.get(w, (w,))[0], 0) for o in scene.objects)
+    result = [f"{first}, {scene.background} background"]
     rng = np.random.default_rng(zlib.crc32(repr(scene).encode()))
     for _ in range(3):
         order = int(rng.integers(4))
         objects = list(scene.objects)
         if rng.uniform() < 0.5:
             objects.reverse()
-        joint = (' and ', '; ', '; ', '; ')[order]
+        joint = (" and ", "; ", "; ", "; ")[order]
         text = joint.join(_phrase(o, lambda w: _choose(rng, _SYNONYMS[w]), order) for o in objects)
         if rng.uniform() < 0.5:
-            text += f', on {_with_article(scene.background)} background'
+            text += f", on {_with_article(scene.background)} background"
         result.append(text)
     return result
 
@@ -265,37 +265,37 @@ class ShapesText(tfds.core.GeneratorBasedBuilder):
     of `colour`, `shape`, `size`, `position` texts; `background` text; `file` "split/index".
     """
 
-    VERSION = tfds.core.Version('1.0.0')
-    RELEASE_NOTES = {'1.0.0': 'First release.'}
+    VERSION = tfds.core.Version("1.0.0")
+    RELEASE_NOTES = {"1.0.0": "First release."}
     BUILDER_CONFIGS = [
-        ShapesConfig(name='32px', description='32x32 pixels'),
-        ShapesConfig(name='64px', description='64x64 pixels', image_size=64),
+        ShapesConfig(name="32px", description="32x32 pixels"),
+        ShapesConfig(name="64px", description="64x64 pixels", image_size=64),
     ]
 
     def _info(self) -> tfds.core.DatasetInfo:
         size = self.builder_config.image_size
         text = tfds.features.Text
-        attributes = {name: text() for name in ('colour', 'shape', 'size', 'position')}
+        attributes = {name: text() for name in ("colour", "shape", "size", "position")}
         return tfds.core.DatasetInfo(
             builder=self,
             description=(
-                'Procedural pictures of one or two coloured shapes on a pale background, with '
-                'four captions each. Pairs of colour and shape that occur in the test split '
-                'never occur in training.'
+                "Procedural pictures of one or two coloured shapes on a pale background, with "
+                "four captions each. Pairs of colour and shape that occur in the test split "
+                "never occur in training."
             ),
             citation=(
-                '@misc{shapestext,\n  title = {Shapes with captions},\n'
-                '  author = {{The vqd_jax authors}},\n'
-                '  note = {Generated by vqd\\_jax.data.builders.shapes\\_text},\n}'
+                "@misc{shapestext,\n  title = {Shapes with captions},\n"
+                "  author = {{The vqd_jax authors}},\n"
+                "  note = {Generated by vqd\\_jax.data.builders.shapes\\_text},\n}"
             ),
-            license='CC0 1.0 (generated pictures and captions).',
+            license="CC0 1.0 (generated pictures and captions).",
             features=tfds.features.FeaturesDict(
                 {
-                    'image': tfds.features.Image(shape=(size, size, 3), encoding_format='png'),
-                    'captions': tfds.features.Sequence(text()),
-                    'objects': tfds.features.Sequence(attributes),
-                    'background': text(),
-                    'file': text(),
+                    "image": tfds.features.Image(shape=(size, size, 3), encoding_format="png"),
+                    "captions": tfds.features.Sequence(text()),
+                    "objects": tfds.features.Sequence(attributes),
+                    "background": text(),
+                    "file": text(),
                 }
             ),
         )
@@ -310,14 +310,14 @@ class ShapesText(tfds.core.GeneratorBasedBuilder):
         config = self.builder_config
         for index in range(count):
             drawn = scene(config.seed, index, split)
-            names = ('colour', 'shape', 'size', 'position')
+            names = ("colour", "shape", "size", "position")
             yield (
                 index,
                 {
-                    'image': Image.fromarray(render(drawn, config.image_size)),
-                    'captions': captions(drawn),
-                    'objects': [{n: getattr(o, n) for n in names} for o in drawn.objects],
-                    'background': drawn.background,
-                    'file': f'{split}/{index:06d}',
+                    "image": Image.fromarray(render(drawn, config.image_size)),
+                    "captions": captions(drawn),
+                    "objects": [{n: getattr(o, n) for n in names} for o in drawn.objects],
+                    "background": drawn.background,
+                    "file": f"{split}/{index:06d}",
                 },
             )

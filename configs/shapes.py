@@ -1,0 +1,16 @@
+"""Coloured shapes from their description, where what a picture shows can be measured."""
+
+from vqd_jax.config import default_config
+
+
+def get_config():
+    config = default_config()
+    config.data.name = "shapes_text"
+    config.text_encoder.context_length = 32
+    config.sampling.prompts = (
+        "a small red circle at the top left, white background",
+        "a large blue star in the centre, pale pink background",
+        "a large green square on the left, grey background",
+        "",
+    )
+    return config

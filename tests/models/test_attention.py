@@ -1,0 +1,88 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from vqd_jax.models import attention
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def test_attend_is_the_formula():
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.normal(size=(2, n, 3, 4)).astype(np.float32) for n in (5, 7, 7))
+    scores = np.einsum("bnhd,bmhd->bhnm", q, k) / 2
+    p = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
+    exact = np.einsum("bhnm,bmhd->bnhd", p, v)
+    np.testing.assert_allclose(attention.attend(q, k, v), exact, atol=1e-5)
+
+
+def test_causal_attention_ignores_later_keys():
+    rng = np.random.default_rng(1)
+    q, k, v = (jnp.asarray(rng.normal(size=(1, 6, 2, 4)), jnp.float32) for _ in range(3))
+    for n in range(6):
+        exact = attention.attend(q[:, n : n + 1], k[:, : n + 1], v[:, : n + 1])
+        ours = attention.attend(q, k, v, causal=True)[:, n : n + 1]
+        np.testing.assert_allclose(ours, exact, atol=1e-5)
+
+
+def test_heads_split_and_merge():
+    x = jnp.arange(24.0).reshape(1, 2, 12)
+    split = attention.split_heads(x, 3)
+    assert split.shape == (1, 2, 3, 4)
+    np.testing.assert_array_equal(split[0, 0, 1], [4, 5, 6, 7])
+    np.testing.assert_array_equal(attention.merge_heads(split), x)
+
+
+def test_quick_gelu():
+    x = jnp.array([-2.0, 0.0, 1.0])
+    exact = [-2 / (1 + np.exp(3.404)), 0, 1 / (1 + np.exp(-1.702))]
+    np.testing.assert_allclose(attention.quick_gelu(x), exact, rtol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def stack():
+    return attention.stack_layers(lambda rngs: Layer(rngs), 4, nnx.Rngs(0))
+
+
+class Layer(nnx.Module):
+    def __init__(self, rngs):
+        self.linear = nnx.Linear(3, 3, rngs=rngs)
+
+    def __call__(self, x, extra):
+        return jnp.tanh(self.linear(x)) + extra[None]
+
+
+def layer(stack, index):
+    graphdef, params = nnx.split(stack)
+    return nnx.merge(graphdef, jax.tree.map(lambda p: p[index], params))
+
+
+def test_layers_are_initialised_independently(stack):
+    kernels = np.asarray(stack.linear.kernel[...])
+    assert kernels.shape == (4, 3, 3)
+    assert all(np.abs(kernels[i] - kernels[j]).max() > 0.1 for i in range(4) for j in range(i))
+
+
+@pytest.mark.parametrize("remat", attention.REMAT_POLICIES)
+def test_scanned_stack_is_the_loop(stack, remat):
+    x = jax.random.normal(jax.random.key(0), (2, 3))
+    extras = jax.random.normal(jax.random.key(1), (4, 3))
+    h = x
+    for i in range(4):
+        h = layer(stack, i)(h, extras[i])
+    np.testing.assert_allclose(attention.scan_layers(stack, x, extras, remat), h, atol=1e-6)
+
+
+def test_mapped_method_has_a_leading_layer_axis(stack):
+    x = jax.random.normal(jax.random.key(0), (2, 3))
+    mapped = attention.map_layers(stack, lambda one: one.linear(x))
+    for i in range(4):
+        np.testing.assert_allclose(mapped[i], layer(stack, i).linear(x), atol=1e-6)
+
+
+def test_unknown_dtype_is_an_error():
+    assert attention.float_dtype("bfloat16") == jnp.bfloat16
+    with pytest.raises(KeyError):
+        attention.float_dtype("float16")

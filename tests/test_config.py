@@ -1,0 +1,90 @@
+import importlib
+
+import jax
+import pytest
+from ml_collections import ConfigDict
+
+from configs import tiny
+from vqd_jax import config as config_lib
+from vqd_jax.errors import UserError
+from vqd_jax.training import stage_one, state
+from vqd_jax.training.autoencoder import create_state
+
+CONFIGS = ("emoji", "shapes", "tiny")
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_config_is_valid_and_its_states_can_be_built(name):
+    config = importlib.import_module(f"configs.{name}").get_config()
+    config_lib.validate(config)
+    sizes, options = config_lib.autoencoder_config(config), config_lib.autoencoder_options(config)
+    one = jax.eval_shape(lambda: create_state(sizes, options, jax.random.key(0)))
+    two = jax.eval_shape(lambda: state.create_state(config))
+    assert one.codebook.codebook.shape == (sizes.num_codes, sizes.codebook_dim)
+    rows = two.params["denoiser"]["code_embedding"]["embedding"].shape[0]
+    assert rows == config.autoencoder.num_codes + 1
+    assert two.time_statistics.visits.shape == (config.diffusion.num_steps,)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_config_survives_json(name):
+    config = importlib.import_module(f"configs.{name}").get_config()
+    again = config_lib.from_json(config_lib.to_json(config), "there")
+    assert config_lib.flatten(again) == config_lib.flatten(config)
+    assert config_lib.differences(config, again) == []
+    config_lib.validate(again)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("data.image_size", 18, "image_size=18: must be a multiple of 4"),
+        ("autoencoder.num_codes", 1, "num_codes=1: must be at least 2"),
+        ("autoencoder.num_codes", 70000, "num_codes=70000: must be at most 65536"),
+        ("autoencoder.channels", 12, "channels=12: must be a multiple of norm_groups=8"),
+        ("denoiser.num_heads", 3, "denoiser.width=32 is not divisible by denoiser.num_heads=3"),
+        ("denoiser.dtype", "float16", "denoiser.dtype='float16': must be one of float32, bfloat16"),
+        ("diffusion.schedule", "cosine", "must be one of released, paper"),
+        ("diffusion.num_steps", 0, "diffusion.num_steps=0: must be at least 1"),
+        ("training.num_steps", 0, "training.num_steps=0: must be at least 1"),
+        ("training.learning_rate", 0.0, "training.learning_rate=0.0: must be positive"),
+        ("training.learning_rate", float("nan"), "training.learning_rate=nan"),
+        ("training.null_text_rate", 1.5, "null_text_rate=1.5: must lie in 0..1"),
+        ("sampling.num_steps", 11, "must not exceed config.diffusion.num_steps=10"),
+        ("seed", -1, "seed=-1: must be at least 0"),
+    ],
+)
+def test_impossible_value_is_an_error_that_names_the_key(key, value, message):
+    config = tiny.get_config()
+    config.update_from_flattened_dict({key: value})
+    with pytest.raises(UserError, match="config") as error:
+        config_lib.validate(config)
+    assert message in str(error.value)
+
+
+def test_differences_name_what_may_not_change():
+    old, new = tiny.get_config(), tiny.get_config()
+    new.training.num_steps, new.sampling.num_steps = 80, 5
+    assert config_lib.differences(old, new) == []
+    new.training.batch_size = 7
+    assert config_lib.differences(old, new) == ["training.batch_size: 32 -> 7"]
+
+
+def test_stored_config_with_an_unknown_key_is_an_error_that_names_it():
+    stored = tiny.get_config().unlock() or tiny.get_config()
+    stored.training.momentum = 0.5
+    with pytest.raises(UserError, match="somewhere: unknown config key 'training.momentum'"):
+        config_lib.from_json(config_lib.to_json(stored), "somewhere")
+
+
+def test_autoencoder_of_other_sizes_is_refused(tmp_path):
+    config = tiny.get_config()
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"image_size": 16, "channels": 9}')
+    with pytest.raises(UserError, match="channels=9, but config.autoencoder.channels=8"):
+        stage_one.load(config, str(folder))
+
+
+def test_configs_are_config_dicts():
+    assert isinstance(tiny.get_config(), ConfigDict)

@@ -1,0 +1,156 @@
+"""The command line as a user meets it: what it does, and what it says when something is wrong."""
+
+import json
+import resource
+import signal
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+TINY = "--config=configs/tiny.py"
+
+
+def test_a_run_leaves_what_the_readme_promises(tiny_run):
+    for name in (
+        "samples.png",
+        "samples/step_0000020.png",
+        "autoencoder/reconstructions.png",
+        "autoencoder/model/config.json",
+        "checkpoints/40/config",
+        "config.json",
+    ):
+        assert (tiny_run / name).exists(), name
+    assert len(list((tiny_run / "tensorboard").iterdir())) == 1
+    rows = [json.loads(line) for line in (tiny_run / "metrics.jsonl").read_text().splitlines()]
+    losses = {row["step"]: row["train/loss"] for row in rows if "train/loss" in row}
+    assert sorted(losses) == [10, 20, 30, 40]
+    final = rows[-1]
+    assert final["step"] == 40
+    for split in ("train", "validation"):
+        assert 0 < final[f"{split}/bits_per_token"] < 10
+        assert 0 < final[f"{split}/bits_per_token_shuffled"] < 10
+
+
+def test_running_a_finished_run_again_changes_nothing(run, tiny_run):
+    before = (tiny_run / "metrics.jsonl").read_bytes()
+    status, output = run(TINY, f"--workdir={tiny_run}")
+    assert status == 0
+    assert "nothing is left to do" in output
+    assert (tiny_run / "metrics.jsonl").read_bytes() == before
+
+
+def test_sampling_writes_a_grid_and_single_pictures(run, tiny_run, tmp_path):
+    arguments = ("--mode=sample", f"--workdir={tiny_run}", "--num_images=3", "--seed=5")
+    prompts = ("--prompt=red heart", "--prompt=")
+    status, output = run(*arguments, *prompts, f"--output={tmp_path}/a", "--animate")
+    assert status == 0, output
+    names = sorted(path.name for path in (tmp_path / "a").iterdir())
+    stems = [f"000_red-heart_seed5_{j:02d}" for j in range(3)]
+    stems += [f"001_no-prompt_seed5_{j:02d}" for j in range(3)]
+    wanted = [f"{stem}.{ending}" for stem in stems for ending in ("png", "gif")]
+    assert names == sorted([*wanted, "grid_seed5.png"])
+    picture = np.asarray(Image.open(tmp_path / "a" / "000_red-heart_seed5_01.png"))
+    assert picture.shape == (16, 16, 3)
+    with Image.open(tmp_path / "a" / "000_red-heart_seed5_01.gif") as animation:
+        assert animation.n_frames == 11
+
+    # The same seed gives the same pictures, whatever else is asked for; another seed others.
+    status, output = run(*arguments, "--prompt=red heart", f"--output={tmp_path}/b")
+    assert status == 0, output
+    again = np.asarray(Image.open(tmp_path / "b" / "000_red-heart_seed5_01.png"))
+    np.testing.assert_array_equal(picture, again)
+    other = np.asarray(Image.open(tmp_path / "a" / "000_red-heart_seed5_02.png"))
+    assert not np.array_equal(picture, other)
+
+
+def test_a_long_prompt_is_cut_with_a_warning(run, tiny_run, tmp_path):
+    long = "a very long prompt " * 30
+    status, output = run(
+        "--mode=sample", f"--workdir={tiny_run}", f"--prompt={long}", f"--output={tmp_path}"
+    )
+    assert status == 0, output
+    assert "122 ids" in output
+    assert "16" in output
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([TINY, "--config.training.nums_steps=3", "--workdir=W"], "nums_steps"),
+        ([TINY, "--config.training.num_steps=many", "--workdir=W"], "num_steps"),
+        (["--config=configs/none.py", "--workdir=W"], "configs/none.py"),
+        ([TINY], "--workdir is missing"),
+        (["--workdir=W"], "--config is missing"),
+        ([TINY, "--workdir=W", "--mode=fly"], "fly"),
+        ([TINY, "--workdir=W", "extra"], "unexpected argument 'extra'"),
+        ([TINY, "--workdir=W", "--config.data.name=mnist"], "unknown data set 'mnist'"),
+        ([TINY, "--workdir=W", "--config.data.image_size=18"], "must be a multiple of 4"),
+        ([TINY, "--workdir=W", "--config.autoencoder.path=none"], "none"),
+        (["--mode=sample", "--workdir=W", "--prompt=x"], "nothing was trained there"),
+        (["--mode=sample", "--workdir=RUN"], "give at least one --prompt"),
+        (["--mode=sample", "--workdir=RUN", "--prompt=x", "--num_images=0"], "num_images=0"),
+        (["--mode=sample", "--workdir=RUN", "--prompt=x", "--num_steps=11"], "num_steps=11"),
+        (["--mode=sample", "--workdir=RUN", "--prompt=x", "--seed=-1"], "seed=-1"),
+        ([TINY, "--workdir=RUN", "--config.denoiser.width=64"], "denoiser.width: 32 -> 64"),
+    ],
+)
+def test_a_mistake_is_named_and_nothing_is_written(run, tiny_run, tmp_path, flags, message):
+    workdir = tmp_path / "w"
+    flags = [f.replace("=W", f"={workdir}").replace("=RUN", f"={tiny_run}") for f in flags]
+    status, output = run(*flags)
+    assert status == 1, output
+    last = output.strip().splitlines()[-1]
+    assert last.startswith("error: ")
+    assert message in output
+    assert "Traceback" not in output
+    assert not (workdir / "checkpoints").exists()
+
+
+def test_a_workdir_that_cannot_be_made_is_named(run, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    status, output = run(TINY, f"--workdir={tmp_path}/file/run")
+    assert status == 1
+    assert f"{tmp_path}/file/run" in output
+    assert "Traceback" not in output
+
+
+def test_a_disk_that_is_full_ends_the_run_with_a_message(run, tiny_run, tmp_path):
+    # A limit on the size of files fails the same writes as a full disk does.
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # noqa: E731
+    path = f"--config.autoencoder.path={tiny_run}"
+    run(TINY, path, f"--workdir={tmp_path}/run", "--config.training.num_steps=1")
+    (tmp_path / "run" / "codes").rename(tmp_path / "codes")
+    status, output = run(TINY, path, f"--workdir={tmp_path}/run", preexec_fn=limit)
+    assert status == 1, output
+    assert "error: " in output
+    assert "Traceback" not in output
+
+
+def test_sigterm_saves_and_the_run_goes_on(start, tmp_path):
+    flags = (TINY, f"--workdir={tmp_path}/run", "--config.training.save_every=1000")
+    process = start(*flags, "--config.training.num_steps=4000")
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    while not metrics.exists() or len(metrics.read_text().splitlines()) < 2:
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 143, output
+    saved = [int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir()]
+    assert len(saved) == 1
+    assert f"stopped by SIGTERM at step {saved[0]}" in output
+
+
+def test_two_runs_do_not_share_a_workdir(start, run, tmp_path):
+    flags = (TINY, f"--workdir={tmp_path}/run")
+    process = start(*flags)
+    while not (tmp_path / "run" / "config.json").exists():
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.1)
+    status, output = run(*flags)
+    process.kill()
+    process.communicate()
+    assert status == 1
+    assert "another run is at work" in output

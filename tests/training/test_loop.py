@@ -1,0 +1,138 @@
+import json
+
+import flax.struct
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from vqd_jax.errors import UserError
+from vqd_jax.training import loop
+from vqd_jax.training.checkpoint import Checkpoints, abstract
+
+
+class State(flax.struct.PyTreeNode):
+    step: jax.Array
+    total: jax.Array
+    key: jax.Array
+
+
+def create():
+    return State(jnp.zeros((), jnp.int32), jnp.zeros(1000), jax.random.key(7))
+
+
+def step(state, batch, bad_step=-1):
+    noise = jax.random.normal(jax.random.fold_in(state.key, state.step), (1000,))
+    total = state.total * 0.9 + batch.sum() + noise
+    loss = jnp.where(state.step + 1 == bad_step, jnp.nan, total.mean())
+    return state.replace(step=state.step + 1, total=total), {
+        "loss": loss,
+        "gradient_norm": jnp.float32(1.0),
+    }
+
+
+def dataset():
+    return grain.MapDataset.range(50).seed(0).shuffle().repeat().batch(4).to_iter_dataset()
+
+
+def fit(directory, num_steps=20, save_every=5, on_step=lambda *a: None, bad_step=-1):
+    return loop.fit(
+        "test",
+        create,
+        jax.jit(lambda s, b: step(s, b, bad_step), donate_argnums=0),
+        dataset(),
+        directory=str(directory),
+        prefix="train",
+        config=ConfigDict({"a": 1}),
+        num_steps=num_steps,
+        batch_size=4,
+        log_every=2,
+        save_every=save_every,
+        keep_checkpoints=2,
+        on_step=on_step,
+    )
+
+
+def metrics(directory):
+    lines = (directory / "metrics.jsonl").read_text().splitlines()
+    return {row["step"]: row["train/loss"] for row in map(json.loads, lines)}
+
+
+class Stop(Exception):
+    pass
+
+
+def stop_at(step):
+    def on_step(current, *_):
+        if current == step:
+            raise Stop
+
+    return on_step
+
+
+def test_a_run_that_broke_off_ends_as_the_one_that_did_not(tmp_path):
+    whole = fit(tmp_path / "whole")
+    for at in (3, 7, 18):
+        with pytest.raises(Stop):
+            fit(tmp_path / "parts", on_step=stop_at(at))
+    parts = fit(tmp_path / "parts")
+    np.testing.assert_array_equal(whole.total, parts.total)
+    assert metrics(tmp_path / "whole") == metrics(tmp_path / "parts")
+    assert sorted(metrics(tmp_path / "whole")) == list(range(2, 21, 2))
+
+
+def test_the_saved_state_is_not_touched_by_later_steps(tmp_path):
+    # The write goes on in the background while donated buffers are overwritten.
+    for steps in (5, 20):
+        at_five = fit(tmp_path / str(steps), num_steps=steps, save_every=5)
+        if steps == 5:
+            expected = np.asarray(at_five.total)
+    checkpoints = Checkpoints(str(tmp_path / "5" / "checkpoints"))
+    state = checkpoints.restore(abstract(jax.eval_shape(create)), iter(dataset()))
+    np.testing.assert_array_equal(state.total, expected)
+
+
+def test_a_loss_that_is_not_finite_stops_with_step_and_checkpoint(tmp_path):
+    with pytest.raises(UserError, match="at step 13") as error:
+        fit(tmp_path, bad_step=13)
+    assert "last good checkpoint is" in str(error.value)
+    assert str(tmp_path / "checkpoints" / "10") in str(error.value)
+    assert int(fit(tmp_path).step) == 20
+
+
+def test_a_bad_loss_at_a_save_is_not_saved(tmp_path):
+    with pytest.raises(UserError, match="at step 10"):
+        fit(tmp_path, bad_step=10)
+    assert Checkpoints(str(tmp_path / "checkpoints")).latest_step == 5
+
+
+def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(tmp_path):
+    whole = fit(tmp_path / "whole")
+    fit(tmp_path / "run")
+    damaged = [
+        path
+        for path in (tmp_path / "run" / "checkpoints" / "20" / "state").rglob("*")
+        if path.is_file()
+    ]
+    for path in damaged:
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    again = fit(tmp_path / "run")
+    np.testing.assert_array_equal(whole.total, again.total)
+
+
+def test_nothing_readable_is_an_error_that_names_the_place(tmp_path):
+    fit(tmp_path)
+    for path in (tmp_path / "checkpoints").rglob("*"):
+        if path.is_file() and "state" in path.parts:
+            path.write_bytes(b"")
+    with pytest.raises(UserError, match=r"can be read \(steps 20, 15"):
+        fit(tmp_path)
+
+
+def test_a_longer_run_goes_on_from_the_shorter_one(tmp_path):
+    whole = fit(tmp_path / "whole", num_steps=20)
+    fit(tmp_path / "parts", num_steps=10)
+    parts = fit(tmp_path / "parts", num_steps=20)
+    np.testing.assert_array_equal(whole.total, parts.total)
