@@ -42,17 +42,17 @@ def default_config() -> ConfigDict:
     config.autoencoder.num_res_blocks = 1
     config.autoencoder.attention_resolutions = ()
     config.autoencoder.latent_channels = 64
-    config.autoencoder.codebook_dim = 32
+    config.autoencoder.codebook_dim = 8
     config.autoencoder.num_codes = 512  # K
     config.autoencoder.norm_groups = 8
     config.autoencoder.num_steps = 1000
-    config.autoencoder.batch_size = 16
-    config.autoencoder.learning_rate = 1e-3
+    config.autoencoder.batch_size = 8
+    config.autoencoder.learning_rate = 2e-3
     config.autoencoder.warmup_steps = 50
-    config.autoencoder.squared_weight = 0.0  # share of squared error in the reconstruction loss
+    config.autoencoder.squared_weight = 1.0  # share of squared error in the reconstruction loss
     config.autoencoder.commitment = 0.25
-    config.autoencoder.codebook_decay = 0.99
-    config.autoencoder.revival_threshold = 0.1
+    config.autoencoder.codebook_decay = 0.95
+    config.autoencoder.revival_threshold = 0.3
 
     config.text_encoder = ConfigDict()
     config.text_encoder.context_length = 77  # ids a caption; longer ones are cut
