@@ -8,7 +8,7 @@ def get_config():
     config.data.name = "shapes_text"
     config.autoencoder.num_codes = 128
     config.autoencoder.num_steps = 1000
-    config.text_encoder.context_length = 32
+    config.text_encoder.context_length = 36
     config.denoiser.num_layers = 4
     config.training.num_steps = 1500
     config.training.eval_every = 500

@@ -1,5 +1,4 @@
 import numpy as np
-import pytest
 from PIL import Image
 
 from vqd_jax import pictures
@@ -32,10 +31,9 @@ def test_masked_cells_are_grey():
     assert (shown[2:] == 0).all()
 
 
-@pytest.mark.parametrize("ending", ["gif", "webp"])
-def test_animation_has_all_frames(tmp_path, ending):
+def test_animation_has_all_frames(tmp_path):
     frames = [Image.new("RGB", (8, 8), (i * 40, 0, 0)) for i in range(5)]
-    pictures.save_animation(tmp_path / f"a.{ending}", frames)
-    with Image.open(tmp_path / f"a.{ending}") as animation:
+    pictures.save_animation(tmp_path / "a.gif", frames)
+    with Image.open(tmp_path / "a.gif") as animation:
         assert animation.n_frames == 5
     assert len(list(tmp_path.iterdir())) == 1

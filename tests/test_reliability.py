@@ -1,7 +1,6 @@
 """Real processes, really killed."""
 
 import functools
-import random
 import signal
 import time
 
@@ -27,6 +26,7 @@ def final_state(workdir):
 
 
 def assert_same_run(workdir, reference):
+    """The final state, the autoencoder and the pictures are the same to the last bit."""
     ours, theirs = final_state(workdir), final_state(reference)
     assert ours.keys() == theirs.keys()
     assert len(ours) > 100
@@ -36,32 +36,71 @@ def assert_same_run(workdir, reference):
         assert (workdir / file).read_bytes() == (reference / file).read_bytes(), file
 
 
-def kill_and_go_on(start, workdir, delays):
-    """Starts the run, kills it after each delay in turn, and lets the last one finish."""
-    kills = 0
-    for delay in [*delays, None]:
+def lines(workdir, text):
+    path = workdir / "metrics.jsonl"
+    return path.read_text().count(text) if path.exists() else 0
+
+
+# What a run is doing, seen from outside: true once it has begun, given what there was before.
+MOMENTS = {
+    "a step of stage one": lambda w, _: (w / "autoencoder" / "metrics.jsonl").exists(),
+    "a save of stage one": lambda w, _: any((w / "autoencoder").glob("checkpoints/*-tmp*")),
+    "the end of stage one": lambda w, _: (
+        (w / "autoencoder" / ".model.tmp").exists() or (w / "autoencoder" / "model").exists()
+    ),
+    "encoding": lambda w, _: (w / "codes").exists(),
+    "a step": lambda w, before: lines(w, "train/loss") > before["train/loss"],
+    "a save": lambda w, _: any(w.glob("checkpoints/*-tmp*")),
+    "a grid": lambda w, before: lines(w, "validation/bits") > before["validation/bits"],
+}
+
+
+def kill_and_go_on(start, workdir, moments):
+    """Starts the run, kills it at each of the moments in turn, and lets the last one finish."""
+    for moment in moments:
+        before = {text: lines(workdir, text) for text in ("train/loss", "validation/bits")}
         process = start("--config=configs/tiny.py", f"--workdir={workdir}")
-        if delay is not None:
-            time.sleep(delay)
-            if process.poll() is None:
-                process.send_signal(signal.SIGKILL)
-                process.communicate()
-                kills += 1
-                continue
-        output, _ = process.communicate(timeout=600)
-        assert process.returncode == 0, output
-    return kills
+        while not MOMENTS[moment](workdir, before):
+            assert process.poll() is None, f"never saw {moment}: {process.communicate()[0]}"
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+    process = start("--config=configs/tiny.py", f"--workdir={workdir}")
+    output, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, output
 
 
 def test_killed_twice_ends_as_if_never_interrupted(start, tiny_run, tmp_path):
-    kills = kill_and_go_on(start, tmp_path / "run", [9.0, 7.0])
-    assert kills == 2
+    kill_and_go_on(start, tmp_path / "run", ["a save of stage one", "a grid"])
     assert_same_run(tmp_path / "run", tiny_run)
 
 
 @pytest.mark.slow
-def test_killed_at_many_moments_ends_as_if_never_interrupted(start, tiny_run, tmp_path):
-    rng = random.Random(0)
-    kills = kill_and_go_on(start, tmp_path / "run", [rng.uniform(2.5, 8.0) for _ in range(14)])
-    assert kills >= 10
+def test_killed_at_every_moment_ends_as_if_never_interrupted(start, tiny_run, tmp_path):
+    moments = [
+        *("a step of stage one", "a save of stage one", "a save of stage one"),
+        *("the end of stage one", "encoding", "a save", "a step", "a save", "a grid", "a save"),
+        *("a step", "a save", "a grid"),
+    ]
+    kill_and_go_on(start, tmp_path / "run", moments)
+    assert_same_run(tmp_path / "run", tiny_run)
+
+
+def test_sigterm_saves_and_the_run_goes_on(start, run, tiny_run, tmp_path):
+    # Without regular saves: what is there to go on from, the signal has saved.
+    flags = ("--config=configs/tiny.py", f"--workdir={tmp_path}/run")
+    process = start(*flags, "--config.training.save_every=1000")
+    while not lines(tmp_path / "run", "train/loss"):
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.002)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 143, output
+    (saved,) = [int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir()]
+    assert saved < 40
+    assert f"stopped by SIGTERM at step {saved}" in output
+    status, output = run(*flags)
+    assert status == 0, output
+    assert f"goes on from step {saved}" in output
     assert_same_run(tmp_path / "run", tiny_run)

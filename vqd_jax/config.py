@@ -20,6 +20,7 @@ from vqd_jax.models.text_to_image import TextToImageConfig
 from vqd_jax.training.autoencoder import AutoencoderOptions
 
 VOCAB_SIZE = 49408
+DATA_SETS = ("emoji_text", "shapes_text", "shapes_text/64px")
 SCHEDULES = {"released": schedule.released, "paper": schedule.paper}
 
 
@@ -67,6 +68,7 @@ def default_config() -> ConfigDict:
     config.denoiser.num_heads = 4
     config.denoiser.mlp_ratio = 4
     config.denoiser.remat = "none"  # 'none', 'dots' or 'full'
+    config.denoiser.scan_unroll = 1  # layers in a turn of the loop; more is faster on a CPU
     config.denoiser.dtype = "float32"  # compute dtype: 'float32' or 'bfloat16'
 
     config.diffusion = ConfigDict()
@@ -77,7 +79,7 @@ def default_config() -> ConfigDict:
     config.training.num_steps = 1000
     config.training.batch_size = 32
     config.training.learning_rate = 1e-3
-    config.training.warmup_steps = 100
+    config.training.warmup_steps = 100  # a shorter run warms up to its end
     config.training.final_learning_rate = 0.05  # share of the peak left at the end (cosine)
     config.training.adam_b1 = 0.9
     config.training.adam_b2 = 0.96
@@ -105,10 +107,14 @@ def default_config() -> ConfigDict:
 
 
 # What may differ when a run is continued: it changes neither the model nor what it learns from.
+# (Another number of steps or learning rate bends the schedule from there on.)
 MAY_CHANGE = (
     "data.dir",
     "data.max_bad_share",
     "autoencoder.path",
+    "autoencoder.learning_rate",
+    "training.learning_rate",
+    "training.clip_norm",
     "training.num_steps",
     "training.log_every",
     "training.eval_every",
@@ -135,19 +141,30 @@ def to_json(config: ConfigDict) -> str:
     return json.dumps(config.to_dict(), indent=2)
 
 
-def from_json(text: str, source: str) -> ConfigDict:
-    """The config that ``to_json`` wrote; ``source`` names its place in error messages."""
-    config = default_config()
+def load(path: str) -> ConfigDict:
+    """The config in a file that ``to_json`` wrote.
+
+    Raises:
+      UserError: it is not such a file, or holds impossible values; the message names the file.
+    """
+    config, source = default_config(), path
     try:
-        stored = json.loads(text)
+        with open(path, encoding="utf-8") as file:
+            stored = json.load(file)
         for key, value in _flatten_dict(stored).items():
             known = flatten(config)
             if key not in known:
                 raise UserError(f"{source}: unknown config key {key!r}")
             config.update_from_flattened_dict({key: _like(known[key], value)})
-    except (json.JSONDecodeError, TypeError, AttributeError) as error:
+    except UserError:
+        raise
+    except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{source} is not a config that this program wrote: {error}") from error
     config.lock()
+    try:
+        validate(config)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from error
     return config
 
 
@@ -165,13 +182,16 @@ def _like(default, value):
     return tuple(value) if isinstance(value, list) or isinstance(default, list) else value
 
 
-def differences(old: ConfigDict, new: ConfigDict) -> list[str]:
-    """'key: old -> new' for every field that differs and may not change in a continued run."""
+def differences(old: ConfigDict, new: ConfigDict, sections: tuple[str, ...] = ("",)) -> list[str]:
+    """'key: old -> new' for every field that differs and may not change in a continued run.
+
+    Only keys that begin with one of ``sections`` count.
+    """
     a, b = flatten(old), flatten(new)
     return [
         f"{key}: {a.get(key)!r} -> {b.get(key)!r}"
         for key in sorted(a.keys() | b.keys())
-        if a.get(key) != b.get(key) and not key.startswith(MAY_CHANGE)
+        if a.get(key) != b.get(key) and key.startswith(sections) and not key.startswith(MAY_CHANGE)
     ]
 
 
@@ -197,7 +217,7 @@ def autoencoder_options(config: ConfigDict) -> AutoencoderOptions:
     return AutoencoderOptions(
         steps=c.num_steps,
         learning_rate=c.learning_rate,
-        warmup_steps=c.warmup_steps,
+        warmup_steps=min(c.warmup_steps, c.num_steps - 1),
         squared_weight=c.squared_weight,
         commitment=c.commitment,
         codebook_decay=c.codebook_decay,
@@ -229,6 +249,7 @@ def model_config(config: ConfigDict) -> TextToImageConfig:
             mlp_ratio=denoiser.mlp_ratio,
             text_width=text.width,
             remat=denoiser.remat,
+            scan_unroll=denoiser.scan_unroll,
             dtype=denoiser.dtype,
         ),
     )
@@ -253,10 +274,13 @@ def validate(config: ConfigDict) -> None:
         "denoiser.num_layers": 1,
         "denoiser.num_heads": 1,
         "denoiser.mlp_ratio": 1,
+        "denoiser.scan_unroll": 1,
         "diffusion.num_steps": 1,
         "training.num_steps": 1,
         "training.batch_size": 1,
         "training.warmup_steps": 0,
+        "autoencoder.num_steps": 1,
+        "autoencoder.warmup_steps": 0,
         "training.log_every": 1,
         "training.eval_every": 1,
         "training.save_every": 1,
@@ -265,24 +289,35 @@ def validate(config: ConfigDict) -> None:
         "training.weight_decay": 0,
         "autoencoder.batch_size": 1,
         "evaluation.num_images": 2,
-        "evaluation.num_draws": 1,
+        "evaluation.num_draws": 2,
         "sampling.images_per_prompt": 1,
         "sampling.num_steps": 0,
         "sampling.guidance_scale": 0,
+        "autoencoder.commitment": 0,
         "seed": 0,
     }
     flat = flatten(config)
     for key, least in at_least.items():
         if not flat[key] >= least or not math.isfinite(flat[key]):
             raise UserError(f"config.{key}={flat[key]}: must be at least {least}")
-    for key in ("training.learning_rate", "training.clip_norm", "sampling.truncation"):
+    for key in (
+        "autoencoder.learning_rate",
+        "training.learning_rate",
+        "training.clip_norm",
+        "sampling.truncation",
+    ):
         if not flat[key] > 0 or not math.isfinite(flat[key]):
             raise UserError(f"config.{key}={flat[key]}: must be positive")
-    shares = ("training.null_text_rate", "training.ema_decay", "training.adam_b1")
-    for key in (*shares, "training.adam_b2", "training.final_learning_rate", "data.max_bad_share"):
+    for key in ("training.null_text_rate", "training.final_learning_rate", "data.max_bad_share"):
         if not 0 <= flat[key] <= 1:
             raise UserError(f"config.{key}={flat[key]}: must lie in 0..1")
+    for key in ("training.ema_decay", "training.adam_b1", "training.adam_b2"):
+        if not 0 <= flat[key] < 1:
+            raise UserError(f"config.{key}={flat[key]}: must be at least 0 and below 1")
+    if not config.sampling.prompts or not all(isinstance(p, str) for p in config.sampling.prompts):
+        raise UserError("config.sampling.prompts: give at least one text; an empty one will do")
     choices = {
+        "data.name": DATA_SETS,
         "diffusion.schedule": SCHEDULES,
         "denoiser.remat": REMAT_POLICIES,
         "denoiser.dtype": ("float32", "bfloat16"),

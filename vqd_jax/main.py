@@ -7,6 +7,7 @@ python -m vqd_jax.main --mode=sample --workdir=DIR --prompt="red heart" --num_im
 import io
 import logging as python_logging
 import sys
+from pathlib import Path
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -40,10 +41,13 @@ def main(argv: list[str]) -> None:
     from vqd_jax import config as config_lib
     from vqd_jax import tasks
 
+    if _CONFIG.value is not None:
+        config_lib.validate(_CONFIG.value)
     if _MODE.value == "sample":
         tasks.sample(
             _WORKDIR.value,
             _PROMPT.value,
+            config=_CONFIG.value,
             output=_OUTPUT.value,
             animate=_ANIMATE.value,
             num_images=_NUM_IMAGES.value,
@@ -55,7 +59,8 @@ def main(argv: list[str]) -> None:
         return
     if _CONFIG.value is None:
         raise UserError("--config is missing: a file such as configs/emoji.py")
-    config_lib.validate(_CONFIG.value)
+    if _PROMPT.value:
+        raise UserError("--prompt belongs to --mode=sample; --config.sampling.prompts to training")
     train = tasks.train if _MODE.value == "train" else tasks.train_autoencoder
     train(_CONFIG.value, _WORKDIR.value)
 
@@ -65,7 +70,8 @@ def _parse(argv: list[str]) -> list[str]:
         return FLAGS(argv)
     except (flags.Error, OSError, KeyError, AttributeError, TypeError, ValueError) as error:
         # ml_collections reports unknown and mistyped fields as all of these.
-        _fail(f"{error} (see --help)")
+        text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+        _fail(f"{text} (see --help, and vqd_jax/config.py for the fields)")
 
 
 def _guarded(argv: list[str]) -> None:
@@ -94,9 +100,10 @@ class _BesideBars(io.TextIOBase):
 
 
 def _quiet() -> None:
-    """Shows our own messages, and of the libraries only what went wrong, beside progress bars."""
+    """Shows our own messages only, beside progress bars: libraries report failures as errors."""
     logging.set_verbosity(logging.INFO)
-    ours = lambda record: "vqd_jax" in record.pathname or record.levelno > python_logging.WARNING  # noqa: E731
+    package = Path(__file__).parent
+    ours = lambda record: Path(record.pathname).is_relative_to(package)  # noqa: E731
     handler = logging.get_absl_handler()
     handler.python_handler.setStream(_BesideBars())
     handler.addFilter(ours)

@@ -63,13 +63,12 @@ def masked(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
 
 
 def save_animation(path: str, frames: Sequence[Image.Image], milliseconds: int = 60) -> None:
-    """Writes an animation (GIF or WebP by the ending) that rests on its last frame."""
+    """Writes a GIF that rests on its last frame."""
     durations = [milliseconds] * (len(frames) - 1) + [1500]
-    extra = {"lossless": True} if str(path).endswith(".webp") else {}
     _atomically(
         path,
         lambda scratch: frames[0].save(
-            scratch, save_all=True, append_images=frames[1:], duration=durations, loop=0, **extra
+            scratch, save_all=True, append_images=frames[1:], duration=durations, loop=0
         ),
     )
 
@@ -82,7 +81,7 @@ def save(path: str, image: Image.Image) -> None:
 def _atomically(path: str, write) -> None:
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = target.with_name(f".tmp-{os.getpid()}-{target.name}")
+    scratch = target.with_name(f".tmp-{target.name}")
     try:
         write(scratch)
         os.replace(scratch, target)

@@ -5,6 +5,7 @@ F sampling steps.
 """
 
 import functools
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -72,9 +73,9 @@ class VQDiffusion:
         path = Path(workdir)
         if not (path / "config.json").exists():
             raise UserError(f"{path} has no config.json: nothing was trained there")
-        config = config_lib.from_json(
-            (path / "config.json").read_text(encoding="utf-8"), str(path / "config.json")
-        )
+        config = config_lib.load(str(path / "config.json"))
+        if not Path(stage_one.model_folder(workdir)).exists():
+            raise UserError(f"stage one of {path} is not finished; run the training command again")
         autoencoder_params = stage_one.load(config, stage_one.model_folder(workdir))
         abstract = checkpoint.abstract(jax.eval_shape(functools.partial(create_state, config)))
         _, state = checkpoint.load(str(path / "checkpoints"), abstract)
@@ -104,7 +105,7 @@ class VQDiffusion:
           prompts: P texts; an empty one is unconditional. Too long ones are cut with a warning.
           num_images: J.
           seed: 0..2**32-1.
-          num_steps: network calls, 1..T; None takes the config's.
+          num_steps: network calls, 1..T, or 0 for T; None takes the config's.
           guidance_scale: 1 is no guidance; None takes the config's.
           truncation: share of probability that is kept, 1 is all; None takes the config's.
           trajectory: return the tokens after every step too.
@@ -119,7 +120,7 @@ class VQDiffusion:
         _require(num_images >= 1, f"num_images={num_images}: must be at least 1")
         _require(0 <= seed < 2**32, f"seed={seed}: must lie in 0..2**32-1")
         _require(0 <= steps <= total, f"num_steps={steps}: must lie in 0..{total}; 0 is {total}")
-        _require(scale >= 0, f"guidance_scale={scale}: must not be negative")
+        _require(0 <= scale < math.inf, f"guidance_scale={scale}: must be finite, at least 0")
         _require(rate > 0, f"truncation={rate}: must be positive")
         settings = sampler.Settings(
             num_steps=steps,
@@ -132,7 +133,8 @@ class VQDiffusion:
         pairs = [(i, j) for i in range(len(prompts)) for j in range(num_images)]
         keys = _image_keys(seed, np.array(pairs, np.uint32))
 
-        batch_size = min(batch_size, len(pairs))
+        # Batches of about equal size: 20 images are two tens, not sixteen and four.
+        batch_size = math.ceil(len(pairs) / math.ceil(len(pairs) / batch_size))
         images, codes, tokens = [], [], []
         for start in range(0, len(pairs), batch_size):
             # The last batch overlaps the one before, so that there is one shape.
@@ -178,8 +180,9 @@ def _require(condition: bool, message: str) -> None:
 @jax.jit
 def _image_keys(seed, pairs):
     """One key an image: a function of (seed, i, j)."""
+    root = jax.random.fold_in(jax.random.key(seed), 2)
     fold = lambda pair: jax.random.fold_in(  # noqa: E731
-        jax.random.fold_in(jax.random.key(seed), pair[0]), pair[1]
+        jax.random.fold_in(root, pair[0]), pair[1]
     )
     return jax.vmap(fold)(pairs)
 

@@ -13,7 +13,7 @@ from vqd_jax import config as config_lib
 from vqd_jax import pictures
 from vqd_jax.errors import UserError
 from vqd_jax.pipeline import Generation, VQDiffusion
-from vqd_jax.training import stage_two
+from vqd_jax.training import stage_one, stage_two
 from vqd_jax.training.loop import Terminated
 
 # 128 + SIGTERM, what a shell reports of a process that the signal ended.
@@ -28,6 +28,7 @@ def train(config: ConfigDict, workdir: str) -> None:
 def train_autoencoder(config: ConfigDict, workdir: str) -> None:
     """Stage one alone; its result is ``workdir/autoencoder/model``."""
     _exit_if_terminated(stage_two.train_autoencoder, config, workdir)
+    logging.info("the autoencoder of this run is %s", stage_one.model_folder(workdir))
 
 
 def _exit_if_terminated(run, config, workdir) -> None:
@@ -42,16 +43,18 @@ def sample(
     workdir: str,
     prompts: Sequence[str] | None,
     *,
+    config: ConfigDict | None,
     output: str | None,
     animate: bool,
     seed: int,
     **options,
 ) -> None:
-    """Writes ``grid.png``, single pictures and, if asked for, animations.
+    """Writes ``grid_seed<seed>.png``, single pictures and, if asked for, animations.
 
     Args:
       workdir: of a training run.
       prompts: texts; an empty one is unconditional.
+      config: its ``sampling`` part replaces that of the run; None keeps the run's.
       output: folder; None is ``workdir/samples``.
       animate: write the denoising of every picture too.
       seed: decides the pictures.
@@ -62,9 +65,15 @@ def sample(
             'give at least one --prompt="..." (an empty one, --prompt=, is unconditional)'
         )
     model = VQDiffusion.from_workdir(workdir)
+    if config is not None:
+        changed = config_lib.differences(model.config, config)
+        if changed:
+            raise UserError(f"{workdir} was made with another config ({'; '.join(changed)})")
+        model.config.sampling = config.sampling
+    folder = Path(output or Path(workdir) / "samples")
+    folder.mkdir(parents=True, exist_ok=True)
     logging.info("sampling %d pictures of %d prompts", options["num_images"], len(prompts))
     made = model.generate(prompts, seed=seed, trajectory=animate, **options)
-    folder = Path(output or Path(workdir) / "samples")
     for i, prompt in enumerate(prompts):
         for j, image in enumerate(made.images[i]):
             name = folder / f"{i:03d}_{_slug(prompt)}_seed{seed}_{j:02d}"
@@ -77,7 +86,7 @@ def sample(
 
 
 def _slug(prompt: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40] or "no-prompt"
+    return re.sub(r"[\W_]+", "-", prompt.lower()).strip("-")[:40] or "no-prompt"
 
 
 def _frames(model: VQDiffusion, made: Generation, i: int, j: int) -> list:

@@ -59,3 +59,13 @@ def test_fingerprint_sees_values_names_and_shapes():
     }
     assert len(prints) == 4
     assert codes.fingerprint({"a": np.zeros(4, np.float32)}) in prints
+
+
+@pytest.mark.parametrize("kept", [0, 100, -10])
+def test_a_cache_cut_short_is_made_anew(tmp_path, kept):
+    path = tmp_path / "x.npz"
+    first = cache(path, records(6))
+    path.write_bytes(path.read_bytes()[:kept])
+    again = cache(path, records(6))
+    np.testing.assert_array_equal(first.codes, again.codes)
+    assert first.captions == again.captions

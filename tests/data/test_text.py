@@ -15,7 +15,7 @@ def tokenizer():
 
 
 @pytest.mark.parametrize("row", range(60))
-def test_ids_equal_the_published_tokeniser(tokenizer, row):
+def test_ids_equal_the_published_tokenizer(tokenizer, row):
     caption = GOLDEN["captions"][row]
     ids = tokenizer.encode(caption)
     assert ids.dtype == np.int32
@@ -23,7 +23,7 @@ def test_ids_equal_the_published_tokeniser(tokenizer, row):
     assert tokenizer.num_ids(caption) == GOLDEN["ids_untruncated_length"][row]
 
 
-def test_constants_equal_the_published_tokeniser(tokenizer):
+def test_constants_equal_the_published_tokenizer(tokenizer):
     assert tokenizer.vocab_size == GOLDEN["vocab_size"] == 49408
     assert tokenizer.context_length == GOLDEN["context_length"] == 77
 

@@ -1,4 +1,7 @@
 import json
+import os
+import shutil
+import signal
 
 import flax.struct
 import grain
@@ -37,7 +40,7 @@ def dataset():
     return grain.MapDataset.range(50).seed(0).shuffle().repeat().batch(4).to_iter_dataset()
 
 
-def fit(directory, num_steps=20, save_every=5, on_step=lambda *a: None, bad_step=-1):
+def fit(directory, num_steps=20, save_every=5, evaluate=None, bad_step=-1):
     return loop.fit(
         "test",
         create,
@@ -51,7 +54,8 @@ def fit(directory, num_steps=20, save_every=5, on_step=lambda *a: None, bad_step
         log_every=2,
         save_every=save_every,
         keep_checkpoints=2,
-        on_step=on_step,
+        eval_every=1,
+        evaluate=evaluate,
     )
 
 
@@ -65,18 +69,18 @@ class Stop(Exception):
 
 
 def stop_at(step):
-    def on_step(current, *_):
+    def evaluate(current, *_):
         if current == step:
             raise Stop
 
-    return on_step
+    return evaluate
 
 
 def test_a_run_that_broke_off_ends_as_the_one_that_did_not(tmp_path):
     whole = fit(tmp_path / "whole")
     for at in (3, 7, 18):
         with pytest.raises(Stop):
-            fit(tmp_path / "parts", on_step=stop_at(at))
+            fit(tmp_path / "parts", evaluate=stop_at(at))
     parts = fit(tmp_path / "parts")
     np.testing.assert_array_equal(whole.total, parts.total)
     assert metrics(tmp_path / "whole") == metrics(tmp_path / "parts")
@@ -84,14 +88,32 @@ def test_a_run_that_broke_off_ends_as_the_one_that_did_not(tmp_path):
 
 
 def test_the_saved_state_is_not_touched_by_later_steps(tmp_path):
-    # The write goes on in the background while donated buffers are overwritten.
-    for steps in (5, 20):
-        at_five = fit(tmp_path / str(steps), num_steps=steps, save_every=5)
-        if steps == 5:
-            expected = np.asarray(at_five.total)
-    checkpoints = Checkpoints(str(tmp_path / "5" / "checkpoints"))
+    # The write goes on in the background while later steps overwrite donated buffers.
+    at_fifteen = fit(tmp_path / "short", num_steps=15)
+    fit(tmp_path / "long", num_steps=20)
+    shutil.rmtree(tmp_path / "long" / "checkpoints" / "20")
+    checkpoints = Checkpoints(str(tmp_path / "long" / "checkpoints"))
     state = checkpoints.restore(abstract(jax.eval_shape(create)), iter(dataset()))
-    np.testing.assert_array_equal(state.total, expected)
+    assert int(state.step) == 15
+    np.testing.assert_array_equal(state.total, at_fifteen.total)
+
+
+def test_a_step_without_a_finite_loss_is_neither_logged_nor_evaluated(tmp_path):
+    evaluated = []
+    with pytest.raises(UserError, match="at step 12"):
+        fit(tmp_path, bad_step=12, evaluate=lambda step, *_: evaluated.append(step))
+    assert evaluated == list(range(1, 12))
+    assert sorted(metrics(tmp_path)) == [2, 4, 6, 8, 10]
+
+
+def test_sigterm_in_the_last_step_still_ends_the_run(tmp_path):
+    def evaluate(step, *_):
+        if step == 20:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(loop.Terminated, match="at step 20"):
+        fit(tmp_path, evaluate=evaluate)
+    assert Checkpoints(str(tmp_path / "checkpoints")).latest_step == 20
 
 
 def test_a_loss_that_is_not_finite_stops_with_step_and_checkpoint(tmp_path):
@@ -120,6 +142,8 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(tmp_path):
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     again = fit(tmp_path / "run")
     np.testing.assert_array_equal(whole.total, again.total)
+    names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert names == ["15", "20", "20.damaged"]
 
 
 def test_nothing_readable_is_an_error_that_names_the_place(tmp_path):

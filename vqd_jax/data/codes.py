@@ -6,11 +6,13 @@ Letters: R records, B batch, S image side, N image tokens, L text tokens.
 import hashlib
 import json
 import os
+import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from absl import logging
 from tqdm import tqdm
 
 from vqd_jax.data import pipeline
@@ -71,10 +73,17 @@ def cached_split(
 def _read(path: Path, wanted: str) -> CachedSplit | None:
     if not path.exists():
         return None
-    with np.load(path, allow_pickle=False) as cache:
-        if str(cache["origin"]) != wanted:
-            return None
-        return CachedSplit(cache["codes"], json.loads(str(cache["captions"])))
+    try:
+        with np.load(path, allow_pickle=False) as cache:
+            if str(cache["origin"]) != wanted:
+                return None
+            split = CachedSplit(cache["codes"], json.loads(str(cache["captions"])))
+        if len(split.codes) != len(split.captions):
+            raise ValueError(f"{len(split.codes)} codes, {len(split.captions)} captions")
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        logging.warning("%s is damaged and made anew: %s", path, error)
+        return None
+    return split
 
 
 def _encode(source, encode, image_size, batch_size, max_bad_share, path):
@@ -103,8 +112,11 @@ def _encode(source, encode, image_size, batch_size, max_bad_share, path):
 def _write(path: Path, origin: str, codes: np.ndarray, captions: list[list[str]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_suffix(".tmp")
-    with open(scratch, "wb") as file:
-        np.savez(file, origin=origin, codes=codes, captions=json.dumps(captions))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(scratch, path)
+    try:
+        with open(scratch, "wb") as file:
+            np.savez(file, origin=origin, codes=codes, captions=json.dumps(captions))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(scratch, path)
+    finally:
+        scratch.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""CLIP's text tokeniser: byte-level BPE over 49,408 ids.
+"""CLIP's text tokenizer: byte-level BPE over 49,408 ids.
 
 Letters: B batch, L text tokens (context length).
 
@@ -70,7 +70,7 @@ def clean(caption: str) -> str:
 
 
 class ClipTokenizer:
-    """Captions to fixed-length rows of ids, equal to the published tokeniser.
+    """Captions to fixed-length rows of ids, equal to the published tokenizer.
 
     Args:
       context_length: L, ids in a row, the two marks included; at least 2.

@@ -13,6 +13,7 @@ from collections.abc import Callable
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from vqd_jax.diffusion import transition
@@ -106,7 +107,7 @@ def token_bound(
     same = x == x0
 
     jump = jnp.where(masked, b.unmask, b.unreplace)
-    model_noise = jnp.where(masked, 1.0, transition.noise_share(log_px, b))
+    model_noise = jnp.where(masked, 1.0, transition.noise_share(log_px, b.noise_at_t))
     true_noise = jnp.where(masked | ~same, 1.0, b.noise_at_t)
     model_uniform = b.uniform / num_codes * model_noise
     true_uniform = b.uniform / num_codes * true_noise
@@ -138,12 +139,81 @@ def token_bound(
     return jnp.maximum(kl_rest + kl_x0 + kl_x, 0.0)
 
 
-def bound_terms(
-    log_x0: jax.Array, x0: jax.Array, x_t: jax.Array, t: jax.Array, schedule: Schedule
-) -> jax.Array:
-    """``token_bound`` of a batch: float32 [B, N] from log_x0 [B, N, K], codes [B, N], t [B]."""
-    over_tokens = jax.vmap(token_bound, in_axes=(0, 0, 0, None, None))
-    return jax.vmap(over_tokens, in_axes=(0, 0, 0, 0, None))(log_x0, x0, x_t, t, schedule)
+def _token_terms(logits, x0, x_t, t, schedule):
+    """``token_bound`` and -log p0[x0] of one token; logits [K]."""
+    log_x0 = jax.nn.log_softmax(logits)
+    return token_bound(log_x0, x0, x_t, t, schedule), -log_x0[x0]
+
+
+def _chunk_terms(logits, x0, x_t, t, schedule):
+    over_tokens = jax.vmap(_token_terms, in_axes=(0, 0, 0, None, None))
+    return jax.vmap(over_tokens, in_axes=(0, 0, 0, 0, None))(logits, x0, x_t, t, schedule)
+
+
+@jax.custom_vjp
+def terms(
+    logits: jax.Array, x0: jax.Array, x_t: jax.Array, t: jax.Array, schedule: Schedule
+) -> tuple[jax.Array, jax.Array]:
+    """``token_bound`` and the cross-entropy -log p0[x0] of every token, nats.
+
+    Computed a sixteenth of the tokens at a time, forward and backward, so that all that is stored
+    of the logits' size is their gradient, and the work stays in the cache of a CPU.
+
+    Args:
+      logits: float32 [B, N, K], of the clean codes; log p0 will do.
+      x0, x_t: int32 [B, N], clean codes and tokens at time t.
+      t: int32 [B], times in 1..T.
+      schedule: the noise schedule; neither it nor the tokens have a gradient.
+
+    Returns:
+      Two of float32 [B, N].
+    """
+    num_tokens = x0.shape[1]
+    starts, width = _chunks(num_tokens)
+    cut = lambda x, start: jax.lax.dynamic_slice_in_dim(x, start, width, axis=1)  # noqa: E731
+
+    def put(index, results):
+        start = starts[index]
+        new = _chunk_terms(cut(logits, start), cut(x0, start), cut(x_t, start), t, schedule)
+        return tuple(
+            jax.lax.dynamic_update_slice_in_dim(old, part, start, axis=1)
+            for old, part in zip(results, new, strict=True)
+        )
+
+    empty = jnp.zeros(x0.shape)
+    return jax.lax.fori_loop(0, len(starts), put, (empty, empty))
+
+
+def _chunks(num_tokens):
+    """First token of every chunk, and their width; the last chunk overlaps the one before."""
+    width = -(-num_tokens // 16)
+    starts = np.arange(0, num_tokens, width, dtype=np.int32)
+    return jnp.asarray(np.minimum(starts, num_tokens - width)), width
+
+
+def _terms_forward(logits, x0, x_t, t, schedule):
+    return terms(logits, x0, x_t, t, schedule), (logits, x0, x_t, t, schedule)
+
+
+def _terms_backward(residuals, gradients):
+    logits, x0, x_t, t, schedule = residuals
+    starts, width = _chunks(x0.shape[1])
+    cut = lambda x, start: jax.lax.dynamic_slice_in_dim(x, start, width, axis=1)  # noqa: E731
+
+    def put(index, result):
+        start = starts[index]
+        of_logits = lambda x: _chunk_terms(  # noqa: E731
+            x, cut(x0, start), cut(x_t, start), t, schedule
+        )
+        _, pull_back = jax.vjp(of_logits, cut(logits, start))
+        (part,) = pull_back(tuple(cut(gradient, start) for gradient in gradients))
+        return jax.lax.dynamic_update_slice_in_dim(result, part, start, axis=1)
+
+    gradient = jax.lax.fori_loop(0, len(starts), put, jnp.zeros_like(logits))
+    return gradient, None, None, None, None
+
+
+terms.defvjp(_terms_forward, _terms_backward)
 
 
 def noise(key: jax.Array, x0: jax.Array, t: jax.Array, schedule: Schedule) -> jax.Array:
@@ -167,7 +237,8 @@ def variational_bound(
 
     Args:
       key: PRNG key; decides the times and the noise.
-      predict_log_x0: (tokens int32 [B, N], times int32 [B]) -> float32 [B, N, K], normalised.
+      predict_log_x0: (tokens int32 [B, N], times int32 [B]) -> float32 [B, N, K], log p0 or any
+        logits of it.
       x0: int32 [B, N], clean codes.
       schedule: the noise schedule.
       statistics: decide how the times are drawn; returned updated.
@@ -184,16 +255,17 @@ def variational_bound(
     p = time_probabilities(statistics)
     t = sample_times(key_time, p, batch)
     x_t = noise(key_noise, x0, t, schedule)
-    log_x0 = predict_log_x0(x_t, t).astype(jnp.float32)
-    chex.assert_shape(log_x0, (batch, num_tokens, schedule.num_codes))
+    logits = predict_log_x0(x_t, t).astype(jnp.float32)
+    chex.assert_shape(logits, (batch, num_tokens, schedule.num_codes))
 
     weight = jnp.where(x_t == schedule.num_codes, mask_weight[0], mask_weight[1])
     # At t = 1 the term is the likelihood of the data itself, which the published loss never weighs.
     weight = jnp.where((t == 1)[:, None], 1.0, weight)
-    main = (weight * bound_terms(log_x0, x0, x_t, t, schedule)).sum(axis=1)
-    cross_entropy = -jnp.take_along_axis(log_x0, x0[..., None], axis=-1)[..., 0]
+    bound, cross_entropy = terms(logits, x0, x_t, t, schedule)
+    main = (weight * bound).sum(axis=1)
     auxiliary = (weight * cross_entropy).sum(axis=1)
 
+    right = jnp.take_along_axis(logits, x0[..., None], axis=-1)[..., 0]
     factor = 2.0 - (t - 1) / schedule.num_steps
     scale = 1.0 / (p[t - 1] * batch * num_tokens)
     loss = jnp.sum(scale * (main + auxiliary_weight * factor * auxiliary))
@@ -201,7 +273,7 @@ def variational_bound(
         "statistics": update_time_statistics(statistics, t, jax.lax.stop_gradient(main)),
         "bound": jnp.sum(scale * main),
         "auxiliary": auxiliary.sum() / (batch * num_tokens),
-        "accuracy": jnp.mean(log_x0.argmax(-1) == x0),
+        "accuracy": jnp.mean(right >= logits.max(axis=-1)),
     }
 
 
@@ -214,24 +286,29 @@ def likelihood(
 ) -> jax.Array:
     """Bound on -log2 p(x0) in bits a token, one number an image: float32 [B].
 
-    The sum over t is estimated from ``num_draws`` times an image, stratified over 1..T and the same
-    for every image of the call; with num_draws = T every time is visited once. The prior term is 0:
-    sampling starts from all tokens masked. Two calls with one key meet the same noise, so their
-    difference is a paired one.
+    The bound is a sum over t. The term of t = 1 is by far the largest while a network has not yet
+    learnt to copy what it sees, so it is always computed; the others are estimated from
+    ``num_draws - 1`` times (at least one), stratified over 2..T and the same for every image of the
+    call. With num_draws = T every time is visited once. The prior term is 0: sampling starts from
+    all tokens masked. Two calls with one key meet the same noise, so their difference is a paired
+    one.
     """
     num_steps = schedule.num_steps
     key_time, key_noise = jax.random.split(key)
-    offset = jax.random.uniform(key_time)
-    index = jnp.floor((jnp.arange(num_draws) + offset) * num_steps / num_draws)
-    times = jnp.minimum(index, num_steps - 1).astype(jnp.int32) + 1
+    others = min(max(num_draws - 1, 1), num_steps - 1)
+    index = (jnp.arange(others) + jax.random.uniform(key_time)) * (num_steps - 1) / max(others, 1)
+    # Rounding may carry the last point to the end of its stratum.
+    index = jnp.minimum(jnp.floor(index), num_steps - 2).astype(jnp.int32)
+    times = jnp.concatenate([jnp.ones(1, jnp.int32), index + 2])
+    weights = jnp.ones(others + 1).at[1:].set((num_steps - 1) / max(others, 1))
 
     def one_draw(total, draw):
-        t, draw_key = draw
+        t, weight, draw_key = draw
         t = jnp.full(x0.shape[0], t)
         x_t = noise(draw_key, x0, t, schedule)
-        log_x0 = predict_log_x0(x_t, t).astype(jnp.float32)
-        return total + bound_terms(log_x0, x0, x_t, t, schedule).mean(axis=1), None
+        logits = predict_log_x0(x_t, t).astype(jnp.float32)
+        return total + weight * terms(logits, x0, x_t, t, schedule)[0].mean(axis=1), None
 
-    keys = jax.random.split(key_noise, num_draws)
-    total, _ = jax.lax.scan(one_draw, jnp.zeros(x0.shape[0]), (times, keys))
-    return total * num_steps / num_draws / jnp.log(2.0)
+    keys = jax.random.split(key_noise, others + 1)
+    total, _ = jax.lax.scan(one_draw, jnp.zeros(x0.shape[0]), (times, weights, keys))
+    return total / jnp.log(2.0)

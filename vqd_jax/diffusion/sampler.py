@@ -1,4 +1,4 @@
-"""The reverse process: from all tokens masked to clean codes, one scan over a list of times.
+"""The reverse process: from masked or noised tokens to clean codes, one scan over a list of times.
 
 Letters: B batch, N image tokens, K codes, S sampling steps, T steps of the schedule.
 """
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from vqd_jax.diffusion import transition
+from vqd_jax.diffusion import rules, transition
 from vqd_jax.diffusion.schedule import Schedule
 
 PredictX0 = Callable[[jax.Array, jax.Array], jax.Array]
@@ -22,26 +22,69 @@ class Settings(struct.PyTreeNode):
     """How to sample. Changing a number does not recompile; changing its presence does.
 
     Attributes:
-      num_steps: S, network calls; times are spread evenly over 0..T. 0 means T.
-      guidance: guidance scale, or None for no guidance (one network pass instead of two).
+      num_steps: S, network calls, spread evenly from the first time to 0. 0 means T.
+      times: an increasing list of S+1 times from 0 to at most T to use instead.
+      rule: what a step does; a callable of ``rules``.
+      guidance: guidance scale, or one for every step, float32 [S] (``ramp``, ``interval``); or None
+        for no guidance (one network pass instead of two).
       truncation: keep the most likely codes whose better-ranked codes hold less than this share of
-        the probability, or None for all (Improved VQ-Diffusion, section 3).
+        the probability, or None for all (Improved VQ-Diffusion, section 3.1).
+      top_k: keep this many of the most likely codes, or None for all.
       temperature: divides the log-probabilities of the codes; 1 leaves them.
-      trajectory: return the tokens after every step too.
+      known: int32 [B, N], codes that never change, and K where a code is to be found. Unless
+        ``times`` or ``initial`` say otherwise an image starts at the time whose share of masked
+        tokens it has.
+      initial: int32 [B, N], codes to begin from instead of masks, noised by ``strength``.
+      strength: share of T at which ``initial`` enters: 1 forgets it, 1/T leaves all but one step.
+      trajectory: return the tokens and the most likely codes of every step too.
     """
 
     num_steps: int = struct.field(pytree_node=False, default=0)
-    guidance: float | None = None
+    times: tuple[int, ...] | None = struct.field(pytree_node=False, default=None)
+    rule: Callable = rules.Ancestral()
+    guidance: float | jax.Array | None = None
     truncation: float | None = None
+    top_k: int | None = None
     temperature: float = 1.0
+    known: jax.Array | None = None
+    initial: jax.Array | None = None
+    strength: float = 1.0
     trajectory: bool = struct.field(pytree_node=False, default=False)
 
 
 class Sample(NamedTuple):
-    """Codes int32 [B, N]; and, where asked for, the tokens after every step, int32 [S, B, N]."""
+    """What ``sample`` returns.
+
+    Attributes:
+      codes: int32 [B, N].
+      trajectory: int32 [S, B, N], the tokens after every step (K is the mask), where asked for.
+      predictions: int32 [S, B, N], the most likely clean codes at every step, where asked for.
+    """
 
     codes: jax.Array
     trajectory: jax.Array | None
+    predictions: jax.Array | None
+
+
+def published_fast(speed: int, schedule: Schedule, **others) -> Settings:
+    """Settings of the published "fast inference" at a speed >= 2; ``others`` go to ``Settings``."""
+    if speed < 2 or speed > schedule.num_steps:
+        raise ValueError(f"speed must lie in 2..{schedule.num_steps} (T), got {speed}")
+    times = list(range(schedule.num_steps, 0, -speed))
+    # A call at time 1 always ends it.
+    times += [0] if times[-1] == 1 else [1, 0]
+    return Settings(times=tuple(times[::-1]), rule=rules.PublishedFast(speed - 1), **others)
+
+
+def ramp(scale: float, num_steps: int) -> np.ndarray:
+    """Guidance that rises evenly from 1 to ``scale``: float32 [S] (arXiv:2507.08965)."""
+    return np.linspace(1.0, scale, num_steps, dtype=np.float32)
+
+
+def interval(scale: float, num_steps: int, first: float, last: float) -> np.ndarray:
+    """``scale`` from the share ``first`` of the steps to ``last``, else 1 (no null pass there)."""
+    progress = (np.arange(num_steps) + 0.5) / num_steps
+    return np.where((first <= progress) & (progress < last), scale, 1.0).astype(np.float32)
 
 
 def step_times(num_steps: int, schedule: Schedule) -> np.ndarray:
@@ -50,7 +93,29 @@ def step_times(num_steps: int, schedule: Schedule) -> np.ndarray:
     num_steps = num_steps or total
     if not 1 <= num_steps <= total:
         raise ValueError(f"num_steps must lie in 1..{total} (the schedule's T), got {num_steps}")
-    return np.round(np.linspace(total, 0, num_steps + 1)).astype(np.int32)
+    return even_times(np.int32(total), num_steps)
+
+
+def even_times(start, num_steps: int):
+    """int32 [S+1] from ``start`` [] down to 0, rounded up; times repeat where start < S."""
+    return -(-np.arange(num_steps, -1, -1, dtype=np.int32) * start // num_steps)
+
+
+def listed_times(times: tuple[int, ...], schedule: Schedule) -> np.ndarray:
+    """int32 [S+1], the list of ``Settings.times`` decreasing; checked."""
+    table = np.asarray(times)
+    if len(times) < 2 or times[0] != 0 or (np.diff(table) <= 0).any():
+        raise ValueError(f"times must be an increasing list that begins with 0, got {times}")
+    if times[-1] > schedule.num_steps:
+        raise ValueError(f"times end at {times[-1]}, after the schedule's T={schedule.num_steps}")
+    return table[::-1].astype(np.int32)
+
+
+def masked_time(share: jax.Array, schedule: Schedule) -> jax.Array:
+    """The first time in 1..T with at least this share of the masks of time T: int32, any shape."""
+    mask = jnp.asarray(schedule.mask)
+    index = jnp.searchsorted(mask, share * mask[-1])
+    return jnp.clip(index, 1, schedule.num_steps).astype(jnp.int32)
 
 
 def guide(log_cond: jax.Array, log_null: jax.Array, scale: jax.Array) -> jax.Array:
@@ -70,22 +135,33 @@ def truncate(log_x0: jax.Array, rate: jax.Array) -> jax.Array:
     """Keeps a code iff the codes ranked above it hold less than ``rate``; float32 [..., K].
 
     The most likely code always stays, and so does the one that crosses the rate; the rest becomes
-    impossible. Normalised. The threshold is found by bisection, which needs no sorting.
+    impossible. Normalised.
     """
-    p = jnp.exp(log_x0)
+    return _keep_top(log_x0, jnp.exp(log_x0), rate)
 
-    def halve(bounds, _):
+
+def keep_top_k(log_x0: jax.Array, k: jax.Array) -> jax.Array:
+    """Keeps the k >= 1 most likely codes and what ties with them; float32 [..., K], normalised."""
+    return _keep_top(log_x0, jnp.ones_like(log_x0), k)
+
+
+def _keep_top(log_x0, weight, amount):
+    """Keeps a code iff the codes strictly above it weigh less than ``amount``.
+
+    The threshold is found by bisection, which needs no sorting.
+    """
+
+    def halve(_, bounds):
         low, high = bounds
         middle = 0.5 * (low + high)
-        # A threshold is too low while the codes strictly above it still hold the rate.
-        too_low = jnp.sum(jnp.where(log_x0 > middle, p, 0.0), -1, keepdims=True) >= rate
-        return (jnp.where(too_low, middle, low), jnp.where(too_low, high, middle)), None
+        # A threshold is too low while the codes strictly above it still weigh enough.
+        above = jnp.sum(jnp.where(log_x0 > middle, weight, 0.0), -1, keepdims=True)
+        return jnp.where(above >= amount, middle, low), jnp.where(above >= amount, high, middle)
 
     top = log_x0.max(-1, keepdims=True)
-    # Far below the least likely code that a float32 sum over K could notice.
-    (_, threshold), _ = jax.lax.scan(halve, (top - 60.0, top), length=40)
-    # A code stays if what is strictly above it holds less than the rate; the bisection has found
-    # where that turns, to within rounding of log_x0, and the top code always stays.
+    # Far below the least likely code that a float32 sum over K could notice; 40 halvings come
+    # nearer than float32 tells two codes apart.
+    _, threshold = jax.lax.fori_loop(0, 40, halve, (top - 60.0, top))
     return jax.nn.log_softmax(jnp.where(log_x0 >= threshold, log_x0, transition.LOG_ZERO))
 
 
@@ -96,40 +172,100 @@ def sample(
     schedule: Schedule,
     settings: Settings,
 ) -> Sample:
-    """Samples codes, beginning with every token masked.
+    """Samples codes, beginning with every token masked unless the settings say otherwise.
 
     Args:
       key: one PRNG key an image, [B]; an image depends on its own key only, whatever the batch.
       predict_log_x0: (tokens int32 [B, N], times int32 [B]) -> float32 [B, N, K]. With guidance it
-        is called with 2B rows: the second half is to be answered without the condition.
+        is called with 2B rows: the second half is to be answered without the condition. With a list
+        of scales it is called with B rows, all conditional, where the scale is 1.
       shape: (B, N).
       schedule: the schedule that the network was trained with.
       settings: see ``Settings``.
 
     Returns:
       ``Sample``.
+
+    Raises:
+      ValueError: impossible numbers of steps or times, or two settings that exclude each other.
     """
-    batch, num_tokens = shape
-    chex.assert_shape(key, (batch,))
-    times = jnp.asarray(step_times(settings.num_steps, schedule))
+    chex.assert_shape(key, (shape[0],))
+    tokens, times = _begin(key, shape, schedule, settings)
+    num_masked = jnp.sum(tokens == schedule.num_codes, axis=1)
+    num_steps = times.shape[0] - 1
+    scales = None
+    if settings.guidance is not None:
+        scales = jnp.broadcast_to(jnp.asarray(settings.guidance, jnp.float32), num_steps)
 
-    def predict(tokens, t):
-        if settings.guidance is None:
-            log_x0 = predict_log_x0(tokens, jnp.full(batch, t))
-        else:
-            both = predict_log_x0(jnp.concatenate([tokens, tokens]), jnp.full(2 * batch, t))
-            log_x0 = guide(both[:batch], both[batch:], settings.guidance)
-        log_x0 = jax.nn.log_softmax(log_x0.astype(jnp.float32) / settings.temperature)
-        return log_x0 if settings.truncation is None else truncate(log_x0, settings.truncation)
+    def step(tokens, at):
+        index, t, s, scale = at
+        log_x0 = _predict(predict_log_x0, tokens, t, scale, settings)
+        keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(key, index)
+        where = rules.Step(s=s, t=t, start=times[0], num_masked=num_masked)
+        rule = jax.vmap(settings.rule, in_axes=(0, 0, 0, 0, None))
+        tokens = _restore(rule(keys, log_x0, tokens, where, schedule), schedule, settings)
+        seen = (tokens, log_x0.argmax(-1).astype(jnp.int32)) if settings.trajectory else None
+        return tokens, seen
 
-    def step(tokens, pair):
-        t, s = pair
-        token_keys = jax.vmap(lambda k: jax.random.split(jax.random.fold_in(k, s), num_tokens))(key)
-        draw = jax.vmap(transition.draw_posterior, in_axes=(0, 0, 0, None, None, None))
-        draw = jax.vmap(draw, in_axes=(0, 0, 0, None, None, None))
-        tokens = draw(token_keys, predict(tokens, t), tokens, s, t, schedule).astype(jnp.int32)
-        return tokens, tokens if settings.trajectory else None
+    # Index 0 of an image's key is the noise put on ``initial``.
+    steps = jnp.arange(1, num_steps + 1), times[:-1], times[1:], scales
+    codes, seen = jax.lax.scan(step, tokens, steps)
+    return Sample(codes, *(seen or (None, None)))
 
-    masked = jnp.full(shape, schedule.num_codes, jnp.int32)
-    codes, trajectory = jax.lax.scan(step, masked, (times[:-1], times[1:]))
-    return Sample(codes, trajectory)
+
+def _begin(key, shape, schedule, settings):
+    """Tokens int32 [B, N] to begin with, and times int32 [S+1, B]."""
+    if settings.times is not None and settings.num_steps:
+        raise ValueError("give either num_steps or times, not both")
+    even = step_times(settings.num_steps, schedule)
+    tokens = jnp.full(shape, schedule.num_codes, jnp.int32)
+    start = jnp.full(shape[0], schedule.num_steps)
+    if settings.initial is not None:
+        chex.assert_shape(settings.initial, shape)
+        steps = jnp.round(settings.strength * schedule.num_steps).astype(jnp.int32)
+        start = jnp.full(shape[0], jnp.clip(steps, 1, schedule.num_steps))
+    elif settings.known is not None:
+        chex.assert_shape(settings.known, shape)
+        masked_share = jnp.mean(settings.known == schedule.num_codes, axis=1)
+        start = masked_time(masked_share, schedule)
+    times = jax.vmap(lambda start: even_times(start, len(even) - 1), out_axes=1)(start)
+    if settings.times is not None:
+        listed = listed_times(settings.times, schedule)
+        times = jnp.broadcast_to(listed[:, None], (len(listed), shape[0]))
+    if settings.initial is not None:
+        first = jax.vmap(jax.random.fold_in, in_axes=(0, None))(key, 0)
+        keys = jax.vmap(lambda k: jax.random.split(k, shape[1]))(first)
+        noise = jax.vmap(transition.q_sample, in_axes=(0, 0, None, None))
+        noise = jax.vmap(noise, in_axes=(0, 0, 0, None))
+        tokens = noise(keys, settings.initial, times[0], schedule)
+    return _restore(tokens, schedule, settings), times
+
+
+def _restore(tokens, schedule, settings):
+    """Puts the known codes back."""
+    if settings.known is None:
+        return tokens.astype(jnp.int32)
+    return jnp.where(settings.known < schedule.num_codes, settings.known, tokens).astype(jnp.int32)
+
+
+def _predict(predict_log_x0, tokens, t, scale, settings):
+    """log p0 [B, N, K] after guidance, temperature and truncation; ``scale`` [] or None."""
+
+    def conditional(scale):
+        del scale
+        return predict_log_x0(tokens, t)
+
+    def guided(scale):
+        cond, null = jnp.split(predict_log_x0(jnp.tile(tokens, (2, 1)), jnp.tile(t, 2)), 2)
+        return guide(cond.astype(jnp.float32), null.astype(jnp.float32), scale)
+
+    if scale is None:
+        log_x0 = conditional(scale)
+    elif jnp.ndim(settings.guidance) == 0:
+        log_x0 = guided(scale)
+    else:
+        log_x0 = jax.lax.cond(scale == 1, conditional, guided, scale)
+    log_x0 = jax.nn.log_softmax(log_x0.astype(jnp.float32) / settings.temperature)
+    if settings.top_k is not None:
+        log_x0 = keep_top_k(log_x0, settings.top_k)
+    return log_x0 if settings.truncation is None else truncate(log_x0, settings.truncation)

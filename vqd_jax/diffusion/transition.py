@@ -29,6 +29,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from vqd_jax.diffusion import draws
 from vqd_jax.diffusion.schedule import Schedule
 
 # Log-probability that stands for "impossible"; finite, so that it can meet a gradient.
@@ -39,9 +40,12 @@ class Bridge(NamedTuple):
     """The ratios of two times s < t that the posterior is made of; float32, any shape.
 
     Attributes:
-      stay_masked: m = C_s / C_t, and its complement.
-      stay_replaced: r = (B_s / A_s) / (B_t / A_t), and its complement.
-      clean: g = A_s / V_s, and its complement.
+      stay_masked: m = C_s / C_t.
+      unmask: 1 - m.
+      stay_replaced: r = (B_s / A_s) / (B_t / A_t).
+      unreplace: 1 - r.
+      clean: g = A_s / V_s.
+      uniform: 1 - g.
       noise_at_t: 1 - k = B_t / (A_t + B_t).
     """
 
@@ -119,7 +123,7 @@ def posterior(
     masked = x_t == num_codes
     x = jnp.where(masked, 0, x_t)
     log_px = log_x0[x]
-    log_noise = jnp.where(masked, 0.0, safe_log(noise_share(log_px, b)))
+    log_noise = jnp.where(masked, 0.0, safe_log(noise_share(log_px, b.noise_at_t)))
     log_jump = safe_log(jnp.where(masked, b.unmask, b.unreplace))
     log_uniform = safe_log(b.uniform / num_codes) + log_noise
     codes = log_jump + jnp.logaddexp(safe_log(b.clean) + log_x0, log_uniform)
@@ -127,26 +131,32 @@ def posterior(
     return jnp.append(codes, jnp.where(masked, safe_log(b.stay_masked), LOG_ZERO))
 
 
-def noise_share(log_px: jax.Array, b: Bridge) -> jax.Array:
-    """1 - k p0_x: probability that a token showing the code x shows it by replacement."""
-    return -jnp.expm1(log_px) + b.noise_at_t * jnp.exp(log_px)
+def noise_share(log_px: jax.Array, noise_at_t: jax.Array) -> jax.Array:
+    """1 - k p0_x of 1 - k: probability that a token showing the code x does so by replacement."""
+    return noise_at_t * jnp.exp(log_px) - jnp.expm1(log_px)
 
 
 def log_stay(log_px: jax.Array, b: Bridge, num_codes: int) -> jax.Array:
     """log p(x_s = x | x_t = x) of a visible token; any shape."""
-    px, noise = jnp.exp(log_px), noise_share(log_px, b)
+    px, noise = jnp.exp(log_px), noise_share(log_px, b.noise_at_t)
     kept = (1 - b.noise_at_t) * px
     redrawn = b.clean * b.noise_at_t * px + b.uniform / num_codes * noise
     return safe_log(kept + b.stay_replaced * noise + b.unreplace * redrawn)
 
 
 def q_sample(key: jax.Array, x0: jax.Array, t: jax.Array, schedule: Schedule) -> jax.Array:
-    """Draws x_t ~ q(x_t | x_0) of one token: int32 []. Exact: one uniform, one random code."""
-    key_branch, key_code = jax.random.split(key)
-    u = jax.random.uniform(key_branch)
-    code = jax.random.randint(key_code, (), 0, schedule.num_codes)
-    mask, keep = jnp.asarray(schedule.mask)[t], jnp.asarray(schedule.keep)[t]
-    return jnp.where(u < mask, schedule.num_codes, jnp.where(u < mask + keep, x0, code))
+    """Draws x_t ~ q(x_t | x_0) of one token: int32 []; x0 int32 [] in 0..K-1, t in 0..T.
+
+    The marginal is a mixture (still there, any code, masked): the branch is drawn first.
+    """
+    words = jax.random.bits(key, (7,))
+    keep, replace, mask = (
+        jnp.asarray(table)[t] for table in (schedule.keep, schedule.replace, schedule.mask)
+    )
+    shares = jnp.stack([keep, schedule.num_codes * replace, mask])
+    branch = draws.race(words[:6].reshape(3, 2), shares)
+    code = draws.any_code(words[6], schedule.num_codes)
+    return jnp.stack([jnp.asarray(x0, jnp.int32), code, jnp.int32(schedule.num_codes)])[branch]
 
 
 def draw_posterior(
@@ -157,20 +167,30 @@ def draw_posterior(
     t: jax.Array,
     schedule: Schedule,
 ) -> jax.Array:
-    """Draws x_s ~ p(x_s | x_t) of one token: int32 [].
-
-    The posterior is a mixture (stay as it is, take a code from p0, take any code), so the branch is
-    drawn first; then the code. ``log_x0`` is float32 [K], normalised.
-    """
+    """Draws x_s ~ p(x_s | x_t) of one token: int32 []; arguments as in ``posterior``."""
     chex.assert_shape(log_x0, (schedule.num_codes,))
-    key_branch, key_clean, key_uniform = jax.random.split(key, 3)
-    b = bridge(s, t, schedule)
-    masked = x_t == schedule.num_codes
+    return draw_across(key, log_x0, x_t, bridge(s, t, schedule))
+
+
+def draw_across(key: jax.Array, log_x0: jax.Array, x_t: jax.Array, b: Bridge) -> jax.Array:
+    """Draws x_s of one token across a bridge; log_x0 float32 [K], normalised.
+
+    The posterior is a mixture: take a code from p0, take any code, or stay as it is. Its shares are
+
+      jump g,  jump (1 - g) (1 - k p0_x),  and the rest,   jump = 1 - m (masked) or 1 - r (visible)
+
+    so the branch is drawn first, and then a code: O(sqrt K) random words, and no bias in the tail.
+    """
+    num_codes = log_x0.shape[0]
+    masked = x_t == num_codes
+    log_px = log_x0[jnp.where(masked, 0, x_t)]
+    noise = jnp.where(masked, 1.0, noise_share(log_px, b.noise_at_t))
     jump = jnp.where(masked, b.unmask, b.unreplace)
-    noise = jnp.where(masked, 1.0, noise_share(log_x0[jnp.where(masked, 0, x_t)], b))
-    from_clean, from_uniform = jump * b.clean, jump * b.uniform * noise
-    u = jax.random.uniform(key_branch)
-    # JAX's default Gumbel noise has too little resolution for codes 16 nats below the best.
-    clean = jax.random.categorical(key_clean, log_x0, mode="high")
-    uniform = jax.random.randint(key_uniform, (), 0, schedule.num_codes)
-    return jnp.where(u < from_clean, clean, jnp.where(u < from_clean + from_uniform, uniform, x_t))
+    # The rest of a visible token, r (1 - k p0_x) + k p0_x (1 - jump g), as a sum of positive terms.
+    kept = (1 - b.noise_at_t) * jnp.exp(log_px) * (b.stay_replaced + b.unreplace * b.uniform)
+    rest = jnp.where(masked, b.stay_masked, b.stay_replaced * noise + kept)
+    words = jax.random.bits(key, (7 + draws.num_words(num_codes),))
+    shares = jnp.stack([jump * b.clean, jump * b.uniform * noise, rest])
+    branch = draws.race(words[:6].reshape(3, 2), shares)
+    codes = draws.code(words[7:], log_x0), draws.any_code(words[6], num_codes)
+    return jnp.stack([*codes, jnp.asarray(x_t, jnp.int32)])[branch]

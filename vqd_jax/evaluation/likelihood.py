@@ -16,7 +16,8 @@ class CaptionLikelihood(NamedTuple):
     Attributes:
       right: mean with each picture's own caption.
       shuffled: mean with the caption of another picture, under the same noise.
-      difference_in_standard_errors: mean of (shuffled - right) over its standard error.
+      difference_in_standard_errors: mean of (shuffled - right) over its standard error, pictures
+        taken as independent.
     """
 
     right: float
@@ -61,6 +62,6 @@ def caption_likelihood(
     right, shuffled = np.concatenate(right), np.concatenate(shuffled)
     difference = shuffled - right
     error = difference.std(ddof=1) / np.sqrt(len(difference))
-    return CaptionLikelihood(
-        float(right.mean()), float(shuffled.mean()), float(difference.mean() / error)
-    )
+    # Without any spread there is no scale to measure the difference on.
+    in_errors = difference.mean() / error if error > 0 else 0.0
+    return CaptionLikelihood(float(right.mean()), float(shuffled.mean()), float(in_errors))

@@ -37,7 +37,7 @@ def save(directory: str, config: dict, params: Any) -> None:
       params: nested dict of arrays.
     """
     target = Path(directory)
-    scratch = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    scratch = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
     try:
@@ -59,11 +59,14 @@ def load_config(directory: str) -> dict:
     """
     path = Path(directory) / "config.json"
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"{directory} is not a model folder: it has no config.json") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{path} does not hold a JSON object")
+    return config
 
 
 def load_params(directory: str, abstract_params: Any) -> Any:

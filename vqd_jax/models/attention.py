@@ -71,8 +71,13 @@ def stack_layers(make_layer: Callable, num_layers: int, rngs: nnx.Rngs) -> nnx.M
     return make(rngs)
 
 
-def scan_layers(layers: nnx.Module, x: jax.Array, extras, remat: str = "none") -> jax.Array:
-    """x <- layer(x, extra) for every layer; ``extras`` is a pytree with a leading layer axis."""
+def scan_layers(
+    layers: nnx.Module, x: jax.Array, extras, remat: str = "none", unroll: int = 1
+) -> jax.Array:
+    """x <- layer(x, extra) for every layer; ``extras`` is a pytree with a leading layer axis.
+
+    ``remat`` is a key of ``REMAT_POLICIES``; ``unroll`` layers make up one turn of the loop.
+    """
     graphdef, params = nnx.split(layers)
 
     def body(x, layer):
@@ -81,7 +86,7 @@ def scan_layers(layers: nnx.Module, x: jax.Array, extras, remat: str = "none") -
 
     if remat != "none":
         body = jax.checkpoint(body, policy=REMAT_POLICIES[remat], prevent_cse=False)
-    return jax.lax.scan(body, x, (params, extras))[0]
+    return jax.lax.scan(body, x, (params, extras), unroll=unroll)[0]
 
 
 def map_layers(layers: nnx.Module, method: Callable):

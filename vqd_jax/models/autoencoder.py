@@ -1,4 +1,4 @@
-"""The image tokeniser: a convolutional autoencoder with a codebook in the middle (VQGAN).
+"""The image tokenizer: a convolutional autoencoder with a codebook in the middle (VQGAN).
 
 Letters: B batch, H/W image side, h/w side of the token grid, N = h w image tokens, C channels,
 K codes, E codebook dimension. Images are [B, H, W, C] (channels last).

@@ -34,6 +34,8 @@ class DenoiserConfig:
       mlp_ratio: hidden width of the MLP over D.
       text_width: width of the text features.
       remat: key of ``attention.REMAT_POLICIES``.
+      scan_unroll: layers in one turn of the loop over layers; more is faster on a CPU and slower to
+        compile everywhere.
       dtype: compute dtype, "float32" or "bfloat16"; parameters are float32.
     """
 
@@ -46,6 +48,7 @@ class DenoiserConfig:
     text_width: int
     mlp_ratio: int = 4
     remat: str = "none"
+    scan_unroll: int = 1
     dtype: str = "float32"
 
     def __post_init__(self):
@@ -166,7 +169,10 @@ class Denoiser(nnx.Module):
             + (self.column_embedding(jnp.arange(columns))[None])
         )
         h = self.code_embedding(tokens) + position.reshape(1, rows * columns, -1)
-        h = attention.scan_layers(self.blocks, h, (modulations, context), self.config.remat)
+        c = self.config
+        h = attention.scan_layers(
+            self.blocks, h, (modulations, context), c.remat, min(c.scan_unroll, c.num_layers)
+        )
         return self.to_logits(self.norm_out(h)).astype(jnp.float32)
 
     def __call__(self, tokens: jax.Array, time: jax.Array, text: jax.Array) -> jax.Array:

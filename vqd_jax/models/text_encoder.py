@@ -51,7 +51,7 @@ class TextBlock(nnx.Module):
     def __init__(self, config: TextEncoderConfig, rngs: nnx.Rngs):
         width, dtype = config.width, attention.float_dtype(config.dtype)
         normal = nnx.initializers.normal
-        # Initial scales of the published tower: branches start small in proportion to the depth.
+        # Initial scales after the published tower: the deeper, the smaller a branch starts.
         linear = functools.partial(nnx.Linear, dtype=dtype)
         make_linear = functools.partial(linear, kernel_init=normal(width**-0.5))
         branch = normal((2 * width * config.num_layers) ** -0.5)

@@ -1,4 +1,4 @@
-"""Stage one: training the image tokeniser, as pure functions of a state.
+"""Stage one: training the image tokenizer, as pure functions of a state.
 
 Letters: B batch, S image side in pixels, N image tokens, K codes, E codebook dimension.
 

@@ -66,7 +66,7 @@ class Checkpoints:
         except Exception as error:  # TensorStore reports a full disk as a ValueError.
             raise UserError(
                 f"a checkpoint could not be written to {self.directory}: "
-                f"{str(error).strip().splitlines()[0][:500]}. The newest complete one is of step "
+                f"{_reason(error)}. The newest complete one is of step "
                 f"{self.latest_step}; make room and run the same command again"
             ) from error
 
@@ -95,15 +95,20 @@ class Checkpoints:
                 _warn_damaged(self.directory / str(step), error)
                 continue
             for bad, _ in failures:
-                # What follows would be saved under this step again.
-                self._manager.delete(bad)
+                # What follows is saved under this step again.
+                damaged = self.directory / str(bad)
+                damaged.rename(self.directory / f"{bad}.damaged")
+            if failures:
+                self._manager.reload()
             return restored.state
         raise UserError(_none_readable(self.directory, failures))
 
     def close(self) -> None:
         """Waits for the writes and stops the background threads."""
-        self.wait()
-        self._manager.close()
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
 
 
 def load(directory: str, abstract_state: Any) -> tuple[int, Any]:
@@ -143,13 +148,16 @@ def _steps(path: epath.Path) -> list[int]:
 
 
 def _warn_damaged(path: epath.Path, error: Exception) -> None:
-    logging.warning("checkpoint %s cannot be read, trying the one before: %s", path, error)
+    logging.warning("checkpoint %s cannot be read, trying another: %s", path, _reason(error))
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:500]
 
 
 def _none_readable(path: epath.Path, failures) -> str:
     steps = ", ".join(str(step) for step, _ in failures)
-    reason = str(failures[0][1]).strip().splitlines()[0][:300]
     return (
-        f"no checkpoint in {path} can be read (steps {steps}; the newest: {reason}). "
+        f"no checkpoint in {path} can be read (steps {steps}; {_reason(failures[0][1])}). "
         "They are damaged or belong to another model; restore them or use another --workdir"
     )

@@ -53,7 +53,8 @@ def fit(
     log_every: int,
     save_every: int,
     keep_checkpoints: int,
-    on_step: Callable[[int, Any, MetricWriter], None] = lambda step, state, writer: None,
+    eval_every: int | None = None,
+    evaluate: Callable[[int, Any, MetricWriter], None] | None = None,
 ) -> Any:
     """Trains from the newest checkpoint in ``directory/checkpoints``, or from the start.
 
@@ -67,7 +68,8 @@ def fit(
       prefix: of metric names, such as 'train'.
       config: saved in every checkpoint.
       num_steps, batch_size, log_every, save_every, keep_checkpoints: numbers of the run.
-      on_step: called after every step, before it is saved; its time does not count in images/s.
+      eval_every, evaluate: (step, state, writer) is evaluated every so many steps and after the
+        last; must not consume the state.
 
     Returns:
       The state after ``num_steps`` steps; a checkpoint of it is on disk.
@@ -86,9 +88,13 @@ def fit(
         else:
             state = checkpoints.restore(abstract(jax.eval_shape(create_state)), iterator)
         step = int(state.step)
+        if step >= num_steps:
+            logging.info(
+                "%s is done (%d steps in %s); nothing is left to do", name, step, directory
+            )
+            return state
         if step:
-            left = "goes on" if step < num_steps else "is done, nothing is left to do:"
-            logging.info("%s %s from step %d in %s", name, left, step, directory)
+            logging.info("%s goes on from step %d in %s", name, step, directory)
 
         writer = stack.enter_context(contextlib.closing(MetricWriter(directory, step)))
         sigterm = stack.enter_context(_SigtermFlag())
@@ -98,11 +104,14 @@ def fit(
         while step < num_steps and not sigterm.raised:
             state, metrics = train_step(state, next(iterator))
             step += 1
+            due = lambda every, step=step: step == num_steps or every and step % every == 0  # noqa: E731
             # The step before is finished by now, so that reading it does not hold this one up.
             _require_finite(last, checkpoints)
             last = step, metrics
+            if due(log_every) or due(save_every) or due(eval_every):
+                _require_finite(last, checkpoints)
             speed.count()
-            if step % log_every == 0 or step == num_steps:
+            if due(log_every):
                 values = {key: float(value) for key, value in metrics.items()}
                 values["images_per_second"] = speed.read()
                 writer.write(step, {f"{prefix}/{key}": value for key, value in values.items()})
@@ -111,11 +120,11 @@ def fit(
             bar.update()
             with speed.paused():
                 # Before the save: what a kill cuts off in here is done again after the restart.
-                on_step(step, state, writer)
-                if step % save_every == 0 or step == num_steps:
-                    _require_finite(last, checkpoints)
+                if evaluate and due(eval_every) and not sigterm.raised:
+                    evaluate(step, state, writer)
+                if due(save_every):
                     checkpoints.save(step, state, iterator, config.to_dict())
-        if step < num_steps:
+        if sigterm.raised:
             _require_finite(last, checkpoints)
             checkpoints.save(step, state, iterator, config.to_dict())
             raise Terminated(f"stopped by SIGTERM at step {step}; the same command goes on")
@@ -161,5 +170,5 @@ def _require_finite(pending: tuple[int, dict] | None, checkpoints: Checkpoints) 
     )
     raise UserError(
         f"the loss is {loss} and the gradient norm {norm} at step {step}; {good}. "
-        "Lower the learning rate or the clipping norm and go on from there"
+        "Lower the learning rate (a run may go on with another one) and run the command again"
     )

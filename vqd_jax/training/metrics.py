@@ -3,9 +3,13 @@
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
-import tensorboardX
+import numpy as np
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tqdm import tqdm
 
 
@@ -13,16 +17,19 @@ class MetricWriter:
     """Appends to ``workdir/metrics.jsonl`` (an object a line) and to ``workdir/tensorboard``.
 
     Lines of later steps than ``step`` are dropped first: the run that is continued from a
-    checkpoint writes them anew.
+    checkpoint writes them anew. Everything is written at once, so that a full disk is an OSError
+    where it happens.
     """
 
     def __init__(self, workdir: str, step: int):
         self._path = Path(workdir) / "metrics.jsonl"
         if self._path.exists():
             _drop_after(self._path, step)
-        self._board = tensorboardX.SummaryWriter(
-            str(Path(workdir) / "tensorboard"), purge_step=step + 1 if step else None
-        )
+        board = Path(workdir) / "tensorboard"
+        board.mkdir(parents=True, exist_ok=True)
+        self._events = EventsWriter(str(board / "events"))
+        # Tells TensorBoard to forget what an earlier process wrote of later steps.
+        self._add(step + 1, session_log=SessionLog(status=SessionLog.START))
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Writes scalars, by names such as 'train/loss'."""
@@ -30,15 +37,20 @@ class MetricWriter:
         with open(self._path, "a", encoding="utf-8") as file:
             file.write(line + "\n")
         for name, value in values.items():
-            self._board.add_scalar(name, float(value), step)
+            self._add(step, summary=summary.scalar(name, float(value)))
+        self._events.flush()
 
-    def image(self, step: int, name: str, image) -> None:
+    def image(self, step: int, name: str, image: np.ndarray) -> None:
         """Shows a uint8 [H, W, 3] picture in TensorBoard."""
-        self._board.add_image(name, image, step, dataformats="HWC")
+        self._add(step, summary=summary.image(name, image, dataformats="HWC"))
+        self._events.flush()
+
+    def _add(self, step: int, **content) -> None:
+        self._events.write_event(Event(wall_time=time.time(), step=step, **content))
 
     def close(self) -> None:
-        """Writes out what is buffered."""
-        self._board.close()
+        """Closes the event file."""
+        self._events.close()
 
 
 def _drop_after(path: Path, step: int) -> None:

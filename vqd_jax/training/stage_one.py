@@ -30,13 +30,11 @@ def model_folder(workdir: str) -> str:
 
 
 def load(config: ConfigDict, directory: str) -> Any:
-    """Parameters of the autoencoder in a model folder or workdir.
+    """Parameters of the autoencoder in a model folder.
 
     Raises:
       UserError: it cannot be read, or has other sizes than ``config.autoencoder`` says.
     """
-    if not (Path(directory) / "config.json").exists() or (Path(directory) / "autoencoder").exists():
-        directory = model_folder(directory)
     wanted = config_lib.autoencoder_config(config)
     found = folder.load_config(directory)
     for field, value in dataclasses.asdict(wanted).items():
@@ -64,7 +62,10 @@ def prepare(config: ConfigDict, workdir: str, builder) -> Any:
         return load(config, target)
     sizes = dataclasses.asdict(config_lib.autoencoder_config(config))
     if config.autoencoder.path:
-        params = load(config, config.autoencoder.path)
+        given = config.autoencoder.path
+        # A workdir will do as well as the model folder in it.
+        is_workdir = (Path(given) / "autoencoder").exists()
+        params = load(config, model_folder(given) if is_workdir else given)
         folder.save(target, sizes, params)
         return params
     params = _train(config, str(Path(workdir) / "autoencoder"), builder)
@@ -87,7 +88,7 @@ def _train(config: ConfigDict, directory: str, builder) -> Any:
     )
     state = loop.fit(
         "autoencoder",
-        functools.partial(training.create_state, sizes, options, jax.random.key(config.seed)),
+        functools.partial(training.create_state, sizes, options, _key(config)),
         lambda state, batch: step(state, batch["image"]),
         dataset,
         directory=directory,
@@ -101,6 +102,11 @@ def _train(config: ConfigDict, directory: str, builder) -> Any:
     )
     _report(state, sizes, builder, directory)
     return jax.tree.map(np.asarray, training.with_codebook(state.params, state.codebook.codebook))
+
+
+def _key(config: ConfigDict) -> jax.Array:
+    """Stage one draws from another stream than stage two."""
+    return jax.random.fold_in(jax.random.key(config.seed), 1)
 
 
 def _report(state, sizes, builder, directory: str) -> None:

@@ -7,6 +7,7 @@ import time
 
 import tensorflow_datasets as tfds
 from absl import logging
+from google.protobuf.json_format import ParseError
 
 from vqd_jax.data.builders.emoji_text import EmojiText
 from vqd_jax.data.builders.shapes_text import ShapesText
@@ -64,18 +65,24 @@ def load(name: str, data_dir: str = "") -> tfds.core.DatasetBuilder:
     try:
         if not path.exists():
             _prepare(builder)
-    except OSError as error:
+    # A write that fails inside array_record is a RuntimeError.
+    except (OSError, RuntimeError) as error:
         if not path.exists():
+            reason = getattr(error, "strerror", None) or error
             message = (
-                f"cannot prepare {name}: {error.strerror or error}; make the directory "
-                "writable or choose another data_dir (or TFDS_DATA_DIR)"
+                f"cannot prepare {name}: {reason}; make the directory writable, make room, or "
+                "choose another data_dir (or TFDS_DATA_DIR)"
             )
-            if error.errno is None:
+            number = getattr(error, "errno", None)
+            if number is None:
                 raise OSError(f"{message}: {path}") from error
             # OSError picks the subclass by the number.
-            raise OSError(error.errno, message, str(path)) from error
+            raise OSError(number, message, str(path)) from error
         logging.info("%s was prepared by another process meanwhile", name)
-    builder = _create(name, data_dir)
+    try:
+        builder = _create(name, data_dir)
+    except (OSError, ParseError) as error:
+        raise OSError(f"{path} is damaged ({error}); remove it and run again") from error
     if not builder.info.splits:
         raise FileNotFoundError(
             f"{path} exists but holds no prepared data set (no dataset_info.json); "

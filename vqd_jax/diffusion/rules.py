@@ -1,0 +1,242 @@
+"""Step rules of the reverse process: how the tokens at time t become those at time s < t.
+
+A rule is called for one image as ``rule(key, log_x0, tokens, step, schedule)`` and returns the
+tokens at time s; ``sampler.sample`` lifts it over the batch and runs it in one scan. ``Ancestral``
+is the reverse process itself, for any s < t. ``PublishedFast`` is the published shortcut, kept for
+comparison. ``Remask`` hides some tokens again. The others reveal a budget of masked tokens a step
+and differ in which: at random (``HighQuality``), where the network is sure (``Purity``,
+``Confidence``), or far apart from each other (``Halton``).
+
+Letters: N image tokens, K codes, T steps of the schedule, C mask probability, V = 1 - C.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from vqd_jax.diffusion import draws, transition
+from vqd_jax.diffusion.schedule import Schedule
+
+
+class Step(NamedTuple):
+    """Where one image is: int32 [] each.
+
+    Attributes:
+      s, t: the step goes from time t to time s <= t; s = t changes nothing.
+      start: the time at which this image began.
+      num_masked: how many of its tokens were masked then.
+    """
+
+    s: jax.Array
+    t: jax.Array
+    start: jax.Array
+    num_masked: jax.Array
+
+
+class Ancestral(struct.PyTreeNode):
+    """x_s ~ p(x_s | x_t) of every token; exact for any s < t (VQ-Diffusion, equation 11)."""
+
+    def __call__(self, key, log_x0, tokens, step: Step, schedule: Schedule) -> jax.Array:
+        return _draw(key, log_x0, tokens, transition.bridge(step.s, step.t, schedule))
+
+
+class PublishedFast(struct.PyTreeNode):
+    """The published "fast inference": one step's worth of unmasking, ``skip`` times too late.
+
+    p0 is predicted at t, but the posterior drawn from is the one of the single step that ends at
+    t - skip - 1 (at t <= skip + 1: at t - 1), as if x_t were the tokens at time t - skip. The masks
+    lag behind their nominal share and the last calls reveal the rest at once. Use it with
+    ``sampler.published_fast``.
+
+    Attributes:
+      skip: times left out between two calls.
+    """
+
+    skip: int
+
+    def __call__(self, key, log_x0, tokens, step: Step, schedule: Schedule) -> jax.Array:
+        t = self.posterior_time(step.t)
+        return _draw(key, log_x0, tokens, transition.bridge(t - 1, t, schedule))
+
+    def posterior_time(self, t: jax.Array) -> jax.Array:
+        """The time whose single step a call at time t takes."""
+        return jnp.where(t - 1 > self.skip, t - self.skip, t)
+
+
+class Remask(struct.PyTreeNode):
+    """Hides a share of the visible tokens again, to correct them (ReMDM, arXiv:2503.00307).
+
+    The share is ``strength`` times the largest one that leaves the marginals of every time as they
+    are; as many more tokens are revealed. 0 is ``Ancestral``.
+
+    Attributes:
+      strength: 0..1 ("rescale" in the paper).
+    """
+
+    strength: float = 0.05
+
+    def __call__(self, key, log_x0, tokens, step: Step, schedule: Schedule) -> jax.Array:
+        key_hide, key_draw = jax.random.split(key)
+        hide, b = remasking_bridge(step.s, step.t, self.strength, schedule)
+        drawn = _draw(key_draw, log_x0, tokens, b)
+        hidden = (tokens < schedule.num_codes) & jax.random.bernoulli(key_hide, hide, tokens.shape)
+        return jnp.where(hidden, schedule.num_codes, drawn)
+
+
+def remasking_bridge(
+    s: jax.Array, t: jax.Array, strength: jax.Array, schedule: Schedule
+) -> tuple[jax.Array, transition.Bridge]:
+    """Share h of visible tokens to hide from t to s, and the bridge that makes up for it.
+
+      h = strength * min(1, C_s / V_t)      p(stay masked) = (C_s - h V_t) / C_t
+
+    so that the masked share at s is C_t p(stay masked) + V_t h = C_s, as without hiding.
+    """
+    mask_s, mask_t = jnp.asarray(schedule.mask)[s], jnp.asarray(schedule.mask)[t]
+    visible_t = jnp.maximum(1 - mask_t, 1e-12)
+    hide = jnp.where(s < t, strength * jnp.minimum(1.0, mask_s / visible_t), 0.0)
+    b = transition.bridge(s, t, schedule)
+    more = hide * visible_t / jnp.where(mask_t > 0, mask_t, 1.0)
+    stay = jnp.maximum(b.stay_masked - more, 0.0)
+    return hide, b._replace(stay_masked=stay, unmask=1 - stay)
+
+
+class HighQuality(struct.PyTreeNode):
+    """Reveals a budget of tokens a step, at random positions (Improved VQ-Diffusion, 3.2).
+
+    Revealed tokens stay until the last step, which draws every token anew from p0, as the published
+    sampler does.
+    """
+
+    def __call__(self, key, log_x0, tokens, step: Step, schedule: Schedule) -> jax.Array:
+        key_codes, key_order = jax.random.split(key)
+        codes = _draw_codes(key_codes, log_x0)
+        shown = reveal(tokens, codes, _gumbel(key_order, tokens.shape), step, schedule)
+        return jnp.where(step.s == 0, codes, shown)
+
+
+class Purity(struct.PyTreeNode):
+    """As ``HighQuality``, but likelier where p0 is sharp (Improved VQ-Diffusion, equation 11).
+
+    Attributes:
+      weight: r; codes are drawn from softmax((1 + r purity) log p0), the last step's from p0.
+    """
+
+    weight: float = 0.0
+
+    def __call__(self, key, log_x0, tokens, step: Step, schedule: Schedule) -> jax.Array:
+        key_codes, key_order = jax.random.split(key)
+        score = purity(log_x0)
+        sharpened = sharpen(log_x0, jnp.where(step.s == 0, 0.0, self.weight) * score)
+        codes = _draw_codes(key_codes, sharpened)
+        # Adding Gumbel noise to log weights and taking the best draws without replacement.
+        priority = transition.safe_log(score) + _gumbel(key_order, tokens.shape)
+        shown = reveal(tokens, codes, priority, step, schedule)
+        return jnp.where(step.s == 0, codes, shown)
+
+
+def purity(log_x0: jax.Array) -> jax.Array:
+    """max_k p0 of every token over the largest of the image: float32 [N] from [N, K]."""
+    top = jnp.exp(log_x0.max(axis=-1))
+    return top / (top.max() + 1e-10)
+
+
+def sharpen(log_x0: jax.Array, amount: jax.Array) -> jax.Array:
+    """softmax((1 + amount) log p0), in logs: float32 [N, K] from [N, K] and amount [N]."""
+    return jax.nn.log_softmax((1 + amount)[:, None] * log_x0)
+
+
+class Confidence(struct.PyTreeNode):
+    """Reveals where the drawn code is likeliest (MaskGIT, arXiv:2202.04200, section 3.2).
+
+    Attributes:
+      temperature: of the Gumbel noise on log p0[code], times the share of time that is left.
+    """
+
+    temperature: float = 4.5
+
+    def __call__(self, key, log_x0, tokens, step: Step, schedule: Schedule) -> jax.Array:
+        key_codes, key_order = jax.random.split(key)
+        codes = _draw_codes(key_codes, log_x0)
+        noise = self.temperature * step.s / step.start * _gumbel(key_order, tokens.shape)
+        priority = jnp.take_along_axis(log_x0, codes[:, None], axis=-1)[:, 0] + noise
+        return reveal(tokens, codes, priority, step, schedule)
+
+
+class Halton(struct.PyTreeNode):
+    """Reveals positions in the order of a Halton sequence, far apart from each other
+    (arXiv:2503.17076).
+
+    Attributes:
+      grid: rows and columns, N = rows * columns.
+    """
+
+    grid: tuple[int, int] = struct.field(pytree_node=False)
+
+    def __call__(self, key, log_x0, tokens, step: Step, schedule: Schedule) -> jax.Array:
+        priority = -jnp.asarray(halton_rank(*self.grid), jnp.float32)
+        return reveal(tokens, _draw_codes(key, log_x0), priority, step, schedule)
+
+
+@functools.cache
+def halton_rank(rows: int, columns: int) -> np.ndarray:
+    """int32 [N]: when the Halton sequence (bases 2 and 3) first meets the cell of every token."""
+    cells = rows * columns
+    rank = np.full(cells, -1, np.int32)
+    met, index = 0, 1
+    while met < cells:
+        cell = int(_radical_inverse(index, 2) * rows) * columns
+        cell += int(_radical_inverse(index, 3) * columns)
+        if rank[cell] < 0:
+            rank[cell], met = met, met + 1
+        index += 1
+    return rank
+
+
+def _radical_inverse(index: int, base: int) -> float:
+    """The digits of an integer mirrored at the point: 6 = 110 in base 2 -> 0.011 = 3/8."""
+    value, place = 0.0, 1.0
+    while index:
+        index, digit = divmod(index, base)
+        place /= base
+        value += digit * place
+    return value
+
+
+def num_to_reveal(tokens: jax.Array, step: Step, schedule: Schedule) -> jax.Array:
+    """How many masked tokens [] a step reveals: so many that num_masked C_s / C_start stay masked.
+
+    The steps of a chain sum to ``num_masked`` for any N and any list of times.
+    """
+    mask = jnp.asarray(schedule.mask)
+    share = mask[step.s] / jnp.where(mask[step.start] > 0, mask[step.start], 1.0)
+    stay = jnp.round(step.num_masked * share).astype(jnp.int32)
+    return jnp.maximum(jnp.sum(tokens == schedule.num_codes) - stay, 0)
+
+
+def reveal(
+    tokens: jax.Array, codes: jax.Array, priority: jax.Array, step: Step, schedule: Schedule
+) -> jax.Array:
+    """Tokens [N] with the masked ones of highest ``priority`` [N] replaced by ``codes`` [N]."""
+    masked = tokens == schedule.num_codes
+    priority = jnp.where(masked, priority, -jnp.inf)
+    rank = jnp.argsort(jnp.argsort(-priority))
+    return jnp.where(masked & (rank < num_to_reveal(tokens, step, schedule)), codes, tokens)
+
+
+def _draw(key, log_x0, tokens, b: transition.Bridge):
+    keys = jax.random.split(key, tokens.shape)
+    return jax.vmap(transition.draw_across, in_axes=(0, 0, 0, None))(keys, log_x0, tokens, b)
+
+
+def _draw_codes(key, log_x0):
+    words = jax.random.bits(key, (log_x0.shape[0], draws.num_words(log_x0.shape[1])))
+    return jax.vmap(draws.code)(words, log_x0)
+
+
+def _gumbel(key, shape):
+    return draws.gumbel(jax.random.bits(key, (*shape, 2)))
