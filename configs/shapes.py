@@ -1,4 +1,8 @@
-"""Coloured shapes from their description, where what a picture shows can be measured."""
+"""Coloured shapes from their description, where what a picture shows can be measured.
+
+python -m vqd_jax.main --config=configs/shapes.py --workdir=DIR
+python benchmarks/attribute_accuracy.py --workdir=DIR
+"""
 
 from vqd_jax.config import default_config
 
@@ -7,16 +11,22 @@ def get_config():
     config = default_config()
     config.data.name = "shapes_text"
     config.autoencoder.num_codes = 128
+    config.autoencoder.revival_threshold = 0.05
     config.autoencoder.num_steps = 1000
     config.text_encoder.context_length = 36
     config.denoiser.num_layers = 4
+    config.denoiser.init_std = 0.06
+    config.denoiser.scan_unroll = 4
     config.training.num_steps = 1500
-    config.training.eval_every = 500
-    config.training.save_every = 500
+    config.training.learning_rate = 2e-3
+    config.training.auxiliary_weight = 1e-2
+    config.training.eval_every = 750
+    config.training.save_every = 375
     config.sampling.prompts = (
         "a small red circle at the top left, white background",
         "a large blue star in the centre, pale pink background",
         "a large green square on the left, grey background",
+        "a small yellow cross at the bottom right, pale blue background",
         "",
     )
     return config

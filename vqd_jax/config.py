@@ -69,6 +69,7 @@ def default_config() -> ConfigDict:
     config.denoiser.mlp_ratio = 4
     config.denoiser.remat = "none"  # 'none', 'dots' or 'full'
     config.denoiser.scan_unroll = 1  # layers in a turn of the loop; more is faster on a CPU
+    config.denoiser.init_std = 0.02  # of the initial weights
     config.denoiser.dtype = "float32"  # compute dtype: 'float32' or 'bfloat16'
 
     config.diffusion = ConfigDict()
@@ -250,6 +251,7 @@ def model_config(config: ConfigDict) -> TextToImageConfig:
             text_width=text.width,
             remat=denoiser.remat,
             scan_unroll=denoiser.scan_unroll,
+            init_std=denoiser.init_std,
             dtype=denoiser.dtype,
         ),
     )
@@ -302,6 +304,7 @@ def validate(config: ConfigDict) -> None:
             raise UserError(f"config.{key}={flat[key]}: must be at least {least}")
     for key in (
         "autoencoder.learning_rate",
+        "denoiser.init_std",
         "training.learning_rate",
         "training.clip_norm",
         "sampling.truncation",

@@ -48,6 +48,18 @@ def test_tables_are_products_of_the_steps(tables, matrices):
         np.testing.assert_allclose(product[num_codes, 0], s.mask[t], atol=1e-7)
 
 
+@pytest.mark.parametrize("replaced", [0.0, 0.25, 1.0])
+def test_cosine(replaced):
+    s = schedule.cosine(6, 4, replaced)
+    noise = np.array([0, np.sin(np.pi / 12), 0.5, np.sqrt(0.5), np.sqrt(0.75)])
+    np.testing.assert_allclose(s.keep[:5], 1 - noise, atol=1e-7)
+    np.testing.assert_allclose(s.mask[:5], (1 - replaced) * noise, atol=1e-7)
+    np.testing.assert_allclose(4 * s.replace[:5], replaced * noise, atol=1e-7)
+    np.testing.assert_allclose(s.keep[6], 0, atol=1e-7)
+    with pytest.raises(ValueError, match=r"replaced share .* \[0, 1\], got 1\.1"):
+        schedule.cosine(6, 4, 1.1)
+
+
 def test_one_step_and_two_codes():
     s = schedule.linear(1, 2, keep=(0.25, 0.25), mask=(0.5, 0.5))
     np.testing.assert_allclose((s.keep, s.replace, s.mask), ((1, 0.25), (0, 0.125), (0, 0.5)))
