@@ -13,7 +13,7 @@ import dataclasses
 import itertools
 
 import numpy as np
-from absl import app, flags
+from absl import app, flags, logging
 
 from vqd_jax.data.builders import shapes_text
 from vqd_jax.data.pipeline import resize
@@ -42,6 +42,7 @@ def scores(images, scenes) -> dict[str, tuple[float, float]]:
 
 def main(argv):
     del argv
+    logging.set_verbosity(logging.WARNING)
     model = VQDiffusion.from_workdir(_WORKDIR.value)
     if not model.config.data.name.startswith("shapes_text"):
         raise UserError(f"{_WORKDIR.value} was trained on {model.config.data.name}, not on shapes")

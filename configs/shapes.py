@@ -17,11 +17,11 @@ def get_config():
     config.denoiser.num_layers = 4
     config.denoiser.init_std = 0.06
     config.denoiser.scan_unroll = 4
-    config.training.num_steps = 1500
+    config.training.num_steps = 1300
     config.training.learning_rate = 2e-3
     config.training.auxiliary_weight = 1e-2
-    config.training.eval_every = 750
-    config.training.save_every = 375
+    config.training.eval_every = 650
+    config.training.save_every = 325
     config.sampling.prompts = (
         "a small red circle at the top left, white background",
         "a large blue star in the centre, pale pink background",
