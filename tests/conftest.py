@@ -28,7 +28,7 @@ def start(environment):
     def start(*flags, **kwargs):
         return subprocess.Popen(
             [sys.executable, "-m", "vqd_jax.main", *flags],
-            cwd=ROOT,
+            cwd=kwargs.pop("cwd", ROOT),
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -54,7 +54,8 @@ def run(start):
 @pytest.fixture(scope="session")
 def tiny_run(run, tmp_path_factory):
     """Workdir of a finished run of configs/tiny.py, never interrupted. Not to be changed."""
-    workdir = tmp_path_factory.mktemp("tiny") / "run"
-    status, output = run("--config=configs/tiny.py", f"--workdir={workdir}")
+    folder = tmp_path_factory.mktemp("tiny")
+    # A relative path, as most people give it.
+    status, output = run(f"--config={ROOT}/configs/tiny.py", "--workdir=runs/tiny", cwd=folder)
     assert status == 0, output
-    return workdir
+    return folder / "runs" / "tiny"

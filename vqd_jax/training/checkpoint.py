@@ -1,6 +1,7 @@
 """Checkpoints of a run: state, place in the data, config. The only module that imports Orbax."""
 
 import contextlib
+import os
 from typing import Any
 
 import grain
@@ -20,7 +21,7 @@ class Checkpoints:
     """
 
     def __init__(self, directory: str, keep: int = 2):
-        self.directory = epath.Path(directory)
+        self.directory = _absolute(directory)
         policies = ocp.checkpoint_managers
         self._manager = ocp.CheckpointManager(
             self.directory,
@@ -121,7 +122,7 @@ def load(directory: str, abstract_state: Any) -> tuple[int, Any]:
     Raises:
       UserError: there is no checkpoint, or none can be read.
     """
-    path = epath.Path(directory)
+    path = _absolute(directory)
     failures = []
     with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
         for step in _steps(path):
@@ -140,6 +141,11 @@ def abstract(tree: Any) -> Any:
     """Shapes and dtypes of a pytree, placed on the first device."""
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+
+
+def _absolute(directory: str) -> epath.Path:
+    # Orbax refuses relative paths, but only once it saves.
+    return epath.Path(directory if "://" in directory else os.path.abspath(directory))
 
 
 def _steps(path: epath.Path) -> list[int]:
