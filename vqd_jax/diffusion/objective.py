@@ -8,15 +8,15 @@ and its term divided by the probability p_t of drawing it. Beside it stands the 
 Letters: B batch, N image tokens, K codes, T steps.
 """
 
+import functools
 from collections.abc import Callable
 
 import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import struct
 
-from vqd_jax.diffusion import transition
+from vqd_jax.diffusion import chunks, transition
 from vqd_jax.diffusion.schedule import Schedule
 
 PredictX0 = Callable[[jax.Array, jax.Array], jax.Array]
@@ -88,6 +88,24 @@ def update_time_statistics(
     )
 
 
+@jax.custom_vjp
+def pick(log_p: jax.Array, index: jax.Array) -> jax.Array:
+    """log_p[index], float32 [] of [K], with a gradient that is a comparison and no scatter."""
+    return log_p[index]
+
+
+def _pick_forward(log_p, index):
+    return log_p[index], (log_p, index)
+
+
+def _pick_backward(residuals, gradient):
+    log_p, index = residuals
+    return jnp.where(jnp.arange(log_p.shape[0]) == index, gradient, 0.0), None
+
+
+pick.defvjp(_pick_forward, _pick_backward)
+
+
 def token_bound(
     log_x0: jax.Array, x0: jax.Array, x_t: jax.Array, t: jax.Array, schedule: Schedule
 ) -> jax.Array:
@@ -103,7 +121,7 @@ def token_bound(
     b = transition.bridge(t - 1, t, schedule)
     masked = x_t == num_codes
     x = jnp.where(masked, 0, x_t)
-    log_px, log_p0 = log_x0[x], log_x0[x0]
+    log_px, log_p0 = pick(log_x0, x), pick(log_x0, x0)
     same = x == x0
 
     jump = jnp.where(masked, b.unmask, b.unreplace)
@@ -112,15 +130,17 @@ def token_bound(
     model_uniform = b.uniform / num_codes * model_noise
     true_uniform = b.uniform / num_codes * true_noise
 
-    # Every code that is neither x_0 nor the one shown: q is the same for all of them, so only
-    # sum_j log p(j) is needed, and their part vanishes with the replace mass of the schedule.
-    model_codes = b.clean * jnp.exp(log_x0) + model_uniform
-    special = (jnp.arange(num_codes) == x0) | ((jnp.arange(num_codes) == x) & ~masked)
-    log_model = jnp.where(special, 0.0, transition.safe_log(model_codes))
+    # Every code that is neither x_0 nor the one shown: q is the same for all of them, so only the
+    # sum of log p(j) = log model_uniform + log(1 + ratio p0_j) is needed, over all codes (which is
+    # quick) less the one or two. Their part vanishes with the replace mass of the schedule.
+    ratio = b.clean / jnp.where(model_uniform > 0, model_uniform, 1.0)
+    over_uniform = lambda log_p: jnp.log(1 + ratio * jnp.exp(log_p))  # noqa: E731
+    over_rest = over_uniform(log_x0).sum() - over_uniform(log_p0)
+    over_rest -= jnp.where(masked | same, 0.0, over_uniform(log_px))
     num_rest = num_codes - jnp.where(masked | same, 1, 2)
+    change = transition.safe_log(true_uniform) - transition.safe_log(model_uniform)
     rest = jump * true_uniform
-    kl_rest = rest * (num_rest * transition.safe_log(true_uniform) - log_model.sum())
-    kl_rest = jnp.where(rest > 0, kl_rest, 0.0)
+    kl_rest = jnp.where(rest > 0, rest * (num_rest * change - over_rest), 0.0)
 
     # The clean code where it is not the one shown.
     log_model_x0 = jnp.logaddexp(
@@ -141,11 +161,11 @@ def token_bound(
 
 def _token_terms(logits, x0, x_t, t, schedule):
     """``token_bound`` and -log p0[x0] of one token; logits [K]."""
-    log_x0 = jax.nn.log_softmax(logits)
-    return token_bound(log_x0, x0, x_t, t, schedule), -log_x0[x0]
+    log_x0 = logits - jax.nn.logsumexp(logits)
+    return token_bound(log_x0, x0, x_t, t, schedule), -pick(log_x0, x0)
 
 
-def _chunk_terms(logits, x0, x_t, t, schedule):
+def _batch_terms(logits, x0, x_t, t, schedule):
     over_tokens = jax.vmap(_token_terms, in_axes=(0, 0, 0, None, None))
     return jax.vmap(over_tokens, in_axes=(0, 0, 0, 0, None))(logits, x0, x_t, t, schedule)
 
@@ -156,8 +176,8 @@ def terms(
 ) -> tuple[jax.Array, jax.Array]:
     """``token_bound`` and the cross-entropy -log p0[x0] of every token, nats.
 
-    Computed a sixteenth of the tokens at a time, forward and backward, so that all that is stored
-    of the logits' size is their gradient, and the work stays in the cache of a CPU.
+    Computed in chunks of tokens, forward and backward, so that all that is stored of the logits'
+    size is their gradient.
 
     Args:
       logits: float32 [B, N, K], of the clean codes; log p0 will do.
@@ -168,27 +188,8 @@ def terms(
     Returns:
       Two of float32 [B, N].
     """
-    num_tokens = x0.shape[1]
-    starts, width = _chunks(num_tokens)
-    cut = lambda x, start: jax.lax.dynamic_slice_in_dim(x, start, width, axis=1)  # noqa: E731
-
-    def put(index, results):
-        start = starts[index]
-        new = _chunk_terms(cut(logits, start), cut(x0, start), cut(x_t, start), t, schedule)
-        return tuple(
-            jax.lax.dynamic_update_slice_in_dim(old, part, start, axis=1)
-            for old, part in zip(results, new, strict=True)
-        )
-
-    empty = jnp.zeros(x0.shape)
-    return jax.lax.fori_loop(0, len(starts), put, (empty, empty))
-
-
-def _chunks(num_tokens):
-    """First token of every chunk, and their width; the last chunk overlaps the one before."""
-    width = -(-num_tokens // 16)
-    starts = np.arange(0, num_tokens, width, dtype=np.int32)
-    return jnp.asarray(np.minimum(starts, num_tokens - width)), width
+    of_chunk = functools.partial(_batch_terms, t=t, schedule=schedule)
+    return chunks.over_tokens(of_chunk, logits, x0, x_t, axis=1)
 
 
 def _terms_forward(logits, x0, x_t, t, schedule):
@@ -197,19 +198,12 @@ def _terms_forward(logits, x0, x_t, t, schedule):
 
 def _terms_backward(residuals, gradients):
     logits, x0, x_t, t, schedule = residuals
-    starts, width = _chunks(x0.shape[1])
-    cut = lambda x, start: jax.lax.dynamic_slice_in_dim(x, start, width, axis=1)  # noqa: E731
 
-    def put(index, result):
-        start = starts[index]
-        of_logits = lambda x: _chunk_terms(  # noqa: E731
-            x, cut(x0, start), cut(x_t, start), t, schedule
-        )
-        _, pull_back = jax.vjp(of_logits, cut(logits, start))
-        (part,) = pull_back(tuple(cut(gradient, start) for gradient in gradients))
-        return jax.lax.dynamic_update_slice_in_dim(result, part, start, axis=1)
+    def of_chunk(logits, x0, x_t, *gradients):
+        _, pull_back = jax.vjp(lambda x: _batch_terms(x, x0, x_t, t, schedule), logits)
+        return pull_back(gradients)[0]
 
-    gradient = jax.lax.fori_loop(0, len(starts), put, jnp.zeros_like(logits))
+    gradient = chunks.over_tokens(of_chunk, logits, x0, x_t, *gradients, axis=1)
     return gradient, None, None, None, None
 
 

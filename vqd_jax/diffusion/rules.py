@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from vqd_jax.diffusion import draws, transition
+from vqd_jax.diffusion import chunks, draws, transition
 from vqd_jax.diffusion.schedule import Schedule
 
 
@@ -229,13 +229,16 @@ def reveal(
 
 
 def _draw(key, log_x0, tokens, b: transition.Bridge):
+    """x_s [N] of one image."""
     keys = jax.random.split(key, tokens.shape)
-    return jax.vmap(transition.draw_across, in_axes=(0, 0, 0, None))(keys, log_x0, tokens, b)
+    draw = jax.vmap(transition.draw_across, in_axes=(0, 0, 0, None))
+    return chunks.over_tokens(lambda *x: draw(*x, b), keys, log_x0, tokens, axis=0)
 
 
 def _draw_codes(key, log_x0):
+    """A code [N] for every token of one image, from p0."""
     words = jax.random.bits(key, (log_x0.shape[0], draws.num_words(log_x0.shape[1])))
-    return jax.vmap(draws.code)(words, log_x0)
+    return chunks.over_tokens(jax.vmap(draws.code), words, log_x0, axis=0)
 
 
 def _gumbel(key, shape):

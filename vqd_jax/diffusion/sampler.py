@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from vqd_jax.diffusion import rules, transition
+from vqd_jax.diffusion import chunks, rules, transition
 from vqd_jax.diffusion.schedule import Schedule
 
 PredictX0 = Callable[[jax.Array, jax.Array], jax.Array]
@@ -122,7 +122,7 @@ def guide(log_cond: jax.Array, log_null: jax.Array, scale: jax.Array) -> jax.Arr
     """Classifier-free guidance of code distributions (Improved VQ-Diffusion, equation 7).
 
     Args:
-      log_cond, log_null: float32 [..., K], with and without the condition.
+      log_cond, log_null: float32 [..., K], with and without the condition; log p0 or logits.
       scale: 1 gives log_cond back, 0 log_null.
 
     Returns:
@@ -135,34 +135,37 @@ def truncate(log_x0: jax.Array, rate: jax.Array) -> jax.Array:
     """Keeps a code iff the codes ranked above it hold less than ``rate``; float32 [..., K].
 
     The most likely code always stays, and so does the one that crosses the rate; the rest becomes
-    impossible. Normalised.
+    impossible. Normalised; so must log_x0 be.
     """
-    return _keep_top(log_x0, jnp.exp(log_x0), rate)
+    p = jnp.exp(log_x0)
+    # The last code that stays and those below it hold 1 - rate at least, so it has its K-th part.
+    lowest = jnp.log((1 - rate) / p.shape[-1]) - 1.0
+    return _keep(log_x0, lowest, lambda above: jnp.where(above, p, 0.0), rate)
 
 
 def keep_top_k(log_x0: jax.Array, k: jax.Array) -> jax.Array:
     """Keeps the k >= 1 most likely codes and what ties with them; float32 [..., K], normalised."""
-    return _keep_top(log_x0, jnp.ones_like(log_x0), k)
+    return _keep(log_x0, -jnp.inf, lambda above: above.astype(jnp.float32), k)
 
 
-def _keep_top(log_x0, weight, amount):
+def _keep(log_x0, lowest, weigh, amount):
     """Keeps a code iff the codes strictly above it weigh less than ``amount``.
 
-    The threshold is found by bisection, which needs no sorting.
+    The least log-probability that stays is found by bisection, which needs no sorting.
     """
 
     def halve(_, bounds):
         low, high = bounds
         middle = 0.5 * (low + high)
         # A threshold is too low while the codes strictly above it still weigh enough.
-        above = jnp.sum(jnp.where(log_x0 > middle, weight, 0.0), -1, keepdims=True)
-        return jnp.where(above >= amount, middle, low), jnp.where(above >= amount, high, middle)
+        too_low = weigh(log_x0 > middle).sum(-1, keepdims=True) >= amount
+        return jnp.where(too_low, middle, low), jnp.where(too_low, high, middle)
 
     top = log_x0.max(-1, keepdims=True)
-    # Far below the least likely code that a float32 sum over K could notice; 40 halvings come
-    # nearer than float32 tells two codes apart.
-    _, threshold = jax.lax.fori_loop(0, 40, halve, (top - 60.0, top))
-    return jax.nn.log_softmax(jnp.where(log_x0 >= threshold, log_x0, transition.LOG_ZERO))
+    # Nothing is drawn 60 nats below the best code; 60 / 2^32 is less than float32 tells apart.
+    low = jnp.maximum(lowest, top - 60.0)
+    low, _ = jax.lax.fori_loop(0, 32, halve, (low, top))
+    return jax.nn.log_softmax(jnp.where(log_x0 > low, log_x0, transition.LOG_ZERO))
 
 
 def sample(
@@ -176,9 +179,10 @@ def sample(
 
     Args:
       key: one PRNG key an image, [B]; an image depends on its own key only, whatever the batch.
-      predict_log_x0: (tokens int32 [B, N], times int32 [B]) -> float32 [B, N, K]. With guidance it
-        is called with 2B rows: the second half is to be answered without the condition. With a list
-        of scales it is called with B rows, all conditional, where the scale is 1.
+      predict_log_x0: (tokens int32 [B, N], times int32 [B]) -> float32 [B, N, K], log p0 or any
+        logits of it. With guidance it is called with 2B rows: the second half is to be answered
+        without the condition. With a list of scales it is called with B rows, all conditional,
+        where the scale is 1.
       shape: (B, N).
       schedule: the schedule that the network was trained with.
       settings: see ``Settings``.
@@ -249,23 +253,47 @@ def _restore(tokens, schedule, settings):
 
 
 def _predict(predict_log_x0, tokens, t, scale, settings):
-    """log p0 [B, N, K] after guidance, temperature and truncation; ``scale`` [] or None."""
+    """log p0 [B, N, K] at times t [B]; the guidance ``scale`` [] or None."""
 
-    def conditional(scale):
-        del scale
-        return predict_log_x0(tokens, t)
+    def conditional():
+        return shape_x0(predict_log_x0(tokens, t), settings)
 
-    def guided(scale):
+    def guided():
         cond, null = jnp.split(predict_log_x0(jnp.tile(tokens, (2, 1)), jnp.tile(t, 2)), 2)
-        return guide(cond.astype(jnp.float32), null.astype(jnp.float32), scale)
+        return shape_x0(cond, settings, null, scale)
 
     if scale is None:
-        log_x0 = conditional(scale)
-    elif jnp.ndim(settings.guidance) == 0:
-        log_x0 = guided(scale)
-    else:
-        log_x0 = jax.lax.cond(scale == 1, conditional, guided, scale)
-    log_x0 = jax.nn.log_softmax(log_x0.astype(jnp.float32) / settings.temperature)
-    if settings.top_k is not None:
-        log_x0 = keep_top_k(log_x0, settings.top_k)
-    return log_x0 if settings.truncation is None else truncate(log_x0, settings.truncation)
+        return conditional()
+    if jnp.ndim(settings.guidance) == 0:
+        return guided()
+    return jax.lax.cond(scale == 1, conditional, guided)
+
+
+def shape_x0(
+    log_cond: jax.Array,
+    settings: Settings,
+    log_null: jax.Array | None = None,
+    scale: jax.Array | None = None,
+) -> jax.Array:
+    """The network's answers after guidance, temperature, top-k and truncation, in this order.
+
+    Args:
+      log_cond: [B, N, K], log p0 or logits of it, with the condition.
+      settings: say what is to be done.
+      log_null, scale: the same without the condition, and the guidance scale; or None.
+
+    Returns:
+      float32 [B, N, K], normalised.
+    """
+
+    def of_chunk(log_x0, log_null=None):
+        log_x0 = log_x0.astype(jnp.float32)
+        if log_null is not None:
+            log_x0 = guide(log_x0, log_null.astype(jnp.float32), scale)
+        log_x0 = jax.nn.log_softmax(log_x0 / settings.temperature)
+        if settings.top_k is not None:
+            log_x0 = keep_top_k(log_x0, settings.top_k)
+        return log_x0 if settings.truncation is None else truncate(log_x0, settings.truncation)
+
+    answers = (log_cond,) if log_null is None else (log_cond, log_null)
+    return chunks.over_tokens(of_chunk, *answers, axis=1)

@@ -92,6 +92,19 @@ def paper(num_steps: int, num_codes: int) -> Schedule:
     return linear(num_steps, num_codes, PAPER_KEEP, PAPER_MASK)
 
 
+def cosine(num_steps: int, num_codes: int, replaced: float = 0.0) -> Schedule:
+    """1 - keep = sin(pi t / 2T), the mask share of MaskGIT (arXiv:2202.04200) seen from clean data.
+
+    ``replaced`` of that noise, 0..1, is replacement and the rest masks; 0 is mask-only.
+    """
+    if num_steps < 1:
+        raise ValueError(f"a schedule needs num_steps >= 1, got {num_steps}")
+    if not 0 <= replaced <= 1:
+        raise ValueError(f"the replaced share of the noise must lie in [0, 1], got {replaced}")
+    noise = np.sin(0.5 * np.pi * np.arange(num_steps + 1, dtype=np.float64) / num_steps)
+    return from_tables(1.0 - noise, (1.0 - replaced) * noise, num_codes)
+
+
 def from_tables(keep: np.ndarray, mask: np.ndarray, num_codes: int) -> Schedule:
     """A schedule from float64 tables of length T+1 whose entry 0 is clean data (1 and 0)."""
     if num_codes < 2:

@@ -104,7 +104,7 @@ def train_step(
         "loss": loss,
         "bound_bits": aux["bound"] / jnp.log(2.0),
         "accuracy": aux["accuracy"],
-        "gradient_norm": optax.global_norm(gradients),
+        "gradient_norm": optax.tree.norm(gradients),
         "learning_rate": rate(state.step),
     }
     return state.replace(
