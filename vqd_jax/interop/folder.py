@@ -46,6 +46,10 @@ def save(directory: str, config: dict, params: Any) -> None:
         if target.exists():
             shutil.rmtree(target)
         os.replace(scratch, target)
+    except SafetensorError as error:
+        # A full disk, for one, is reported as this and not as an OSError.
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise OSError(f"{target} could not be written: {error}") from error
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
