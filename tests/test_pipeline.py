@@ -41,6 +41,7 @@ def test_shapes_and_ranges(made):
 def test_every_step_unmasks_on_average_a_tenth(made):
     masked = (made.trajectory == 32).mean(axis=(1, 2, 3))
     assert np.all(np.diff(masked) <= 0)
+    # Three standard deviations of the share among 96 tokens.
     np.testing.assert_allclose(masked, np.linspace(0.9, 0, 10), atol=0.15)
 
 
