@@ -14,7 +14,7 @@ from vqd_jax.diffusion import schedule
 from vqd_jax.errors import UserError
 from vqd_jax.models.attention import REMAT_POLICIES
 from vqd_jax.models.autoencoder import AutoencoderConfig
-from vqd_jax.models.denoiser import DenoiserConfig
+from vqd_jax.models.denoiser import CONDITIONS, DenoiserConfig
 from vqd_jax.models.text_encoder import TextEncoderConfig
 from vqd_jax.models.text_to_image import TextToImageConfig
 from vqd_jax.training.autoencoder import AutoencoderOptions
@@ -56,6 +56,8 @@ def default_config() -> ConfigDict:
     config.autoencoder.revival_threshold = 0.3
 
     config.text_encoder = ConfigDict()
+    config.text_encoder.path = ""  # a converted CLIP, which stays as it is; '' trains one here
+    config.text_encoder.vocab_size = VOCAB_SIZE
     config.text_encoder.context_length = 77  # ids a caption; longer ones are cut
     config.text_encoder.width = 64
     config.text_encoder.num_layers = 2
@@ -66,7 +68,12 @@ def default_config() -> ConfigDict:
     config.denoiser.width = 128
     config.denoiser.num_layers = 6
     config.denoiser.num_heads = 4
+    config.denoiser.condition = "text"  # 'text', 'class' or 'none'
+    config.denoiser.num_classes = 0  # of a class-conditional model
+    config.denoiser.learned_null = False  # the empty caption (or no class) has features of its own
+    config.denoiser.mlp = "fc"  # 'fc' or 'conv': 3x3 convolutions over the grid
     config.denoiser.mlp_ratio = 4
+    config.denoiser.position_table = ()  # rows and columns; () is the grid
     config.denoiser.remat = "none"  # 'none', 'dots' or 'full'
     config.denoiser.scan_unroll = 1  # layers in a turn of the loop; more is faster on a CPU
     config.denoiser.init_std = 0.02  # of the initial weights
@@ -93,6 +100,15 @@ def default_config() -> ConfigDict:
     config.training.eval_every = 500
     config.training.save_every = 200
     config.training.keep_checkpoints = 2
+    config.training.gradient_accumulation = 1  # parts that a batch is worked through in
+    config.training.steps_per_call = 1  # steps in one program; more keep a fast device busy
+    config.training.profile_steps = 0  # trace so many steps of a start to WORKDIR/profile
+
+    # Devices along every axis; -1 is what the others leave. See training/sharding.py.
+    config.mesh = ConfigDict()
+    config.mesh.data = -1  # copies of the model, each with its part of the batch
+    config.mesh.fsdp = 1  # parts of the model, which split the batch too
+    config.mesh.tensor = 1  # parts of every layer's heads and hidden units
 
     config.evaluation = ConfigDict()
     config.evaluation.num_images = 176  # pictures of each split whose likelihood is bounded
@@ -121,6 +137,12 @@ MAY_CHANGE = (
     "training.eval_every",
     "training.save_every",
     "training.keep_checkpoints",
+    "training.gradient_accumulation",
+    "training.steps_per_call",
+    "training.profile_steps",
+    "mesh.",
+    "denoiser.remat",
+    "denoiser.scan_unroll",
     "evaluation.",
     "sampling.",
 )
@@ -230,16 +252,19 @@ def model_config(config: ConfigDict) -> TextToImageConfig:
     """Sizes of the text encoder and the denoiser."""
     text, denoiser = config.text_encoder, config.denoiser
     grid = autoencoder_config(config).grid_size
+    has_text = denoiser.condition == "text"
+    text_encoder = TextEncoderConfig(
+        vocab_size=text.vocab_size,
+        context_length=text.context_length,
+        width=text.width,
+        num_layers=text.num_layers,
+        num_heads=text.num_heads,
+        normalize=text.normalize,
+        dtype=denoiser.dtype,
+    )
     return TextToImageConfig(
-        text_encoder=TextEncoderConfig(
-            vocab_size=VOCAB_SIZE,
-            context_length=text.context_length,
-            width=text.width,
-            num_layers=text.num_layers,
-            num_heads=text.num_heads,
-            normalize=text.normalize,
-            dtype=denoiser.dtype,
-        ),
+        text_encoder=text_encoder if has_text else None,
+        freeze_text_encoder=has_text and bool(text.path),
         denoiser=DenoiserConfig(
             num_codes=config.autoencoder.num_codes,
             grid=(grid, grid),
@@ -247,8 +272,13 @@ def model_config(config: ConfigDict) -> TextToImageConfig:
             width=denoiser.width,
             num_layers=denoiser.num_layers,
             num_heads=denoiser.num_heads,
+            condition=denoiser.condition,
+            text_width=text.width if has_text else 0,
+            num_classes=denoiser.num_classes,
+            learned_null=denoiser.learned_null,
+            mlp=denoiser.mlp,
             mlp_ratio=denoiser.mlp_ratio,
-            text_width=text.width,
+            position_table=tuple(denoiser.position_table) or None,
             remat=denoiser.remat,
             scan_unroll=denoiser.scan_unroll,
             init_std=denoiser.init_std,
@@ -276,6 +306,8 @@ def validate(config: ConfigDict) -> None:
         "denoiser.num_layers": 1,
         "denoiser.num_heads": 1,
         "denoiser.mlp_ratio": 1,
+        "denoiser.num_classes": 0,
+        "text_encoder.vocab_size": 3,
         "denoiser.scan_unroll": 1,
         "diffusion.num_steps": 1,
         "training.num_steps": 1,
@@ -287,6 +319,9 @@ def validate(config: ConfigDict) -> None:
         "training.eval_every": 1,
         "training.save_every": 1,
         "training.keep_checkpoints": 1,
+        "training.gradient_accumulation": 1,
+        "training.steps_per_call": 1,
+        "training.profile_steps": 0,
         "training.auxiliary_weight": 0,
         "training.weight_decay": 0,
         "autoencoder.batch_size": 1,
@@ -322,12 +357,20 @@ def validate(config: ConfigDict) -> None:
     choices = {
         "data.name": DATA_SETS,
         "diffusion.schedule": SCHEDULES,
+        "denoiser.condition": CONDITIONS,
+        "denoiser.mlp": ("fc", "conv"),
         "denoiser.remat": REMAT_POLICIES,
         "denoiser.dtype": ("float32", "bfloat16"),
     }
     for key, names in choices.items():
         if flat[key] not in names:
             raise UserError(f"config.{key}={flat[key]!r}: must be one of {', '.join(names)}")
+    for axis in ("data", "fsdp", "tensor"):
+        if flat[f"mesh.{axis}"] == 0 or flat[f"mesh.{axis}"] < -1:
+            raise UserError(
+                f"config.mesh.{axis}={flat[f'mesh.{axis}']}: must be at least 1, or -1 for what the "
+                "other axes leave"
+            )
     if config.seed >= 2**32:
         raise UserError(f"config.seed={config.seed}: must lie in 0..2**32-1")
     if config.sampling.num_steps > config.diffusion.num_steps:

@@ -194,7 +194,7 @@ def _sample(params, keys, text_ids, null_ids, settings, *, model_config, schedul
         null_ids = jnp.broadcast_to(null_ids, text_ids.shape)
         text_ids = jnp.concatenate([text_ids, null_ids])
     # What does not depend on the tokens is computed once, before the scan over steps.
-    context = model.text_context(text_ids)
+    context = model.context(text_ids)
     modulations = model.denoiser.modulations(jnp.arange(1, schedule.num_steps + 1))
 
     def predict_log_x0(tokens, time):

@@ -51,7 +51,7 @@ def test_scanned_blocks_are_the_loop(model, inputs):
     )
     h = model.code_embedding.embedding[...][tokens] + position[None]
     graphdef, params = nnx.split(model.blocks)
-    modulations, context = model.modulations(time), model.text_context(text)
+    modulations, context = model.modulations(time), model.context(text)
     for i in range(CONFIG.num_layers):
         block = nnx.merge(graphdef, layer(params, i))
         text_i = layer(context, i)
@@ -70,7 +70,7 @@ def test_modulations_of_all_times_serve_every_time(model, inputs):
     tokens, time, text = inputs
     table = model.modulations(jnp.arange(1, CONFIG.num_steps + 1))
     assert table.shape == (3, 5, 2, 2, 8)
-    picked = model.denoise(tokens, table[:, time - 1], model.text_context(text))
+    picked = model.denoise(tokens, table[:, time - 1], model.context(text))
     np.testing.assert_allclose(picked, model(tokens, time, text), atol=1e-5)
 
 
@@ -150,16 +150,97 @@ def count(config):
     return sum(x.size for x in jax.tree.leaves(nnx.state(shapes, nnx.Param)))
 
 
+TEXT = {"text_width": 512, "grid": (32, 32)}
+IMAGENET = {
+    "num_codes": 974, "width": 512, "num_layers": 24, "mlp": "conv", "grid": (16, 16),
+    "position_table": (32, 32), "condition": "class", "num_classes": 1000,
+}  # fmt: skip
+FFHQ = {
+    "num_codes": 1024, "width": 512, "num_layers": 20, "mlp": "conv", "grid": (16, 16),
+    "position_table": (32, 32), "condition": "none",
+}  # fmt: skip
+SMALL = {"num_codes": 2887, "width": 192, "num_layers": 18, "mlp": "conv", "mlp_ratio": 2}
+
+
 @pytest.mark.parametrize(
     ("sizes", "published"),
     [
-        ({"num_codes": 2887, "width": 1024, "num_layers": 19}, 388_780_871),
-        ({"num_codes": 4096, "width": 1408, "num_layers": 36}, 1_359_274_624),
+        ({"num_codes": 2887, "width": 1024, "num_layers": 19} | TEXT, 388_780_871),
+        ({"num_codes": 4096, "width": 1408, "num_layers": 36} | TEXT, 1_359_274_624),
+        (SMALL | TEXT, 35_936_647),
+        (IMAGENET, 518_025_678),
+        (IMAGENET | {"learned_null": True}, 518_037_966),
+        (FFHQ, 411_185_664),
     ],
 )
 def test_parameters_of_the_published_sizes(sizes, published):
-    config = DenoiserConfig(grid=(32, 32), num_steps=100, num_heads=16, text_width=512, **sizes)
+    config = DenoiserConfig(num_steps=100, num_heads=16, **sizes)
     assert count(config) == published
+
+
+SMALL_CLASS = DenoiserConfig(
+    num_codes=7, grid=(2, 3), num_steps=5, width=8, num_layers=2, num_heads=2, mlp="conv",
+    condition="class", num_classes=4, position_table=(3, 5),
+)  # fmt: skip
+
+
+def initial(config):
+    return Denoiser(config, rngs=nnx.Rngs(0))
+
+
+def test_labels_matter_and_the_null_label_is_the_mean_row():
+    model = initial(SMALL_CLASS)
+    tokens, time = jnp.array([[7, 1, 2, 7, 3, 0]] * 5), jnp.full(5, 3)
+    logits = model(tokens, time, jnp.arange(5))
+    for i in range(5):
+        for j in range(i):
+            assert jnp.abs(logits[i] - logits[j]).max() > 1e-6
+    # A table whose rows are all the mean answers every label as the null label.
+    table = model.blocks.norm_mlp.embedding.embedding
+    assert table.shape == (2, 4, 8)
+    table[...] = jnp.broadcast_to(table[...].mean(1, keepdims=True), table.shape)
+    flat = model(tokens, time, jnp.arange(5))
+    np.testing.assert_allclose(flat, jnp.broadcast_to(logits[4:], flat.shape), atol=1e-6)
+
+
+def test_a_learned_null_is_a_row_of_its_own():
+    model = initial(dataclasses.replace(SMALL_CLASS, learned_null=True))
+    assert model.blocks.norm_mlp.embedding.embedding.shape == (2, 5, 8)
+
+
+def test_a_larger_position_table_is_flattened_and_cut():
+    model = initial(SMALL_CLASS)
+    rows = model.row_embedding.embedding[...]
+    columns = model.column_embedding.embedding[...]
+    # Six tokens of a table with five columns: the sixth begins its second row.
+    expected = np.asarray(rows)[[0, 0, 0, 0, 0, 1]] + np.asarray(columns)[[0, 1, 2, 3, 4, 0]]
+    np.testing.assert_allclose(model.positions()[0], expected, rtol=1e-6)
+
+
+def test_a_convolution_sees_the_grid():
+    # Six tokens in a line, then as a grid: other neighbours, other answers.
+    config = dataclasses.replace(SMALL_CLASS, condition="none", num_classes=0)
+    flat = dataclasses.replace(config, grid=(1, 6), position_table=(3, 6))
+    square = dataclasses.replace(config, grid=(2, 3), position_table=(3, 6))
+    models = initial(flat), initial(square)
+    tokens, time = jnp.array([[7, 1, 2, 7, 3, 0]]), jnp.array([3])
+    answers = [model(tokens, time) for model in models]
+    assert jnp.abs(answers[0] - answers[1]).max() > 1e-6
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_classes": 0}, "num_classes=0"),
+        ({"condition": "text", "num_classes": 0}, "text_width=0"),
+        ({"condition": "image"}, "condition='image'"),
+        ({"mlp": "dense"}, "mlp='dense'"),
+        ({"position_table": (1, 5)}, r"smaller than the grid"),
+    ],
+)
+def test_impossible_variants_are_errors(change, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(SMALL_CLASS, **change)
 
 
 def test_width_must_be_divisible_by_the_heads():

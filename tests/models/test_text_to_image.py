@@ -51,7 +51,7 @@ def test_parameters_are_a_nested_dict_of_float32(params):
 def test_precomputed_text_is_the_text(params):
     model = text_to_image.bind(CONFIG, params)
     table = model.denoiser.modulations(jnp.arange(1, 6))
-    logits = model.denoiser.denoise(TOKENS, table[:, TIME - 1], model.text_context(IDS))
+    logits = model.denoiser.denoise(TOKENS, table[:, TIME - 1], model.context(IDS))
     np.testing.assert_allclose(
         jax.nn.log_softmax(logits), model.log_x0(TOKENS, TIME, IDS), atol=1e-5
     )

@@ -3,13 +3,16 @@
 Every block is self-attention, cross-attention to all text positions and an MLP, each on a
 normalised input and added to the stream. The norms before the attentions are AdaLN: scale and shift
 come from a learned embedding of the time, with a table of its own for every norm (section 4.3 of
-arXiv:2111.14822; "AdaLayerNorm" in the published code).
+arXiv:2111.14822; "AdaLayerNorm" in the published code). A class-conditional block has no
+cross-attention; its class enters by the norm before the MLP, which is AdaLN too. An unconditional
+block has neither.
 
-Letters: B batch, N image tokens, L text positions, D width, K codes, H heads, T steps.
+Letters: B batch, N image tokens, L text positions, D width, K codes, H heads, T steps, C classes.
 """
 
 import dataclasses
 import functools
+import math
 from typing import NamedTuple
 
 import chex
@@ -18,6 +21,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from vqd_jax.models import attention
+
+
+CONDITIONS = ("text", "class", "none")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,8 +35,16 @@ class DenoiserConfig:
       grid: rows and columns of the token grid, N = rows * columns.
       num_steps: T, rows of every time table.
       width, num_layers, num_heads: D, blocks, H.
+      condition: "text", "class" or "none".
+      text_width: width of the text features, where the condition is a text.
+      num_classes: C, where the condition is a class; label C is the null class.
+      learned_null: whether the class tables have a row for the null class. Without one it is the
+        mean of all rows, as published for the guidance of models that never saw it.
+      mlp: "fc", or "conv" for two 3x3 convolutions over the grid.
       mlp_ratio: hidden width of the MLP over D.
-      text_width: width of the text features.
+      position_table: rows and columns of the position tables; None is ``grid``. The sum of a larger
+        pair is flattened and cut to N entries, as published (a token of the 16x16 grid of the
+        ImageNet model has row i // 32 and column i % 32).
       remat: key of ``attention.REMAT_POLICIES``.
       scan_unroll: layers in one turn of the loop over layers; more is faster on a CPU and slower to
         compile everywhere.
@@ -45,8 +59,13 @@ class DenoiserConfig:
     width: int
     num_layers: int
     num_heads: int
-    text_width: int
+    condition: str = "text"
+    text_width: int = 0
+    num_classes: int = 0
+    learned_null: bool = False
+    mlp: str = "fc"
     mlp_ratio: int = 4
+    position_table: tuple[int, int] | None = None
     remat: str = "none"
     scan_unroll: int = 1
     init_std: float = 0.02
@@ -58,6 +77,26 @@ class DenoiserConfig:
                 f"denoiser.width={self.width} is not divisible by "
                 f"denoiser.num_heads={self.num_heads}"
             )
+        if self.condition not in CONDITIONS:
+            raise ValueError(f"denoiser.condition={self.condition!r}: one of {CONDITIONS}")
+        if self.mlp not in ("fc", "conv"):
+            raise ValueError(f"denoiser.mlp={self.mlp!r}: 'fc' or 'conv'")
+        if self.condition == "text" and self.text_width < 1:
+            raise ValueError(f"denoiser.text_width={self.text_width}: must be positive")
+        if (self.condition == "class") != (self.num_classes > 0):
+            raise ValueError(
+                f"denoiser.num_classes={self.num_classes} with denoiser.condition="
+                f"{self.condition!r}: a class model has classes, and no other has"
+            )
+        if math.prod(self.positions) < math.prod(self.grid):
+            raise ValueError(
+                f"denoiser.position_table={self.positions} is smaller than the grid {self.grid}"
+            )
+
+    @property
+    def positions(self) -> tuple[int, int]:
+        """Rows and columns of the position tables."""
+        return self.position_table or self.grid
 
 
 def normal(config: DenoiserConfig):
@@ -73,21 +112,32 @@ class TextContext(NamedTuple):
 
 
 class AdaLayerNorm(nnx.Module):
-    """LN(h) (1 + scale) + shift, with scale and shift read off a learned embedding of the time."""
+    """LN(h) (1 + scale) + shift, with scale and shift read off a learned embedding.
 
-    def __init__(self, config: DenoiserConfig, *, make_linear, rngs: nnx.Rngs):
+    Args:
+      config: sizes.
+      num_rows: of the embedding table: times, or classes.
+      make_linear, rngs: as everywhere here.
+    """
+
+    def __init__(self, config: DenoiserConfig, num_rows: int, *, make_linear, rngs: nnx.Rngs):
         self.norm = nnx.LayerNorm(
             config.width, epsilon=1e-5, use_bias=False, use_scale=False, rngs=rngs
         )
-        self.embedding = nnx.Embed(
-            config.num_steps, config.width, embedding_init=normal(config), rngs=rngs
-        )
+        self.embedding = nnx.Embed(num_rows, config.width, embedding_init=normal(config), rngs=rngs)
         self.linear = make_linear(config.width, 2 * config.width, rngs=rngs)
 
     def modulation(self, time: jax.Array) -> jax.Array:
         """[..., 2, D] (scale, shift) of times [...] in 1..T."""
         scale_shift = self.linear(jax.nn.silu(self.embedding(time - 1)))
         return scale_shift.reshape(*time.shape, 2, -1)
+
+    def class_modulation(self, labels: jax.Array) -> jax.Array:
+        """[B, 2, D] (scale, shift) of labels [B]; past the table's end it is the mean row's."""
+        table = self.embedding.embedding[...]
+        known = labels[:, None] < table.shape[0]
+        row = jnp.where(known, self.embedding(labels), table.mean(0, keepdims=True))
+        return self.linear(jax.nn.silu(row)).reshape(*labels.shape, 2, -1)
 
     def __call__(self, h: jax.Array, modulation: jax.Array) -> jax.Array:
         """h [B, N, D], modulation [B, 2, D] -> [B, N, D]."""
@@ -105,35 +155,64 @@ class Block(nnx.Module):
         make_attention = functools.partial(
             attention.Attention, num_heads=config.num_heads, make_linear=make_linear, rngs=rngs
         )
-        self.norm_self = AdaLayerNorm(config, make_linear=make_linear, rngs=rngs)
+        make_norm = functools.partial(AdaLayerNorm, config, make_linear=make_linear, rngs=rngs)
+        self.condition = config.condition
+        self.norm_self = make_norm(config.num_steps)
         self.self_attention = make_attention(width, width)
-        self.norm_cross = AdaLayerNorm(config, make_linear=make_linear, rngs=rngs)
-        self.cross_attention = make_attention(width, config.text_width)
-        self.norm_mlp = nnx.LayerNorm(width, epsilon=1e-5, dtype=dtype, rngs=rngs)
-        self.mlp_in = make_linear(width, hidden, rngs=rngs)
-        self.mlp_out = make_linear(hidden, width, rngs=rngs)
+        if config.condition == "text":
+            self.norm_cross = make_norm(config.num_steps)
+            self.cross_attention = make_attention(width, config.text_width)
+        if config.condition == "class":
+            self.norm_mlp = make_norm(config.num_classes + config.learned_null)
+        else:
+            self.norm_mlp = nnx.LayerNorm(width, epsilon=1e-5, dtype=dtype, rngs=rngs)
+        make_mlp = make_linear
+        if config.mlp == "conv":
+            # Published initial weights: uniform within 1 / sqrt(inputs of an output).
+            kernel = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+            make_mlp = functools.partial(
+                nnx.Conv, kernel_size=(3, 3), padding=1, kernel_init=kernel, dtype=dtype
+            )
+        self.grid = config.grid if config.mlp == "conv" else None
+        self.mlp_in = make_mlp(width, hidden, rngs=rngs)
+        self.mlp_out = make_mlp(hidden, width, rngs=rngs)
 
     def modulations(self, time: jax.Array) -> jax.Array:
-        """[..., 2 norms, 2, D] of times [...]."""
-        norms = (self.norm_self, self.norm_cross)
+        """[..., norms, 2, D] of times [...]; two norms with a text, else one."""
+        norms = [self.norm_self]
+        if self.condition == "text":
+            norms.append(self.norm_cross)
         return jnp.stack([norm.modulation(time) for norm in norms], axis=-3)
 
+    def context(self, condition: jax.Array) -> jax.Array | TextContext:
+        """What the layer needs of text features [B, L, text_width] or of labels [B]."""
+        if self.condition == "class":
+            return self.norm_mlp.class_modulation(condition)
+        return TextContext(*self.cross_attention.keys_values(condition))
+
     def __call__(self, h: jax.Array, extra) -> jax.Array:
-        modulations, text = extra
+        modulations, context = extra
         x = self.norm_self(h, modulations[:, 0])
         h = h + self.self_attention(x, self.self_attention.keys_values(x))
-        x = self.norm_cross(h, modulations[:, 1])
-        h = h + self.cross_attention(x, (text.keys, text.values))
-        return h + self.mlp_out(attention.quick_gelu(self.mlp_in(self.norm_mlp(h))))
+        if self.condition == "text":
+            x = self.norm_cross(h, modulations[:, 1])
+            h = h + self.cross_attention(x, context)
+        x = self.norm_mlp(h, context) if self.condition == "class" else self.norm_mlp(h)
+        return h + self._mlp(x)
+
+    def _mlp(self, x):
+        """[B, N, D] -> [B, N, D]; convolutions see the tokens as a grid."""
+        image = x if self.grid is None else x.reshape(x.shape[0], *self.grid, x.shape[-1])
+        return self.mlp_out(attention.quick_gelu(self.mlp_in(image))).reshape(x.shape)
 
 
 class Denoiser(nnx.Module):
-    """Noisy tokens, time and text features -> logits of the clean codes."""
+    """Noisy tokens, time and condition -> logits of the clean codes."""
 
     def __init__(self, config: DenoiserConfig, *, rngs: nnx.Rngs):
         self.config = config
         dtype = attention.float_dtype(config.dtype)
-        rows, columns = config.grid
+        rows, columns = config.positions
         embed = functools.partial(
             nnx.Embed, features=config.width, embedding_init=normal(config), dtype=dtype, rngs=rngs
         )
@@ -149,41 +228,56 @@ class Denoiser(nnx.Module):
         )
 
     def modulations(self, time: jax.Array) -> jax.Array:
-        """[layers, ..., 2, 2, D]: everything that depends on the times [...] in 1..T alone."""
+        """[layers, ..., norms, 2, D]: what depends on the times [...] in 1..T alone."""
         return attention.map_layers(self.blocks, lambda block: block.modulations(time))
 
-    def text_context(self, text: jax.Array) -> TextContext:
-        """Everything that depends on the text features [B, L, text_width] alone."""
-        dtype = attention.float_dtype(self.config.dtype)
-        return TextContext(
-            *attention.map_layers(
-                self.blocks,
-                lambda block: block.cross_attention.keys_values(text.astype(dtype)),
-            )
-        )
+    def context(self, condition: jax.Array | None) -> TextContext | jax.Array | None:
+        """Everything that depends on the condition alone.
 
-    def denoise(self, tokens: jax.Array, modulations: jax.Array, context: TextContext) -> jax.Array:
+        Args:
+          condition: text features [B, L, text_width], labels int32 [B] in 0..C, or None, as
+            ``config.condition`` says.
+
+        Returns:
+          Keys and values, or [layers, B, 2, D] (scale, shift) of the labels, or None.
+        """
+        if self.config.condition == "none":
+            return None
+        if self.config.condition == "text":
+            condition = condition.astype(attention.float_dtype(self.config.dtype))
+        return attention.map_layers(self.blocks, lambda block: block.context(condition))
+
+    def positions(self) -> jax.Array:
+        """[1, N, D]: row plus column embedding of every token."""
+        rows, columns = self.config.positions
+        table = self.row_embedding(jnp.arange(rows))[:, None]
+        table = table + self.column_embedding(jnp.arange(columns))[None]
+        return table.reshape(1, rows * columns, -1)[:, : math.prod(self.config.grid)]
+
+    def denoise(
+        self,
+        tokens: jax.Array,
+        modulations: jax.Array,
+        context: TextContext | jax.Array | None,
+    ) -> jax.Array:
         """Logits float32 [B, N, K] of tokens [B, N] in 0..K.
 
         Args:
           tokens: int32 [B, N].
-          modulations: [layers, B, 2, 2, D] from ``modulations``.
-          context: from ``text_context``, of B texts.
+          modulations: [layers, B, norms, 2, D] from ``modulations``.
+          context: from ``context``, of B conditions.
         """
-        rows, columns = self.config.grid
-        chex.assert_shape(tokens, (None, rows * columns))
-        position = (
-            self.row_embedding(jnp.arange(rows))[:, None]
-            + (self.column_embedding(jnp.arange(columns))[None])
-        )
-        h = self.code_embedding(tokens) + position.reshape(1, rows * columns, -1)
+        chex.assert_shape(tokens, (None, math.prod(self.config.grid)))
+        h = self.code_embedding(tokens) + self.positions()
         c = self.config
         h = attention.scan_layers(
             self.blocks, h, (modulations, context), c.remat, min(c.scan_unroll, c.num_layers)
         )
         return self.to_logits(self.norm_out(h)).astype(jnp.float32)
 
-    def __call__(self, tokens: jax.Array, time: jax.Array, text: jax.Array) -> jax.Array:
-        """Logits float32 [B, N, K]; tokens int32 [B, N], time int32 [B] in 1..T,
-        text features [B, L, text_width]."""
-        return self.denoise(tokens, self.modulations(time), self.text_context(text))
+    def __call__(
+        self, tokens: jax.Array, time: jax.Array, condition: jax.Array | None = None
+    ) -> jax.Array:
+        """Logits float32 [B, N, K]; tokens int32 [B, N], time int32 [B] in 1..T, condition as
+        ``context`` takes it."""
+        return self.denoise(tokens, self.modulations(time), self.context(condition))

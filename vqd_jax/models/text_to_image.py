@@ -1,4 +1,6 @@
-"""Text encoder and denoiser as one model: p0(codes | noisy tokens, time, text).
+"""The denoiser together with what reads its condition: p0(codes | noisy tokens, time, condition).
+
+A condition is a text (ids), a class (label) or nothing (None); the denoiser's config says which.
 
 Letters: B batch, N image tokens, L text positions, K codes.
 """
@@ -7,6 +9,7 @@ import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from vqd_jax.models.denoiser import Denoiser, DenoiserConfig, TextContext
@@ -15,13 +18,25 @@ from vqd_jax.models.text_encoder import TextEncoder, TextEncoderConfig
 
 @dataclasses.dataclass(frozen=True)
 class TextToImageConfig:
-    """Sizes of the two networks."""
+    """Sizes of the two networks.
 
-    text_encoder: TextEncoderConfig
+    Attributes:
+      text_encoder: None without a text condition.
+      denoiser: sizes of the denoiser.
+      freeze_text_encoder: no gradient reaches the text encoder, as where it is pretrained.
+    """
+
+    text_encoder: TextEncoderConfig | None
     denoiser: DenoiserConfig
+    freeze_text_encoder: bool = False
 
     def __post_init__(self):
-        if self.text_encoder.width != self.denoiser.text_width:
+        if (self.text_encoder is not None) != (self.denoiser.condition == "text"):
+            raise ValueError(
+                f"denoiser.condition={self.denoiser.condition!r}: a text needs a text encoder, and "
+                "nothing else has one"
+            )
+        if self.text_encoder and self.text_encoder.width != self.denoiser.text_width:
             raise ValueError(
                 f"text_encoder.width={self.text_encoder.width} is not "
                 f"denoiser.text_width={self.denoiser.text_width}"
@@ -29,19 +44,49 @@ class TextToImageConfig:
 
 
 class TextToImage(nnx.Module):
-    """The two networks; the null condition is the text feature of the empty caption."""
+    """The two networks.
+
+    The null condition of guidance is the empty caption; where the null text is learned, its feature
+    is a parameter instead of what the text encoder makes of it (Improved VQ-Diffusion, section 3.1).
+    """
 
     def __init__(self, config: TextToImageConfig, *, rngs: nnx.Rngs):
-        self.text_encoder = TextEncoder(config.text_encoder, rngs=rngs)
+        self.config = config
+        text = config.text_encoder
+        if text is not None:
+            self.text_encoder = TextEncoder(text, rngs=rngs)
         self.denoiser = Denoiser(config.denoiser, rngs=rngs)
+        if text is not None and config.denoiser.learned_null:
+            shape = (text.context_length, text.width)
+            self.null_text = nnx.Param(jax.random.normal(rngs.params(), shape))
 
-    def log_x0(self, tokens: jax.Array, time: jax.Array, text_ids: jax.Array) -> jax.Array:
-        """log p0, float32 [B, N, K], normalised; tokens [B, N], time [B], text_ids [B, L]."""
-        return jax.nn.log_softmax(self.denoiser(tokens, time, self.text_encoder(text_ids)))
+    def text_features(self, text_ids: jax.Array) -> jax.Array:
+        """Features [B, L, text_width] of ids int32 [B, L]; of the empty caption the learned ones."""
+        features = self.text_encoder(text_ids)
+        if self.config.freeze_text_encoder:
+            features = jax.lax.stop_gradient(features)
+        if not self.config.denoiser.learned_null:
+            return features
+        # Start and end only: the end token has the last id.
+        empty = text_ids[:, 1] == self.config.text_encoder.vocab_size - 1
+        null = self.null_text[...].astype(features.dtype)[None]
+        return jnp.where(empty[:, None, None], null, features)
 
-    def text_context(self, text_ids: jax.Array) -> TextContext:
-        """All that sampling needs of the text, computed once; text_ids int32 [B, L]."""
-        return self.denoiser.text_context(self.text_encoder(text_ids))
+    def context(self, condition: jax.Array | None) -> TextContext | jax.Array | None:
+        """All that sampling needs of the condition, computed once.
+
+        Args:
+          condition: text ids int32 [B, L], labels int32 [B], or None.
+        """
+        if self.config.text_encoder is not None:
+            condition = self.text_features(condition)
+        return self.denoiser.context(condition)
+
+    def log_x0(self, tokens: jax.Array, time: jax.Array, condition: jax.Array | None) -> jax.Array:
+        """log p0, float32 [B, N, K], normalised; tokens [B, N], time [B]."""
+        modulations = self.denoiser.modulations(time)
+        logits = self.denoiser.denoise(tokens, modulations, self.context(condition))
+        return jax.nn.log_softmax(logits)
 
 
 def init_params(config: TextToImageConfig, key: jax.Array):

@@ -1,9 +1,10 @@
 """The train state of stage two and the pure step that moves it.
 
-Letters: B batch, N image tokens, L text positions.
+Letters: B batch, N image tokens, L text positions, A parts of a batch, S steps of one call.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import chex
@@ -11,12 +12,16 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from vqd_jax import config as config_lib
 from vqd_jax.diffusion import objective
 from vqd_jax.models import text_to_image
-from vqd_jax.training import optimizer
+from vqd_jax.training import optimizer, sharding
+
+# What a batch calls the condition of the denoiser, by config.denoiser.condition.
+CONDITION_KEYS = {"text": "text_ids", "class": "label", "none": None}
 
 
 class TrainState(struct.PyTreeNode):
@@ -43,8 +48,14 @@ def _optimizer(config: ConfigDict) -> tuple[optax.GradientTransformation, optax.
     rate = optimizer.learning_rate(
         c.learning_rate, c.warmup_steps, c.num_steps, c.final_learning_rate
     )
+    frozen = ("text_encoder",) if config_lib.model_config(config).freeze_text_encoder else ()
     return optimizer.adamw(
-        rate, b1=c.adam_b1, b2=c.adam_b2, weight_decay=c.weight_decay, clip_norm=c.clip_norm
+        rate,
+        b1=c.adam_b1,
+        b2=c.adam_b2,
+        weight_decay=c.weight_decay,
+        clip_norm=c.clip_norm,
+        frozen=frozen,
     ), rate
 
 
@@ -63,6 +74,12 @@ def create_state(config: ConfigDict) -> TrainState:
     )
 
 
+def abstract_state(config: ConfigDict, mesh: Mesh) -> TrainState:
+    """Shapes, dtypes and places on the mesh of the state; nothing is allocated."""
+    abstract = jax.eval_shape(functools.partial(create_state, config))
+    return sharding.with_shardings(abstract, sharding.shardings(abstract, mesh))
+
+
 def train_step(
     state: TrainState, batch: dict[str, jax.Array], *, config: ConfigDict
 ) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -70,7 +87,8 @@ def train_step(
 
     Args:
       state: the state; its time statistics decide which times are drawn.
-      batch: ``codes`` int32 [B, N] and ``text_ids`` int32 [B, L].
+      batch: ``codes`` int32 [B, N] and, by condition, ``text_ids`` int32 [B, L] or ``label``
+        int32 [B].
       config: the resolved config.
 
     Returns:
@@ -78,32 +96,20 @@ def train_step(
       bound in bits a token), ``accuracy`` of the most likely codes, ``gradient_norm`` before
       clipping, ``learning_rate``.
     """
-    chex.assert_equal(batch["codes"].shape[0], batch["text_ids"].shape[0])
-    model_config = config_lib.model_config(config)
-    schedule = config_lib.noise_schedule(config)
     key = jax.random.fold_in(state.key, state.step)
-
-    def loss_fn(params):
-        model = text_to_image.bind(model_config, params)
-        return objective.variational_bound(
-            key,
-            lambda tokens, time: model.log_x0(tokens, time, batch["text_ids"]),
-            batch["codes"],
-            schedule,
-            state.time_statistics,
-            auxiliary_weight=config.training.auxiliary_weight,
+    parts = config.training.gradient_accumulation
+    if parts == 1:
+        gradients, statistics, values = _gradients(
+            state.params, state.time_statistics, key, batch, config
         )
-
-    (loss, aux), gradients = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+    else:
+        gradients, statistics, values = _accumulate(state, key, batch, config, parts)
     transform, rate = _optimizer(config)
     updates, opt_state = transform.update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     # Young averages forget their random start: the decay grows from 1/10 towards its final value.
     decay = jnp.minimum(config.training.ema_decay, (1.0 + state.step) / (10.0 + state.step))
-    metrics = {
-        "loss": loss,
-        "bound_bits": aux["bound"] / jnp.log(2.0),
-        "accuracy": aux["accuracy"],
+    metrics = values | {
         "gradient_norm": optax.tree.norm(gradients),
         "learning_rate": rate(state.step),
     }
@@ -112,10 +118,70 @@ def train_step(
         params=params,
         ema_params=jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), state.ema_params, params),
         opt_state=opt_state,
-        time_statistics=aux["statistics"],
+        time_statistics=statistics,
     ), metrics
 
 
-def jit_train_step(config: ConfigDict):
-    """The compiled step; it consumes the state it is given."""
-    return jax.jit(functools.partial(train_step, config=config), donate_argnums=0)
+def _gradients(params, statistics, key, batch, config):
+    """Gradients, updated time statistics and metrics of the objective on one batch."""
+    condition = batch.get(CONDITION_KEYS[config.denoiser.condition])
+    if condition is not None:
+        chex.assert_equal(batch["codes"].shape[0], condition.shape[0])
+    model_config = config_lib.model_config(config)
+
+    def loss_fn(params):
+        model = text_to_image.bind(model_config, params)
+        return objective.variational_bound(
+            key,
+            lambda tokens, time: model.log_x0(tokens, time, condition),
+            batch["codes"],
+            config_lib.noise_schedule(config),
+            statistics,
+            auxiliary_weight=config.training.auxiliary_weight,
+        )
+
+    (loss, aux), gradients = jax.value_and_grad(loss_fn, has_aux=True)(params)
+    return (
+        gradients,
+        aux["statistics"],
+        {"loss": loss, "bound_bits": aux["bound"] / jnp.log(2.0), "accuracy": aux["accuracy"]},
+    )
+
+
+def _accumulate(state, key, batch, config, parts):
+    """``_gradients`` as the mean over parts of the batch, one after the other."""
+    # Part a has the rows a, a + A, ...: every device keeps the rows that it has.
+    split = lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1)  # noqa: E731
+
+    def part(carry, at):
+        statistics, total = carry
+        index, rows = at
+        gradients, statistics, values = _gradients(
+            state.params, statistics, jax.random.fold_in(key, index), rows, config
+        )
+        new = jax.tree.map(lambda t, g: t + g / parts, total, (gradients, values))
+        return (statistics, new), None
+
+    zeros = jax.tree.map(jnp.zeros_like, state.params)
+    values = dict.fromkeys(("loss", "bound_bits", "accuracy"), jnp.float32(0.0))
+    start = state.time_statistics, (zeros, values)
+    rows = jnp.arange(parts), jax.tree.map(split, batch)
+    (statistics, (gradients, values)), _ = jax.lax.scan(part, start, rows)
+    return gradients, statistics, values
+
+
+def jit_train_step(config: ConfigDict, mesh: Mesh) -> Callable:
+    """The compiled step, on one device or on thousands; it consumes the state it is given.
+
+    With ``config.training.steps_per_call`` S > 1 it is S steps: the leaves of the batch have S as
+    an axis before their rows, and so have the metrics.
+    """
+    placed = jax.tree.map(lambda x: x.sharding, abstract_state(config, mesh))
+    step = functools.partial(train_step, config=config)
+    several = config.training.steps_per_call > 1
+    return jax.jit(
+        (lambda state, batches: jax.lax.scan(step, state, batches)) if several else step,
+        donate_argnums=0,
+        in_shardings=(placed, sharding.batch_sharding(mesh, leading=int(several))),
+        out_shardings=(placed, sharding.replicated(mesh)),
+    )
