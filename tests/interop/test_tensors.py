@@ -1,0 +1,85 @@
+"""Tensors in files: safetensors as its own library writes it, parts joined, damage named."""
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from vqd_jax.errors import UserError
+from vqd_jax.interop import tensors
+
+
+@pytest.fixture
+def arrays():
+    rng = np.random.default_rng(0)
+    return {
+        "a.weight": rng.normal(size=(3, 4)).astype(np.float32),
+        "half": rng.normal(size=(5,)).astype(np.float16),
+        "brain": rng.normal(size=(2, 2)).astype(ml_dtypes.bfloat16),
+        "count": np.array(7, np.int64),
+        "none": np.zeros((0, 3), np.float32),
+    }
+
+
+@pytest.fixture
+def file(tmp_path, arrays):
+    save_file(arrays, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    return tmp_path / "model.safetensors"
+
+
+def split(path, size):
+    data = path.read_bytes()
+    for index, start in enumerate(range(0, len(data), size)):
+        part = path.with_name(f"{path.name}_a{chr(ord('a') + index)}")
+        part.write_bytes(data[start : start + size])
+    path.unlink()
+
+
+def test_safetensors(file, arrays):
+    found = tensors.read_safetensors(file)
+    assert set(found) == set(arrays)
+    for name, array in arrays.items():
+        assert (found[name].shape, found[name].dtype) == (array.shape, array.dtype)
+        assert (found[name].ndim, found[name].nbytes) == (array.ndim, array.nbytes)
+        np.testing.assert_array_equal(np.asarray(found[name]), array)
+    np.testing.assert_array_equal(found["a.weight"][1, :2], arrays["a.weight"][1, :2])
+    assert np.asarray(found["half"], np.float32).dtype == np.float32
+
+
+@pytest.mark.parametrize("named", ["model.safetensors", "model.safetensors_aa"])
+def test_parts_are_joined(file, arrays, named):
+    split(file, 41)
+    found = tensors.read_safetensors(file.with_name(named))
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(np.asarray(found[name]), array)
+
+
+def test_a_missing_part_is_named(file):
+    split(file, 41)
+    file.with_name("model.safetensors_ac").unlink()
+    with pytest.raises(UserError, match="model.safetensors_ac is missing"):
+        tensors.read_safetensors(file)
+
+
+def test_no_such_file(tmp_path):
+    with pytest.raises(UserError, match=r"nothing\.safetensors is not a file"):
+        tensors.read_safetensors(tmp_path / "nothing.safetensors")
+
+
+def test_a_file_cut_short_is_named(file):
+    data = file.read_bytes()
+    for size in (4, 60, len(data) - 1):
+        file.write_bytes(data[:size])
+        with pytest.raises(UserError, match="model.safetensors is cut short"):
+            tensors.read_safetensors(file)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [b"[1]", b'{"a": 1}', b'{"a": {"dtype": "F32", "shape": [9], "data_offsets": [0, 4]}}', b"{"],
+)
+def test_another_format_is_named(tmp_path, header):
+    path = tmp_path / "odd.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(64))
+    with pytest.raises(UserError, match="odd.safetensors is not a safetensors file"):
+        tensors.read_safetensors(path)

@@ -1,0 +1,85 @@
+"""Writes files in PyTorch's zip format, good ones and bad ones, without PyTorch."""
+
+import collections
+import io
+import pickle
+import zipfile
+
+
+class Call:
+    """Pickled as: import ``name``, call it with ``arguments``."""
+
+    def __init__(self, name, *arguments, state=None):
+        self.name, self.arguments, self.state = name, arguments, state
+
+
+class Name:
+    """Pickled as: import ``name``."""
+
+    def __init__(self, name):
+        self.name = name
+
+
+class Storage:
+    """Pickled as a persistent id; its bytes become a member of the archive."""
+
+    def __init__(self, kind, array, key):
+        self.kind, self.array, self.key = kind, array, key
+
+
+def tensor(kind, array, key="0", shape=None, strides=None, offset=0):
+    """A tensor that views a storage with the elements of ``array``."""
+    shape = array.shape if shape is None else shape
+    if strides is None:
+        strides = tuple(s // array.itemsize for s in array.strides)
+    return Call(
+        "torch._utils _rebuild_tensor_v2",
+        Storage(kind, array, key),
+        offset,
+        shape,
+        strides,
+        False,
+        Call("collections OrderedDict"),
+    )
+
+
+class _Pickler(pickle._Pickler):
+    """The pickler written in Python, whose stream can be fed with names of absent modules."""
+
+    def __init__(self, stream):
+        super().__init__(stream, protocol=2)
+        self.storages = {}
+
+    def persistent_id(self, item):
+        if not isinstance(item, Storage):
+            return None
+        self.storages[item.key] = item.array
+        return ("storage", Name(f"torch {item.kind}"), item.key, "cuda:0", item.array.size)
+
+    def save(self, item, save_persistent_id=True):
+        if isinstance(item, Name):
+            module, name = item.name.split(" ")
+            self.write(pickle.GLOBAL + f"{module}\n{name}\n".encode())
+        elif isinstance(item, Call):
+            self.save(Name(item.name))
+            self.save(item.arguments)
+            self.write(pickle.REDUCE if item.state is None else pickle.NEWOBJ)
+            if item.state is not None:
+                self.save(item.state)
+                self.write(pickle.BUILD)
+        else:
+            super().save(item, save_persistent_id)
+
+
+def write(path, content, *, byteorder=None, members=(), compression=zipfile.ZIP_STORED):
+    """Saves ``content``: containers, numbers, strings, ``Call`` and ``tensor(...)``."""
+    stream = io.BytesIO()
+    pickler = _Pickler(stream)
+    pickler.dump(content)
+    files = collections.OrderedDict({"archive/data.pkl": stream.getvalue()})
+    files |= {f"archive/data/{k}": array.tobytes() for k, array in pickler.storages.items()}
+    if byteorder:
+        files["archive/byteorder"] = byteorder
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for name, data in [*files.items(), *members]:
+            archive.writestr(name, data)

@@ -1,0 +1,212 @@
+"""Tensors that stay in their file until somebody asks for the values.
+
+A file may have come in parts (``name.pth_aa``, ``name.pth_ab``, ... as ``split`` makes them); they
+are read as if they were joined.
+"""
+
+import dataclasses
+import io
+import itertools
+import json
+import math
+import string
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from vqd_jax.errors import UserError
+
+_SAFETENSORS_TYPES = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+    "I64": np.int64,
+    "I32": np.int32,
+    "I16": np.int16,
+    "I8": np.int8,
+    "U8": np.uint8,
+    "BOOL": np.bool_,
+}
+_LONGEST_HEADER = 100_000_000  # bytes; the limit of the format's own library
+
+
+class FileBytes:
+    """The bytes of one file, or of the parts of one file end to end.
+
+    Args:
+      path: a file; or the first part, ``..._aa``; or the name that the parts have before ``_aa``.
+
+    Raises:
+      UserError: there is no such file, or a part is missing.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        parts = _parts(self.path)
+        try:
+            sizes = [part.stat().st_size for part in parts]
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error.strerror}") from error
+        starts = itertools.accumulate(sizes, initial=0)
+        self._parts = list(zip(parts, starts, sizes, strict=False))
+        self.size = sum(sizes)
+
+    def read(self, offset: int, size: int) -> np.ndarray:
+        """uint8 [size] from ``offset`` on; mapped into memory where one file has all of it."""
+        if offset < 0 or size < 0 or offset + size > self.size:
+            raise UserError(f"{self.path} is cut short: it ends before byte {offset + size}")
+        pieces = []
+        for path, start, length in self._parts:
+            begin, end = max(offset, start), min(offset + size, start + length)
+            if begin < end:
+                pieces.append(np.memmap(path, np.uint8, "r", begin - start, (end - begin,)))
+        if len(pieces) == 1:
+            return pieces[0]
+        return np.concatenate([np.empty(0, np.uint8), *pieces])
+
+    def open(self) -> io.BufferedReader:
+        """All of it as a seekable binary file."""
+        return io.BufferedReader(_Stream(self))
+
+
+def _parts(path: Path) -> list[Path]:
+    if path.name.endswith("_aa"):
+        stem = path.with_name(path.name.removesuffix("_aa"))
+    elif path.exists() or not path.with_name(path.name + "_aa").exists():
+        if not path.is_file():
+            raise UserError(f"{path} is not a file")
+        return [path]
+    else:
+        stem = path
+    # Whatever looks like a part, so that a gap in the middle is seen.
+    present = {p.name for p in path.parent.glob(f"{stem.name}_[a-z][a-z]")}
+    letters = map("".join, itertools.product(string.ascii_lowercase, repeat=2))
+    wanted = [f"{stem.name}_{letter}" for letter in itertools.islice(letters, len(present))]
+    for name in wanted:
+        if name not in present:
+            raise UserError(f"{path.parent / name} is missing: a part of {stem.name}")
+    return [path.with_name(name) for name in wanted]
+
+
+class _Stream(io.RawIOBase):
+    """What ``zipfile`` needs of a file."""
+
+    def __init__(self, source: FileBytes):
+        self._source, self._position = source, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        origin = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._source.size}
+        position = origin[whence] + offset
+        if position < 0:
+            raise OSError("seek before the start of the file")
+        self._position = position
+        return position
+
+    def readinto(self, buffer: Any) -> int:
+        size = max(0, min(len(buffer), self._source.size - self._position))
+        buffer[:size] = self._source.read(self._position, size).data
+        self._position += size
+        return size
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Tensor:
+    """One tensor in a file; ``np.asarray`` reads it, and nothing is kept.
+
+    Attributes:
+      source: where the bytes are.
+      offset: of the first element, in bytes.
+      dtype: NumPy type, ``bfloat16`` from ``ml_dtypes`` included.
+      shape: of the tensor.
+      strides: in elements; None for row-major.
+      swapped: the bytes of an element are in the order that this machine does not use.
+    """
+
+    source: FileBytes
+    offset: int
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    strides: tuple[int, ...] | None = None
+    swapped: bool = False
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.size * self.dtype.itemsize
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        span = self.size
+        if self.strides is not None and self.size:
+            span = 1 + sum((n - 1) * s for n, s in zip(self.shape, self.strides, strict=True))
+        flat = self.source.read(self.offset, span * self.dtype.itemsize)
+        if self.swapped:
+            flat = flat.view(f"u{self.dtype.itemsize}").byteswap()
+        flat = np.asarray(flat).view(self.dtype)
+        if self.strides is None or not self.size:
+            array = flat.reshape(self.shape)
+        else:
+            steps = [s * self.dtype.itemsize for s in self.strides]
+            array = np.lib.stride_tricks.as_strided(flat, self.shape, steps, writeable=False)
+        if copy or dtype is not None:
+            return np.array(array, dtype=dtype)
+        return array
+
+    def __getitem__(self, index: Any) -> Any:
+        return np.asarray(self)[index]
+
+    def __repr__(self) -> str:
+        return f"Tensor({self.dtype}, {self.shape}, {self.source.path.name})"
+
+
+def read_safetensors(path: str | Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file, by name.
+
+    Raises:
+      UserError: the file is missing, cut short, or not in the format.
+    """
+    source = FileBytes(path)
+    try:
+        length = int.from_bytes(source.read(0, 8).tobytes(), "little")
+        if length > _LONGEST_HEADER:
+            raise UserError(f"{path} is not a safetensors file")
+        header = json.loads(source.read(8, length).tobytes())
+        header.pop("__metadata__", None)
+        tensors = {name: _entry(source, 8 + length, **entry) for name, entry in header.items()}
+    except UserError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is not a safetensors file: {error!r}") from error
+    for name, tensor in tensors.items():
+        if tensor.offset + tensor.nbytes > source.size:
+            raise UserError(f"{path} is cut short: {name} lies beyond its end")
+    return tensors
+
+
+def _entry(
+    source: FileBytes, data: int, dtype: str, shape: list[int], data_offsets: list[int]
+) -> Tensor:
+    begin, end = data_offsets
+    kind = np.dtype(_SAFETENSORS_TYPES[dtype])
+    tensor = Tensor(source, data + begin, kind, tuple(shape))
+    if min(begin, *shape, 0) < 0 or end - begin != tensor.nbytes:
+        raise ValueError(f"{shape} of {dtype} in bytes {begin} to {end}")
+    return tensor

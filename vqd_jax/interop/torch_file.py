@@ -1,0 +1,229 @@
+"""PyTorch files read without PyTorch, and without executing anything in them.
+
+A ``.pth``, ``.pt`` or ``.ckpt`` file is a zip archive of one pickle and the raw storages. The
+pickle is read by an unpickler that knows a short list of names and imports none of them; a file
+that asks for any other name is refused. Tensors stay in the file (``tensors.Tensor``).
+
+A TorchScript archive (CLIP was published as one) is read likewise: its modules are taken as nested
+dictionaries of tensors, and its code is never looked at.
+"""
+
+import collections
+import pickle
+import zipfile
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from vqd_jax.errors import UserError
+from vqd_jax.interop.tensors import FileBytes, Tensor
+
+_STORAGES = {
+    "FloatStorage": np.float32,
+    "DoubleStorage": np.float64,
+    "HalfStorage": np.float16,
+    "BFloat16Storage": ml_dtypes.bfloat16,
+    "LongStorage": np.int64,
+    "IntStorage": np.int32,
+    "ShortStorage": np.int16,
+    "CharStorage": np.int8,
+    "ByteStorage": np.uint8,
+    "BoolStorage": np.bool_,
+}
+# Published autoencoder files mention these classes as keys of a dictionary, nothing more.
+_NAMES_ONLY = {
+    "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
+    "pytorch_lightning.callbacks.early_stopping.EarlyStopping",
+}
+
+
+def load(path: str | Path) -> Any:
+    """What ``torch.save`` wrote: nested dicts and lists with ``Tensor`` leaves.
+
+    Args:
+      path: a file, or the first of its parts (see ``tensors.FileBytes``).
+
+    Returns:
+      The saved object. For a TorchScript archive its state dict: {"visual.conv1.weight": Tensor}.
+
+    Raises:
+      UserError: the file is missing, damaged, cut short, of the format before PyTorch 1.6, or its
+        pickle asks for a name that is not on the list; the message tells which.
+    """
+    source = FileBytes(path)
+    try:
+        with source.open() as stream, zipfile.ZipFile(stream) as archive:
+            loaded = _Unpickler(_Archive(source, archive)).load()
+    except zipfile.BadZipFile as error:
+        raise UserError(
+            f"{path} is not a PyTorch file, or is cut short: {error}. Files of the format before "
+            "PyTorch 1.6 must be saved again by a newer one."
+        ) from error
+    except UserError:
+        raise
+    # A damaged pickle may raise nearly anything: names and values go to the wrong places.
+    except Exception as error:
+        raise UserError(f"{path} is damaged: {error!r}") from error
+    return _state_dict(loaded) if isinstance(loaded, _ScriptModule) else loaded
+
+
+class _Archive:
+    """The zip archive: where its pickle and its storages are."""
+
+    def __init__(self, source: FileBytes, archive: zipfile.ZipFile):
+        self.source = source
+        for name in archive.namelist():
+            if name.startswith("/") or "\\" in name or ".." in PurePosixPath(name).parts:
+                raise UserError(f"{source.path} holds {name!r}: a path that leads out of it")
+        roots = [n for n in archive.namelist() if n.count("/") == 1 and n.endswith("/data.pkl")]
+        if len(roots) != 1:
+            raise UserError(f"{source.path} is a zip file, but not one of PyTorch: no data.pkl")
+        self._root = roots[0].removesuffix("data.pkl")
+        self._archive = archive
+        order = f"{self._root}byteorder"
+        big = order in archive.namelist() and archive.read(order) == b"big"
+        self.swapped = big != (np.dtype("=i2").newbyteorder(">") == np.dtype("=i2"))
+
+    def open_pickle(self) -> Any:
+        return self._archive.open(f"{self._root}data.pkl")
+
+    def storage(self, key: str, size: int) -> int:
+        """Offset in the file of storage ``key``, which must have ``size`` bytes."""
+        name = f"{self._root}data/{key}"
+        try:
+            member = self._archive.getinfo(name)
+        except KeyError as error:
+            raise UserError(f"{self.source.path} lacks its member {name}") from error
+        if member.compress_type != zipfile.ZIP_STORED:
+            raise UserError(f"{self.source.path}: {name} is compressed, which PyTorch never does")
+        if member.file_size < size:
+            raise UserError(f"{self.source.path}: {name} has {member.file_size} of {size} bytes")
+        # The local header repeats the name, and its padding differs from the directory's.
+        header = self.source.read(member.header_offset, 30)
+        name_size, extra_size = header[26:30].view("<u2").tolist()
+        offset = member.header_offset + 30 + name_size + extra_size
+        if offset + size > self.source.size:
+            raise UserError(f"{self.source.path} is cut short: {name} lies beyond its end")
+        return offset
+
+
+class _Storage(NamedTuple):
+    source: FileBytes
+    offset: int
+    dtype: np.dtype
+    size: int
+    swapped: bool
+
+
+class _ScriptModule:
+    """A module of a TorchScript archive: its attributes."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.attributes = dict(state)
+
+
+def _state_dict(module: _ScriptModule, prefix: str = "") -> dict[str, Tensor]:
+    tensors = {}
+    for name, value in module.attributes.items():
+        if isinstance(value, _ScriptModule):
+            tensors |= _state_dict(value, f"{prefix}{name}.")
+        elif isinstance(value, Tensor):
+            tensors[prefix + name] = value
+    return tensors
+
+
+def _rebuild_tensor(storage, offset, shape, strides, requires_grad, hooks, metadata=None) -> Tensor:
+    """A tensor that views ``storage``; what autograd wants is dropped."""
+    shape, strides = tuple(map(int, shape)), tuple(map(int, strides))
+    if len(shape) != len(strides) or min(offset, 0, *shape, *strides) < 0:
+        raise ValueError(f"tensor of shape {shape}, strides {strides}, offset {offset}")
+    if 0 not in shape:
+        last = offset + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
+        if last >= storage.size:
+            raise ValueError(f"tensor of shape {shape} is larger than its storage")
+    start = storage.offset + offset * storage.dtype.itemsize
+    if strides == _row_major(shape):
+        strides = None
+    return Tensor(storage.source, start, storage.dtype, shape, strides, storage.swapped)
+
+
+def _row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(int(np.prod(shape[axis + 1 :])) for axis in range(len(shape)))
+
+
+def _rebuild_parameter(tensor, requires_grad, hooks) -> Tensor:
+    return tensor
+
+
+class _ScalarType:
+    """Stands for ``numpy.dtype`` in a pickled NumPy number."""
+
+    def __init__(self, name, align=False, copy=True):
+        self.dtype = np.dtype(str(name))
+
+    def __setstate__(self, state):
+        self.dtype = self.dtype.newbyteorder(state[1])
+
+
+def _scalar(kind, value):
+    """A NumPy number as a Python one."""
+    return np.frombuffer(value, kind.dtype, 1)[0].item()
+
+
+def _encode(text, encoding):
+    """How the second pickle protocol writes bytes."""
+    if encoding != "latin1":
+        raise ValueError(f"bytes written as {encoding}")
+    return text.encode("latin1")
+
+
+def _as_list(values):
+    return list(values)
+
+
+_KNOWN = {
+    "collections.OrderedDict": collections.OrderedDict,
+    "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
+    "torch._utils._rebuild_parameter": _rebuild_parameter,
+    "torch.Size": tuple,
+    "torch.device": str,
+    "torch.jit._pickle.build_intlist": _as_list,
+    "torch.jit._pickle.build_doublelist": _as_list,
+    "torch.jit._pickle.build_boollist": _as_list,
+    "torch.jit._pickle.build_tensorlist": _as_list,
+    "numpy.dtype": _ScalarType,
+    "numpy.core.multiarray.scalar": _scalar,
+    "numpy._core.multiarray.scalar": _scalar,
+    "_codecs.encode": _encode,
+    **{f"torch.{name}": np.dtype(kind) for name, kind in _STORAGES.items()},
+    **{name: name for name in _NAMES_ONLY},
+}
+
+
+class _Unpickler(pickle.Unpickler):
+    """Resolves the names of ``_KNOWN`` to functions of this module, and no others."""
+
+    def __init__(self, archive: _Archive):
+        super().__init__(archive.open_pickle())
+        self._archive = archive
+
+    def find_class(self, module: str, name: str) -> Any:
+        known = _KNOWN.get(f"{module}.{name}")
+        if known is not None:
+            return known
+        if module == "__torch__" or module.startswith("__torch__."):
+            return _ScriptModule
+        raise UserError(
+            f"{self._archive.source.path} asks for {module}.{name}, which could run code; only "
+            "files of plain tensors are read. If the file is yours, save its state dict instead."
+        )
+
+    def persistent_load(self, pid: Any) -> _Storage:
+        kind, dtype, key, _location, size = pid
+        if kind != "storage" or not isinstance(dtype, np.dtype) or size < 0:
+            raise ValueError(f"unknown storage {pid!r}")
+        archive = self._archive
+        offset = archive.storage(str(key), size * dtype.itemsize)
+        return _Storage(archive.source, offset, dtype, size, archive.swapped)
