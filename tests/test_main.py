@@ -139,7 +139,7 @@ def test_damage_to_a_workdir_is_named(run, tiny_run, tmp_path):
     model.write_bytes(model.read_bytes()[:1000])
     status, output = run(*sample)
     assert status == 1
-    assert "model.safetensors is damaged" in output
+    assert "model.safetensors is cut short" in output
     (workdir / "config.json").write_text("{")
     status, output = run(*sample)
     assert status == 1

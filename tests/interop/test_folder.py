@@ -45,10 +45,49 @@ def test_a_file_cut_short_is_named(tmp_path):
     folder.save(tmp_path / "m", {}, PARAMS)
     path = tmp_path / "m" / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-5])
-    with pytest.raises(UserError, match=r"model\.safetensors is damaged"):
+    with pytest.raises(UserError, match=r"model\.safetensors is cut short"):
         folder.load_params(tmp_path / "m", PARAMS)
 
 
 def test_a_folder_without_a_model_is_named(tmp_path):
     with pytest.raises(UserError, match="is not a model folder"):
         folder.load_config(tmp_path)
+
+
+def test_large_models_are_spread_over_files_with_an_index(tmp_path):
+    arrays = {f"x{i}": np.full(10, i, np.float32) for i in range(5)}
+    folder.write_shards(tmp_path, "model", arrays, max_bytes=80)
+    files = sorted(p.name for p in tmp_path.iterdir())
+    assert files == [
+        "model-00001-of-00003.safetensors",
+        "model-00002-of-00003.safetensors",
+        "model-00003-of-00003.safetensors",
+        "model.safetensors.index.json",
+    ]
+    back = folder.load_params(tmp_path, arrays)
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(back[name], array)
+    (tmp_path / files[1]).unlink()
+    with pytest.raises(UserError, match="model-00002-of-00003.safetensors is not a file"):
+        folder.load_params(tmp_path, arrays)
+
+
+def test_an_index_that_leads_out_of_the_folder_is_refused(tmp_path):
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text('{"weight_map": {"a": "../secret.safetensors"}}')
+    with pytest.raises(UserError, match="leads out of the folder"):
+        folder.read_shards(tmp_path, "model")
+
+
+def test_bfloat16_halves_the_file_and_integers_stay(tmp_path):
+    params = {
+        "w": np.linspace(0, 1, 1000, dtype=np.float32),
+        "map": np.arange(1000, dtype=np.int32),
+    }
+    folder.save(tmp_path / "m", {}, params, dtype="bfloat16", files={"tokenizer/a.txt": "x"})
+    assert (tmp_path / "m" / "model.safetensors").stat().st_size < 1000 * (2 + 4) + 400
+    assert (tmp_path / "m" / "tokenizer" / "a.txt").read_text() == "x"
+    back = folder.load_params(tmp_path / "m", params)
+    assert back["w"].dtype == np.float32
+    np.testing.assert_allclose(back["w"], params["w"], rtol=2**-8)
+    np.testing.assert_array_equal(back["map"], params["map"])

@@ -1,19 +1,27 @@
-"""A model to hand around: a folder with ``config.json`` and ``model.safetensors``.
+"""A model to hand around: a folder with ``config.json`` and its parameters as safetensors.
 
-Parameters are a nested dict; a tensor's name is its path, joined by dots. Reading executes nothing.
+Parameters are a nested dict; a tensor's name is its path, joined by dots. More than 5 GB are spread
+over files with an index, in the layout that Hugging Face uses. Reading executes nothing.
 """
 
+import contextlib
 import json
 import os
 import shutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
 from vqd_jax.errors import UserError
+from vqd_jax.interop import tensors
+
+MAX_SHARD_BYTES = 5 * 10**9
+STORED_DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
 
 
 def flatten(params: Any, prefix: str = "") -> dict[str, np.ndarray]:
@@ -28,21 +36,16 @@ def flatten(params: Any, prefix: str = "") -> dict[str, np.ndarray]:
     return flat
 
 
-def save(directory: str, config: dict, params: Any) -> None:
-    """Writes the folder; it appears complete or not at all.
-
-    Args:
-      directory: must not exist, or be a model folder, which is replaced.
-      config: JSON-able description of the model.
-      params: nested dict of arrays.
-    """
-    target = Path(directory)
+@contextlib.contextmanager
+def appearing(target: Path) -> Iterator[Path]:
+    """A scratch folder beside ``target`` that becomes it at the end, or vanishes on an error."""
+    # An absolute path, so that "." and ".." have a name and a parent.
+    target = Path(os.path.abspath(target))
     scratch = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
     try:
-        save_file(flatten(params), scratch / "model.safetensors")
-        (scratch / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        yield scratch
         if target.exists():
             shutil.rmtree(target)
         os.replace(scratch, target)
@@ -55,45 +58,135 @@ def save(directory: str, config: dict, params: Any) -> None:
         raise
 
 
-def load_config(directory: str) -> dict:
+def save(
+    directory: str | Path,
+    config: dict,
+    params: Any,
+    *,
+    dtype: str = "float32",
+    files: Mapping[str, str] | None = None,
+) -> None:
+    """Writes the folder; it appears complete or not at all.
+
+    Args:
+      directory: must not exist, or be a model folder, which is replaced.
+      config: JSON-able description of the model.
+      params: nested dict of arrays.
+      dtype: in which floats are stored, a key of ``STORED_DTYPES``.
+      files: further text files, {name: text}.
+    """
+    with appearing(Path(directory)) as scratch:
+        write_shards(scratch, "model", flatten(params), dtype=dtype)
+        text = json.dumps(config, indent=2) + "\n"
+        for name, content in {"config.json": text, **(files or {})}.items():
+            (scratch / name).parent.mkdir(exist_ok=True)
+            (scratch / name).write_text(content, encoding="utf-8")
+
+
+def write_shards(
+    directory: Path,
+    stem: str,
+    arrays: Mapping[str, np.ndarray],
+    *,
+    dtype: str = "float32",
+    max_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Writes ``stem.safetensors``, or several files of at most ``max_bytes`` and their index."""
+    stored = np.dtype(STORED_DTYPES[dtype])
+    item = lambda x: stored.itemsize if _is_float(x) else x.dtype.itemsize  # noqa: E731
+    shards, size = [[]], 0
+    for name in sorted(arrays):
+        nbytes = arrays[name].size * item(arrays[name])
+        if shards[-1] and size + nbytes > max_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += nbytes
+    index = {}
+    for number, names in enumerate(shards, 1):
+        file = f"{stem}.safetensors"
+        if len(shards) > 1:
+            file = f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
+        shard = {n: arrays[n].astype(stored, copy=False) if _is_float(arrays[n]) else arrays[n]
+                 for n in names}  # fmt: skip
+        # PyTorch programs refuse a file that does not say so.
+        save_file(shard, directory / file, metadata={"format": "pt"})
+        index |= dict.fromkeys(names, file)
+    if len(shards) > 1:
+        total = sum(x.size * item(x) for x in arrays.values())
+        text = json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=2)
+        (directory / f"{stem}.safetensors.index.json").write_text(text + "\n", encoding="utf-8")
+
+
+def _is_float(array: np.ndarray) -> bool:
+    return array.dtype.kind not in "iub"
+
+
+def read_json(path: Path) -> dict:
+    """The JSON object in a file.
+
+    Raises:
+      UserError: it is not there, or holds something else.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path.parent} is not a model folder: it has no {path.name}") from error
+    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
+        raise UserError(f"{path} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} does not hold a JSON object")
+    return value
+
+
+def load_config(directory: str | Path) -> dict:
     """The description in ``directory/config.json``.
 
     Raises:
       UserError: there is no such folder, or the file cannot be read.
     """
-    path = Path(directory) / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"{directory} is not a model folder: it has no config.json") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{path} does not hold a JSON object")
-    return config
+    return read_json(Path(directory) / "config.json")
 
 
-def load_params(directory: str, abstract_params: Any) -> Any:
-    """The parameters in ``directory/model.safetensors``, as a nested dict like ``abstract_params``.
+def read_shards(directory: Path, stem: str) -> dict[str, tensors.Tensor]:
+    """Tensors of ``stem.safetensors`` or of the files that its index names; values stay on disk.
 
     Raises:
-      UserError: the file is missing or damaged, or a tensor is missing, left over, of another
+      UserError: a file is missing, cut short or of another format, or the index names a file
+        outside the folder.
+    """
+    index = directory / f"{stem}.safetensors.index.json"
+    if not index.exists():
+        if not (directory / f"{stem}.safetensors").exists():
+            raise UserError(f"{directory} is not a model folder: it has no {stem}.safetensors")
+        return tensors.read_safetensors(directory / f"{stem}.safetensors")
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{index} has no weight_map")
+    found = {}
+    for file in sorted(set(map(str, weight_map.values()))):
+        if Path(file).name != file:
+            raise UserError(f"{index} names {file!r}: a path that leads out of the folder")
+        found |= tensors.read_safetensors(directory / file)
+    return found
+
+
+def load_params(directory: str | Path, abstract_params: Any) -> Any:
+    """The parameters of a model folder, as a nested dict like ``abstract_params``.
+
+    Raises:
+      UserError: a file is missing or damaged, or a tensor is missing, left over, of another
         shape, or not finite; the message names it.
     """
-    path = Path(directory) / "model.safetensors"
-    try:
-        flat = load_file(path)
-    except FileNotFoundError as error:
-        raise UserError(f"{directory} is not a model folder: it has no {path.name}") from error
-    except (SafetensorError, ValueError, OSError) as error:
-        raise UserError(f"{path} is damaged: {error}") from error
-    params = _take(abstract_params, flat, path)
+    directory = Path(directory)
+    flat = read_shards(directory, "model")
+    params = _take(abstract_params, flat, directory)
     if flat:
-        raise UserError(f"{path} has a tensor that the model lacks: {sorted(flat)[0]}")
+        raise UserError(f"{directory} has a tensor that the model lacks: {sorted(flat)[0]}")
     return params
 
 
-def _take(abstract: Any, flat: dict[str, np.ndarray], path: Path, prefix: str = "") -> Any:
+def _take(abstract: Any, flat: dict[str, tensors.Tensor], path: Path, prefix: str = "") -> Any:
     params = {}
     for key, value in abstract.items():
         name = f"{prefix}{key}"
@@ -102,9 +195,10 @@ def _take(abstract: Any, flat: dict[str, np.ndarray], path: Path, prefix: str = 
             continue
         if name not in flat:
             raise UserError(f"{path} lacks the tensor {name}")
-        array = flat.pop(name)
-        if array.shape != value.shape:
-            raise UserError(f"{path}: {name} is {array.shape}, the config asks for {value.shape}")
+        tensor = flat.pop(name)
+        if tensor.shape != tuple(value.shape):
+            raise UserError(f"{path}: {name} is {tensor.shape}, the config asks for {value.shape}")
+        array = np.array(tensor, dtype=value.dtype)
         if not np.isfinite(array).all():
             raise UserError(f"{path}: {name} has values that are not finite")
         params[key] = array
