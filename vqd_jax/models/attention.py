@@ -18,8 +18,27 @@ REMAT_POLICIES = {
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, *, causal: bool = False) -> jax.Array:
-    """softmax(q k^T / sqrt(D/H)) v; q [B, N, H, D/H], k and v [B, M, H, D/H] -> like q."""
-    return jax.nn.dot_product_attention(q, k, v, is_causal=causal)
+    """softmax(q k^T / sqrt(D/H)) v; q [B, N, H, D/H], k and v [B, M, H, D/H] -> like q.
+
+    The softmax is in float32. On a GPU that can, it is one fused kernel of cuDNN.
+    """
+    gpu = jax.default_backend() == "gpu"
+    capability = float(jax.local_devices()[0].compute_capability) if gpu else 0.0
+    name = "cudnn" if cudnn_applies(q.dtype, q.shape[-1], capability) else "xla"
+    return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation=name)
+
+
+def cudnn_applies(dtype: jnp.dtype, head_width: int, capability: float) -> bool:
+    """Whether cuDNN has a kernel for this dtype and D/H on a GPU; capability 0 is no GPU.
+
+    It raises where it has none, so that the question is asked before.
+    """
+    return (
+        capability >= 8.0
+        and dtype in (jnp.bfloat16, jnp.float16)
+        and head_width % 8 == 0
+        and head_width <= 128
+    )
 
 
 def split_heads(x: jax.Array, num_heads: int) -> jax.Array:

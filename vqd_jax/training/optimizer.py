@@ -1,5 +1,6 @@
 """AdamW with warm-up, cosine decay and clipping by global norm."""
 
+import jax
 import optax
 
 
@@ -14,10 +15,29 @@ def learning_rate(
 
 
 def adamw(
-    schedule: optax.Schedule, *, b1: float, b2: float, weight_decay: float, clip_norm: float
+    schedule: optax.Schedule,
+    *,
+    b1: float,
+    b2: float,
+    weight_decay: float,
+    clip_norm: float,
+    frozen: tuple[str, ...] = (),
 ) -> optax.GradientTransformation:
-    """AdamW on clipped gradients; every parameter decays, as in the published code."""
-    return optax.chain(
-        optax.clip_by_global_norm(clip_norm),
-        optax.adamw(schedule, b1=b1, b2=b2, weight_decay=weight_decay),
-    )
+    """AdamW on clipped gradients; every parameter decays, as in the published code.
+
+    Args:
+      schedule: the learning rate of every step.
+      b1, b2, weight_decay: of AdamW.
+      clip_norm: largest global norm of the gradients.
+      frozen: top-level names of parameters without a gradient; they neither decay nor have moments.
+    """
+    transform = optax.adamw(schedule, b1=b1, b2=b2, weight_decay=weight_decay)
+    if frozen:
+        transform = optax.masked(
+            transform,
+            lambda params: {
+                name: jax.tree.map(lambda _, learns=name not in frozen: learns, part)
+                for name, part in params.items()
+            },
+        )
+    return optax.chain(optax.clip_by_global_norm(clip_norm), transform)
