@@ -21,7 +21,7 @@ from vqd_jax.evaluation.likelihood import caption_likelihood
 from vqd_jax.interop import folder
 from vqd_jax.models import autoencoder, text_to_image
 from vqd_jax.pipeline import VQDiffusion
-from vqd_jax.training import loop, stage_one
+from vqd_jax.training import loop, sharding, stage_one
 from vqd_jax.training import state as state_lib
 
 ENCODE_BATCH = 32
@@ -130,7 +130,7 @@ def _train(config, workdir, splits, autoencoder_params) -> None:
     loop.fit(
         "training",
         functools.partial(state_lib.create_state, config),
-        state_lib.jit_train_step(config),
+        state_lib.jit_train_step(config, sharding.make_mesh(config)),
         dataset,
         directory=workdir,
         prefix="train",
