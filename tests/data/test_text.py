@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from vqd_jax.data.text import ClipTokenizer, clean
+from vqd_jax.errors import UserError
 
 GOLDEN = json.loads((pathlib.Path(__file__).parents[1] / "golden" / "bpe.json").read_text())
 
@@ -85,3 +86,28 @@ def test_impossible_arguments_are_named(tokenizer):
         tokenizer.decode([49406, 49408])
     with pytest.raises(ValueError, match="context_length is 1"):
         ClipTokenizer(1)
+
+
+def test_files_bring_the_tokenizer_back(tokenizer, tmp_path):
+    for name, text in tokenizer.files("tokenizer").items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    back = ClipTokenizer.from_folder(tmp_path / "tokenizer")
+    captions = GOLDEN["captions"][:20]
+    np.testing.assert_array_equal(back.encode_batch(captions), tokenizer.encode_batch(captions))
+
+
+def test_another_vocabulary_has_its_own_marks(tmp_path):
+    symbols = ["a", "b", "a</w>", "b</w>", "ab</w>", "<|startoftext|>", "<|endoftext|>"]
+    vocabulary = {token: i for i, token in enumerate(symbols)}
+    tokenizer = ClipTokenizer(6, vocabulary, [("a", "b</w>")])
+    assert tokenizer.vocab_size == 7
+    assert tokenizer.encode("ab a").tolist() == [5, 4, 2, 6, 0, 0]
+    (tmp_path / "merges.txt").write_text("#version: 0.2\na b</w>\n")
+    (tmp_path / "vocab.json").write_text(json.dumps({**vocabulary, "c": 9}))
+    with pytest.raises(UserError, match="the ids have gaps"):
+        ClipTokenizer.from_folder(tmp_path)
+    (tmp_path / "vocab.json").write_text(json.dumps(vocabulary))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\nx y\n")
+    with pytest.raises(UserError, match="no tokenizer of CLIP's kind"):
+        ClipTokenizer.from_folder(tmp_path)

@@ -10,12 +10,16 @@ import functools
 import gzip
 import html
 import importlib.resources
+import json
 import re
+from pathlib import Path
 
 import ftfy
 import numpy as np
 from absl import logging
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+from vqd_jax.errors import UserError
 
 VOCAB_SIZE = 49408
 START_ID = 49406
@@ -24,7 +28,7 @@ PAD_ID = 0
 
 _MERGES_FILE = "assets/bpe_simple_vocab_16e6.txt.gz"
 _NUM_MERGES = 48894
-_MARKS = {"<|startoftext|>": START_ID, "<|endoftext|>": END_ID}
+_MARKS = ("<|startoftext|>", "<|endoftext|>")
 _SPLIT = (
     r"<\|startoftext\|>|<\|endoftext\|>|(?i:'s|'t|'re|'ve|'m|'ll|'d)"
     r"|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
@@ -37,9 +41,12 @@ def _byte_symbols() -> list[str]:
     return [chr(b) for b in printable] + [chr(256 + i) for i in range(256 - len(printable))]
 
 
+Merges = list[tuple[str, str]]
+
+
 @functools.lru_cache(maxsize=1)
-def _byte_pair_encoder() -> Tokenizer:
-    """Builds the encoder from the packaged merges (about 0.2 s, once a process)."""
+def _published() -> tuple[dict[str, int], Merges]:
+    """CLIP's vocabulary and merges, from the packaged file."""
     packed = importlib.resources.files("vqd_jax.data").joinpath(_MERGES_FILE).read_bytes()
     lines = gzip.decompress(packed).decode("utf-8").split("\n")[1 : 1 + _NUM_MERGES]
     merges = [tuple(line.split()) for line in lines]
@@ -51,6 +58,16 @@ def _byte_pair_encoder() -> Tokenizer:
             f"{_MERGES_FILE}: {len(vocabulary)} different tokens instead of {VOCAB_SIZE}; "
             "the file is damaged, reinstall vqd_jax"
         )
+    return vocabulary, merges
+
+
+@functools.lru_cache(maxsize=1)
+def _published_encoder() -> Tokenizer:
+    """Takes about 0.2 s, once a process."""
+    return _byte_pair_encoder(*_published())
+
+
+def _byte_pair_encoder(vocabulary: dict[str, int], merges: Merges) -> Tokenizer:
     encoder = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, end_of_word_suffix="</w>"))
     encoder.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -74,27 +91,69 @@ class ClipTokenizer:
 
     Args:
       context_length: L, ids in a row, the two marks included; at least 2.
+      vocabulary, merges: of another byte-level BPE of CLIP's kind, whose last two ids are the start
+        and the end mark; None is CLIP's own.
     """
 
-    vocab_size = VOCAB_SIZE
-
-    def __init__(self, context_length: int = 77):
+    def __init__(
+        self,
+        context_length: int = 77,
+        vocabulary: dict[str, int] | None = None,
+        merges: Merges | None = None,
+    ):
         if context_length < 2:
             raise ValueError(
                 f"context_length is {context_length}; a row needs 2 ids for its start and end mark"
             )
         self.context_length = context_length
-        self._encoder = _byte_pair_encoder()
+        if vocabulary is None:
+            self._vocabulary, self._merges = _published()
+            self._encoder = _published_encoder()
+        else:
+            self._vocabulary, self._merges = vocabulary, merges
+            self._encoder = _byte_pair_encoder(vocabulary, merges)
+        self.vocab_size = len(self._vocabulary)
+        self._marks = {mark: self._vocabulary[mark] for mark in _MARKS}
+        self.start_id, self.end_id = self._marks.values()
+
+    @classmethod
+    def from_folder(cls, directory: str | Path, context_length: int = 77) -> "ClipTokenizer":
+        """The tokenizer in ``vocab.json`` and ``merges.txt``, as Hugging Face lays it out.
+
+        Raises:
+          UserError: the files are missing, damaged, or of another kind of tokenizer.
+        """
+        try:
+            text = (Path(directory) / "vocab.json").read_text(encoding="utf-8")
+            lines = (Path(directory) / "merges.txt").read_text(encoding="utf-8").splitlines()
+            vocabulary = {str(token): int(i) for token, i in json.loads(text).items()}
+            merges = [tuple(x.split()) for x in lines if x and not x.startswith("#version")]
+            if sorted(vocabulary.values()) != list(range(len(vocabulary))):
+                raise ValueError("the ids have gaps")
+            if [vocabulary[mark] for mark in _MARKS] != [len(vocabulary) - 2, len(vocabulary) - 1]:
+                raise ValueError("the marks are not the last two ids")
+            return cls(context_length, vocabulary, merges)
+        # The library raises plain exceptions, for merges that the vocabulary lacks for one.
+        except Exception as error:
+            raise UserError(f"{directory} holds no tokenizer of CLIP's kind: {error}") from error
+
+    def files(self, directory: str) -> dict[str, str]:
+        """What ``from_folder`` reads: {"<directory>/vocab.json": text, ...}."""
+        merges = ["#version: 0.2", *(" ".join(pair) for pair in self._merges)]
+        return {
+            f"{directory}/vocab.json": json.dumps(self._vocabulary, ensure_ascii=False) + "\n",
+            f"{directory}/merges.txt": "\n".join(merges) + "\n",
+        }
 
     def _ids(self, caption: str) -> list[int]:
-        ids = [START_ID]
+        ids = [self.start_id]
         for piece, _ in self._encoder.pre_tokenizer.pre_tokenize_str(clean(caption)):
             # The published code lets the marks be written in a caption, as words of their own.
-            if piece in _MARKS:
-                ids.append(_MARKS[piece])
+            if piece in self._marks:
+                ids.append(self._marks[piece])
             else:
                 ids.extend(token.id for token in self._encoder.model.tokenize(piece))
-        ids.append(END_ID)
+        ids.append(self.end_id)
         return ids
 
     def num_ids(self, caption: str) -> int:
@@ -117,7 +176,7 @@ class ClipTokenizer:
             logging.warning(
                 "caption of %d ids is cut to the limit of %d: %r...", len(ids), length, caption[:60]
             )
-            ids = [*ids[: length - 1], END_ID]
+            ids = [*ids[: length - 1], self.end_id]
         row = np.full(length, PAD_ID, np.int32)
         row[: len(ids)] = ids
         return row
@@ -143,13 +202,13 @@ class ClipTokenizer:
           ValueError: an id outside 0..vocab_size-1.
         """
         ids = [int(i) for i in ids]
-        bad = [i for i in ids if not 0 <= i < VOCAB_SIZE]
+        bad = [i for i in ids if not 0 <= i < self.vocab_size]
         if bad:
-            raise ValueError(f"id {bad[0]} is outside 0..{VOCAB_SIZE - 1}")
-        if END_ID in ids:
-            ids = ids[: len(ids) - 1 - ids[::-1].index(END_ID)]
-        if ids and ids[0] == START_ID:
+            raise ValueError(f"id {bad[0]} is outside 0..{self.vocab_size - 1}")
+        if self.end_id in ids:
+            ids = ids[: len(ids) - 1 - ids[::-1].index(self.end_id)]
+        if ids and ids[0] == self.start_id:
             ids = ids[1:]
-        marks = {i: f"{mark}</w>" for mark, i in _MARKS.items()}
+        marks = {i: f"{mark}</w>" for mark, i in self._marks.items()}
         words = "".join(marks.get(i) or self._encoder.id_to_token(i) for i in ids).split("</w>")
         return " ".join(self._encoder.decoder.decode([word]) for word in words).strip()
