@@ -105,7 +105,7 @@ def write(rows: Sequence[Row], params: Any) -> dict[str, np.ndarray]:
     leaves, tensors, packed = _flatten(params), {}, {}
     for row in rows:
         for name, slot in _slots(row, np.asarray(leaves[row.ours])):
-            array = np.ascontiguousarray(_TO_THEIRS[row.layout](slot))
+            array = np.asarray(_TO_THEIRS[row.layout](slot), order="C")
             if row.part is None:
                 tensors[name] = array
             else:

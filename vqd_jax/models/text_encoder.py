@@ -7,6 +7,7 @@ Letters: B batch, L text positions, D width.
 
 import dataclasses
 import functools
+from typing import Any
 
 import chex
 import jax
@@ -45,16 +46,23 @@ class TextEncoderConfig:
             )
 
 
-class TextBlock(nnx.Module):
-    """One layer of the text encoder."""
+class EncoderBlock(nnx.Module):
+    """One layer of either tower of CLIP: pre-norm attention and MLP, both added to the stream.
 
-    def __init__(self, config: TextEncoderConfig, rngs: nnx.Rngs):
+    Args:
+      config: has ``width``, ``num_layers``, ``num_heads`` and ``dtype``.
+      causal: no position sees a later one.
+      rngs: with a ``params`` stream.
+    """
+
+    def __init__(self, config: Any, *, causal: bool, rngs: nnx.Rngs):
         width, dtype = config.width, attention.float_dtype(config.dtype)
         normal = nnx.initializers.normal
         # Initial scales after the published tower: the deeper, the smaller a branch starts.
         linear = functools.partial(nnx.Linear, dtype=dtype)
         make_linear = functools.partial(linear, kernel_init=normal(width**-0.5))
         branch = normal((2 * width * config.num_layers) ** -0.5)
+        self.causal = causal
         self.norm_attention = nnx.LayerNorm(width, epsilon=1e-5, dtype=dtype, rngs=rngs)
         self.attention = attention.Attention(
             width, width, config.num_heads, make_linear=make_linear, rngs=rngs
@@ -63,9 +71,9 @@ class TextBlock(nnx.Module):
         self.mlp_in = linear(width, 4 * width, kernel_init=normal((2 * width) ** -0.5), rngs=rngs)
         self.mlp_out = linear(4 * width, width, kernel_init=branch, rngs=rngs)
 
-    def __call__(self, h: jax.Array, _) -> jax.Array:
+    def __call__(self, h: jax.Array, _: Any) -> jax.Array:
         x = self.norm_attention(h)
-        h = h + self.attention(x, self.attention.keys_values(x), causal=True)
+        h = h + self.attention(x, self.attention.keys_values(x), causal=self.causal)
         return h + self.mlp_out(attention.quick_gelu(self.mlp_in(self.norm_mlp(h))))
 
 
@@ -82,7 +90,7 @@ class TextEncoder(nnx.Module):
             normal(0.01)(rngs.params(), (config.context_length, config.width))
         )
         self.blocks = attention.stack_layers(
-            lambda rngs: TextBlock(config, rngs), config.num_layers, rngs
+            lambda rngs: EncoderBlock(config, causal=True, rngs=rngs), config.num_layers, rngs
         )
         self.norm_out = nnx.LayerNorm(config.width, epsilon=1e-5, dtype=dtype, rngs=rngs)
 

@@ -1,0 +1,323 @@
+"""CLIP from its published files: OpenAI's archives, Hugging Face's folders, open_clip's files.
+
+The weights must be OpenAI's, in whichever file: others may be of networks with another activation,
+which no tensor tells.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from flax import nnx
+
+from vqd_jax.errors import UserError
+from vqd_jax.interop import tables, tensors, torch_file
+from vqd_jax.interop.tables import Row
+from vqd_jax.models import clip
+from vqd_jax.models.clip import ClipConfig
+from vqd_jax.models.image_encoder import ImageEncoderConfig
+from vqd_jax.models.text_encoder import TextEncoder, TextEncoderConfig
+
+# Tensors that are constants of the network, or of no use: a size, a mask, 0, 1, 2, ...
+IGNORED = (
+    r"input_resolution|context_length|vocab_size",
+    r"(.*\.)?attn_mask",
+    r"(.*\.)?position_ids",
+)
+
+
+def _norms(pairs: Mapping[str, str]) -> list[Row]:
+    return [
+        Row(f"{ours}.{our_name}", f"{theirs}.{their_name}")
+        for ours, theirs in pairs.items()
+        for our_name, their_name in (("scale", "weight"), ("bias", "bias"))
+    ]
+
+
+def _linears(pairs: Mapping[str, str]) -> list[Row]:
+    rows = []
+    for ours, theirs in pairs.items():
+        rows.append(Row(f"{ours}.kernel", f"{theirs}.weight", "linear"))
+        rows.append(Row(f"{ours}.bias", f"{theirs}.bias"))
+    return rows
+
+
+def _openai_blocks() -> list[Row]:
+    block = "transformer.resblocks.{i}"
+    rows = _norms({"norm_attention": f"{block}.ln_1", "norm_mlp": f"{block}.ln_2"})
+    for index, name in enumerate(("query", "key", "value")):
+        part, packed = (index, 3), f"{block}.attn.in_proj"
+        rows.append(Row(f"attention.{name}.kernel", f"{packed}_weight", "linear", part))
+        rows.append(Row(f"attention.{name}.bias", f"{packed}_bias", "same", part))
+    rows += _linears(
+        {
+            "attention.proj": f"{block}.attn.out_proj",
+            "mlp_in": f"{block}.mlp.c_fc",
+            "mlp_out": f"{block}.mlp.c_proj",
+        }
+    )
+    return tables.prefixed(rows, ours="blocks.")
+
+
+def _huggingface_blocks() -> list[Row]:
+    block = "encoder.layers.{i}"
+    rows = _norms({"norm_attention": f"{block}.layer_norm1", "norm_mlp": f"{block}.layer_norm2"})
+    rows += _linears(
+        {
+            "attention.query": f"{block}.self_attn.q_proj",
+            "attention.key": f"{block}.self_attn.k_proj",
+            "attention.value": f"{block}.self_attn.v_proj",
+            "attention.proj": f"{block}.self_attn.out_proj",
+            "mlp_in": f"{block}.mlp.fc1",
+            "mlp_out": f"{block}.mlp.fc2",
+        }
+    )
+    return tables.prefixed(rows, ours="blocks.")
+
+
+# The text tower alone: of the published VQ-Diffusion files, too.
+OPENAI_TEXT = [
+    Row("token_embedding.embedding", "token_embedding.weight"),
+    Row("position_embedding", "positional_embedding"),
+    *_openai_blocks(),
+    *_norms({"norm_out": "ln_final"}),
+]
+HUGGINGFACE_TEXT = [
+    Row("token_embedding.embedding", "embeddings.token_embedding.weight"),
+    Row("position_embedding", "embeddings.position_embedding.weight"),
+    *_huggingface_blocks(),
+    *_norms({"norm_out": "final_layer_norm"}),
+]
+_OPENAI_IMAGE = [
+    Row("patch_embedding.kernel", "conv1.weight", "conv"),
+    Row("class_embedding", "class_embedding"),
+    Row("position_embedding", "positional_embedding"),
+    *_openai_blocks(),
+    *_norms({"norm_in": "ln_pre", "norm_out": "ln_post"}),
+]
+_HUGGINGFACE_IMAGE = [
+    Row("patch_embedding.kernel", "embeddings.patch_embedding.weight", "conv"),
+    Row("class_embedding", "embeddings.class_embedding"),
+    Row("position_embedding", "embeddings.position_embedding.weight"),
+    *_huggingface_blocks(),
+    *_norms({"norm_in": "pre_layrnorm", "norm_out": "post_layernorm"}),
+]
+
+
+class _Layout(NamedTuple):
+    """How one library names the tensors; ``text`` is the prefix that it puts before the tower."""
+
+    text: str
+    text_rows: list[Row]
+    layers: str
+    image: str
+    image_rows: list[Row]
+    projections: list[Row]
+
+
+_OPENAI = _Layout(
+    "",
+    OPENAI_TEXT,
+    "transformer.resblocks.",
+    "visual.",
+    _OPENAI_IMAGE,
+    [Row("text_projection", "text_projection"), Row("image_projection", "visual.proj")],
+)
+# open_clip, where the text tower is a module of its own.
+_OPEN_CLIP = _OPENAI._replace(
+    text="text.",
+    projections=[Row("text_projection", "text.text_projection"), _OPENAI.projections[1]],
+)
+_HUGGINGFACE = _Layout(
+    "text_model.",
+    HUGGINGFACE_TEXT,
+    "encoder.layers.",
+    "vision_model.",
+    _HUGGINGFACE_IMAGE,
+    [
+        Row("text_projection", "text_projection.weight", "linear"),
+        Row("image_projection", "visual_projection.weight", "linear"),
+    ],
+)
+# As saved by a text model on its own, in newer releases.
+_HUGGINGFACE_BARE = _HUGGINGFACE._replace(text="")
+_LAYOUTS = (_OPENAI, _OPEN_CLIP, _HUGGINGFACE, _HUGGINGFACE_BARE)
+
+
+def load(path: str | Path) -> tuple[ClipConfig, Any]:
+    """A CLIP with both towers, from one file or folder.
+
+    Args:
+      path: OpenAI's ``ViT-B-32.pt``, a ``.pt``, ``.bin`` or ``.safetensors`` file of a state dict,
+        or a Hugging Face folder.
+
+    Returns:
+      The sizes, and parameters for ``models.clip.bind``: NumPy arrays in float32.
+
+    Raises:
+      UserError: the file is missing, damaged, not a CLIP, or has tensors left over.
+    """
+    found = open_weights(path)
+    config, params, used = read(found, str(path), **_heads(Path(path)))
+    tables.require_all_used(found, used, IGNORED, str(path))
+    return config, params
+
+
+def open_weights(path: str | Path) -> dict[str, tensors.Tensor]:
+    """The tensors of a file or folder that ``load`` takes, by name; nothing is read yet."""
+    path = Path(path)
+    if path.is_dir():
+        names = ("model.safetensors", "pytorch_model.bin")
+        files = [path / name for name in names if (path / name).exists()]
+        if not files:
+            raise UserError(f"{path} has neither {names[0]} nor {names[1]}")
+        path = files[0]
+    if path.suffix == ".safetensors":
+        return tensors.read_safetensors(path)
+    loaded = torch_file.load(path)
+    if isinstance(loaded, Mapping) and isinstance(loaded.get("state_dict"), Mapping):
+        loaded = loaded["state_dict"]
+    if not isinstance(loaded, Mapping):
+        raise UserError(f"{path} does not hold a dictionary of tensors")
+    # Several devices in training leave this before every name.
+    return {
+        name.removeprefix("module."): value
+        for name, value in loaded.items()
+        if isinstance(value, tensors.Tensor)
+    }
+
+
+def _heads(path: Path) -> dict[str, int]:
+    """Numbers of heads, which no tensor tells, where the folder's config has them."""
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        towers = {"text": config["text_config"], "image": config["vision_config"]}
+        for tower in towers.values():
+            if tower.get("hidden_act", "quick_gelu") != "quick_gelu":
+                raise UserError(f"{path} has the activation {tower['hidden_act']}, not quick_gelu")
+        return {
+            f"{name}_heads": tower["num_attention_heads"]
+            for name, tower in towers.items()
+            if "num_attention_heads" in tower
+        }
+    except OSError:
+        return {}
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise UserError(f"{path}/config.json is not that of a CLIP: {error!r}") from error
+
+
+def read_text_encoder(
+    found: Mapping[str, Any], source: str, *, num_heads: int | None = None, normalize: bool = True
+) -> tuple[TextEncoderConfig, Any, set[str]]:
+    """The text tower, whether or not the rest of a CLIP is there.
+
+    Args:
+      found: tensors by name, in any of the layouts.
+      source: path or other name of the source, for messages.
+      num_heads: None takes one for every 64 of the width, as all published towers have.
+      normalize: of the config; VQ-Diffusion normalises the features.
+
+    Returns:
+      The sizes, parameters for ``TextEncoder`` as NumPy arrays in float32, and the names used.
+
+    Raises:
+      UserError: this is not a CLIP, or a tensor is missing or of another shape.
+    """
+    layout = _recognise(found, source)
+    config = _text_config(found, layout, num_heads, normalize)
+    model = nnx.eval_shape(lambda: TextEncoder(config, rngs=nnx.Rngs(0)))
+    abstract = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    rows = tables.prefixed(layout.text_rows, theirs=layout.text)
+    params, used = tables.read(rows, found, abstract, source)
+    return config, params, used
+
+
+def read(
+    found: Mapping[str, Any],
+    source: str,
+    *,
+    text_heads: int | None = None,
+    image_heads: int | None = None,
+) -> tuple[ClipConfig, Any, set[str]]:
+    """Both towers, the projections and the logit scale.
+
+    Args:
+      found: tensors by name, in any of the layouts.
+      source: path or other name of the source, for messages.
+      text_heads, image_heads: None takes one for every 64 of the width.
+
+    Returns:
+      The sizes, parameters for ``models.clip.bind`` as NumPy arrays in float32, the names used.
+
+    Raises:
+      UserError: this is not a CLIP, or a tensor is missing or of another shape.
+    """
+    layout = _recognise(found, source)
+    text, image = layout.projections
+    for name in (text.theirs, image.theirs):
+        if name not in found:
+            raise UserError(f"{source} has a text tower, but lacks {name}: it is no whole CLIP")
+    config = ClipConfig(
+        text=_text_config(found, layout, text_heads, normalize=False),
+        image=_image_config(found, layout, image_heads, source),
+        embedding_width=_width(found[text.theirs], text),
+    )
+    rows = [
+        *tables.prefixed(layout.text_rows, "text.", layout.text),
+        *tables.prefixed(layout.image_rows, "image.", layout.image),
+        *layout.projections,
+        Row("logit_scale", "logit_scale"),
+    ]
+    params, used = tables.read(rows, found, clip.abstract_params(config), source)
+    return config, params, used
+
+
+def _recognise(found: Mapping[str, Any], source: str) -> _Layout:
+    for layout in _LAYOUTS:
+        if layout.text + layout.text_rows[0].theirs in found:
+            return layout
+    names = ", ".join(layout.text + layout.text_rows[0].theirs for layout in _LAYOUTS)
+    raise UserError(f"{source} is not a CLIP: it has none of {names}")
+
+
+def _width(projection: Any, row: Row) -> int:
+    return projection.shape[0 if row.layout == "linear" else 1]
+
+
+def _num_layers(found: Mapping[str, Any], prefix: str) -> int:
+    return len({name.split(".")[0] for name in tables.under(found, prefix)})
+
+
+def _text_config(
+    found: Mapping[str, Any], layout: _Layout, num_heads: int | None, normalize: bool
+) -> TextEncoderConfig:
+    tokens, positions = (found[layout.text + row.theirs] for row in layout.text_rows[:2])
+    vocab_size, width = tokens.shape
+    return TextEncoderConfig(
+        vocab_size=vocab_size,
+        context_length=positions.shape[0],
+        width=width,
+        num_layers=_num_layers(found, layout.text + layout.layers),
+        num_heads=num_heads or max(1, width // 64),
+        normalize=normalize,
+    )
+
+
+def _image_config(
+    found: Mapping[str, Any], layout: _Layout, num_heads: int | None, source: str
+) -> ImageEncoderConfig:
+    try:
+        names = [layout.image + row.theirs for row in layout.image_rows]
+        width, _, patch, _ = found[names[0]].shape
+        grid = math.isqrt(found[names[2]].shape[0] - 1)
+    except (KeyError, ValueError) as error:
+        raise UserError(f"{source} has no image tower of a vision transformer: {error}") from error
+    return ImageEncoderConfig(
+        image_size=grid * patch,
+        patch_size=patch,
+        width=width,
+        num_layers=_num_layers(found, layout.image + layout.layers),
+        num_heads=num_heads or max(1, width // 64),
+    )
