@@ -1,0 +1,270 @@
+"""The directory with a publisher's files, read without trust: nothing outside it is ever opened.
+
+Names are relative to the directory, with "/" between the parts.
+"""
+
+import hashlib
+import os
+import pickle
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Iterator
+from io import BytesIO
+from pathlib import Path, PurePosixPath
+
+from absl import logging
+
+from vqd_jax.errors import UserError
+
+_END_OF_TAR = bytes(1024)
+
+
+class Tree:
+    """A directory, and the zips in it whose members count as files of the directory.
+
+    Args:
+      root: the directory.
+      zips: names of zips that are read in place where they exist.
+
+    Raises:
+      UserError: no such directory, or a zip that is damaged.
+    """
+
+    def __init__(self, root: str, zips: tuple[str, ...] = ()):
+        self.root = Path(root).expanduser().absolute()
+        if not self.root.is_dir():
+            raise UserError(f"there is no directory {self.root}; config.data.dir must name one")
+        self._real_root = os.path.realpath(self.root)
+        self._zip_names = tuple(name for name in zips if (self.root / name).is_file())
+        self._open_zips()
+
+    def __getstate__(self):
+        # Open archives do not travel to the workers of Apache Beam.
+        return {k: v for k, v in self.__dict__.items() if k not in ("_zips", "_members")}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        self._open_zips()
+
+    def _open_zips(self) -> None:
+        self._zips = {}
+        self._members = {}
+        for name in self._zip_names:
+            try:
+                archive = zipfile.ZipFile(self._path(name))
+            except (zipfile.BadZipFile, OSError) as error:
+                raise UserError(
+                    f"{self.root / name} is cut short or not a zip ({error}); download it again"
+                ) from error
+            self._zips[name] = archive
+            self._members |= {m.filename: archive for m in archive.infolist() if not m.is_dir()}
+
+    def has(self, name: str) -> bool:
+        """Whether there is such a file or folder."""
+        folder = name.rstrip("/") + "/"
+        return (
+            (self.root / name).exists()
+            or name in self._members
+            or any(member.startswith(folder) for member in self._members)
+        )
+
+    def first(self, what: str, *names: str) -> str:
+        """The first of ``names`` that exists.
+
+        Raises:
+          UserError: none does; the message says what was looked for and what was found.
+        """
+        for name in names:
+            if self.has(name):
+                return name
+        found = sorted(entry.name + "/" * entry.is_dir() for entry in os.scandir(self.root)) or [
+            "nothing"
+        ]
+        more = f" and {len(found) - 12} more" if len(found) > 12 else ""
+        raise UserError(
+            f"{self.root} has no {what}: looked for {', '.join(names)}; found "
+            f"{', '.join(found[:12])}{more}. Is config.data.dir the directory of another data set?"
+        )
+
+    def read(self, name: str) -> bytes:
+        """The bytes of a file.
+
+        Raises:
+          ValueError: with the reason: the name or a symbolic link leads out of the directory, or
+            the file is missing or cannot be read.
+        """
+        path = self._path(name)
+        if name in self._members and not path.exists():
+            try:
+                return self._members[name].read(name)
+            except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, OSError) as error:
+                raise ValueError(f"damaged in the zip: {error}") from error
+        try:
+            return path.read_bytes()
+        except FileNotFoundError:
+            raise ValueError("the file is missing") from None
+        except OSError as error:
+            raise ValueError(error.strerror or str(error)) from error
+
+    def required(self, name: str) -> bytes:
+        """As ``read``, for a file without which nothing can be made.
+
+        Raises:
+          UserError: it cannot be read.
+        """
+        try:
+            return self.read(name)
+        except ValueError as error:
+            raise UserError(f"{self.root / name}: {error}") from error
+
+    def text(self, name: str) -> str:
+        """As ``read``, decoded by ``decode_text``."""
+        return decode_text(self.read(name), str(self.root / name))
+
+    def required_text(self, name: str) -> str:
+        """As ``required``, decoded by ``decode_text``."""
+        return decode_text(self.required(name), str(self.root / name))
+
+    def strings(self, name: str) -> list[str]:
+        """The list of str in a pickle, read without running anything that the pickle asks for.
+
+        Raises:
+          UserError: the file holds something else.
+        """
+        try:
+            value = _ListsOfStrings(BytesIO(self.required(name)), encoding="latin1").load()
+        except UserError:
+            raise
+        # A damaged or hostile pickle fails in as many ways as there are opcodes.
+        except Exception as error:
+            raise UserError(
+                f"{self.root / name} is not a pickled list of names: {error}"
+            ) from error
+        if not isinstance(value, list) or not all(isinstance(s, str) for s in value):
+            raise UserError(f"{self.root / name} is not a pickled list of names")
+        return value
+
+    def files(self, folder: str = "", recursive: bool = True) -> list[str]:
+        """Names of the files in a folder, sorted; hidden ones and prepared sets left out.
+
+        Raises:
+          UserError: the folder is a symbolic link out of the directory.
+        """
+        prefix = f"{folder}/" if folder else ""
+        names = [
+            name
+            for name in self._members
+            if name.startswith(prefix) and (recursive or "/" not in name[len(prefix) :])
+        ]
+        try:
+            path = self._path(folder or ".")
+        except ValueError as error:
+            raise UserError(f"{self.root / folder}: {error}") from error
+        if path.is_dir():
+            names += self._walk(path, prefix, recursive)
+        return sorted(set(names))
+
+    def _walk(self, path: Path, prefix: str, recursive: bool) -> Iterator[str]:
+        with os.scandir(path) as entries:
+            for entry in entries:
+                name = prefix + entry.name
+                if entry.name.startswith("."):
+                    continue
+                # Linked folders are not entered: they may lead out, or round in a circle.
+                if not entry.is_dir(follow_symlinks=False):
+                    yield name
+                elif recursive and not _is_prepared(entry.name):
+                    yield from self._walk(Path(entry.path), f"{name}/", recursive)
+
+    def folders(self, folder: str) -> list[str]:
+        """Names, relative to ``folder``, of the folders right in it that hold files; sorted."""
+        prefix = f"{folder}/" if folder else ""
+        inner = {n[len(prefix) :] for n in self.files(folder)}
+        return sorted({name.split("/")[0] for name in inner if "/" in name})
+
+    def tar(self, name: str) -> Iterator[tuple[str, bytes | None]]:
+        """The members of a tar, in order: (name, bytes), or (name, None) for one that is refused.
+
+        Refused are links, devices, and names that lead out of the archive.
+
+        Raises:
+          UserError: the tar cannot be read.
+        """
+        try:
+            with open(self._path(name), "rb") as file, tarfile.open(fileobj=file, mode="r|") as tar:
+                for member in tar:
+                    if member.isdir():
+                        continue
+                    safe = member.isfile() and not _leads_out(member.name)
+                    yield member.name, tar.extractfile(member).read() if safe else None
+        except (tarfile.TarError, EOFError, OSError, ValueError) as error:
+            raise UserError(f"{self.root / name} cannot be read: {error}") from error
+
+    def check_tar(self, name: str) -> None:
+        """Raises UserError if a tar lacks its end, as one does that was cut short."""
+        try:
+            with open(self._path(name), "rb") as file:
+                size = file.seek(0, os.SEEK_END)
+                file.seek(max(0, size - len(_END_OF_TAR)))
+                whole = size % 512 == 0 and file.read() == _END_OF_TAR
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self.root / name} cannot be read: {error}") from error
+        if not whole:
+            raise UserError(
+                f"{self.root / name} is cut short (its end is missing); download it again"
+            )
+
+    def content_fact(self, name: str) -> str:
+        """What a file holds: for a zip its table of contents, else its bytes."""
+        if name in self._zips:
+            members = sorted((m.filename, m.file_size, m.CRC) for m in self._zips[name].infolist())
+            return f"{len(members)} members, {_digest(repr(members).encode())}"
+        data = self.required(name)
+        return f"{len(data)} bytes, {_digest(data)}"
+
+    def listing_fact(self, names: list[str], sizes: bool = False) -> str:
+        """What a list of files is: their number and names, with ``sizes`` also their sizes."""
+        parts = [f"{n} {self._size(n)}" for n in names] if sizes else names
+        return f"{len(names)} files, {_digest(chr(10).join(parts).encode(errors='replace'))}"
+
+    def _size(self, name: str) -> int:
+        if name in self._members and not (self.root / name).exists():
+            return self._members[name].getinfo(name).file_size
+        return os.lstat(self.root / name).st_size
+
+    def _path(self, name: str) -> Path:
+        if _leads_out(name):
+            raise ValueError("the name leads out of the data directory: refused")
+        path = self.root / name
+        if os.path.commonpath([os.path.realpath(path), self._real_root]) != self._real_root:
+            raise ValueError("a symbolic link leads out of the data directory: refused")
+        return path
+
+
+def _leads_out(name: str) -> bool:
+    return PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\0" in name
+
+
+def _is_prepared(folder: str) -> bool:
+    return folder == "image_text_folder" or folder.startswith("incomplete.")
+
+
+def _digest(data: bytes) -> str:
+    return f"sha256 {hashlib.sha256(data).hexdigest()[:16]}"
+
+
+def decode_text(data: bytes, path: str) -> str:
+    """Text in UTF-8 (with or without a byte-order mark); other bytes as Latin-1, with a warning."""
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        logging.warning("%s is not UTF-8; it is read as Latin-1", path)
+        return data.decode("latin-1")
+
+
+class _ListsOfStrings(pickle.Unpickler):
+    """Refuses every class and function: lists, numbers and strings need none."""
+
+    def find_class(self, module: str, name: str):
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}: refused")
