@@ -1,23 +1,28 @@
 """The image tokenizer: a convolutional autoencoder with a codebook in the middle (VQGAN).
 
 Letters: B batch, H/W image side, h/w side of the token grid, N = h w image tokens, C channels,
-K codes, E codebook dimension. Images are [B, H, W, C] (channels last).
+K codes, E codebook dimension, F entries of the codebook (K of them, unless a remap leaves out
+some). Images are [B, H, W, C] (channels last).
 
 The network is the one of Esser et al., "Taming Transformers for High-Resolution Image Synthesis"
 (CVPR 2021), and the modules bear the names of its published weights, so that a table of keys is
-enough to load them. In `down` and `up`, index 0 is full resolution.
+enough to load them. In ``down`` and ``up``, index 0 is full resolution.
 """
 
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from vqd_jax.models import quantizer
+
+QUANTIZERS = ("nearest", "gumbel")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,19 +30,22 @@ class AutoencoderConfig:
     """Shape of an autoencoder.
 
     Attributes:
-        image_size: H = W, in pixels.
-        channels: width at full resolution.
-        channel_multipliers: width of each level as a multiple of `channels`, full resolution
-            first; every level but the last halves the side.
-        num_res_blocks: residual blocks a level in the encoder; the decoder has one more.
-        attention_resolutions: sides, in pixels, of the levels with attention after every block.
-        latent_channels: width between the encoder and the 1x1 convolution to E.
-        codebook_dim: E.
-        num_codes: K.
-        norm_groups: groups of every group normalisation; 32 in all published weights.
+      image_size: H = W, in pixels.
+      channels: width at full resolution.
+      channel_multipliers: width of each level as a multiple of ``channels``, full resolution
+        first; every level but the last halves the side.
+      num_res_blocks: residual blocks a level in the encoder; the decoder has one more.
+      attention_resolutions: sides, in pixels, of the levels with attention after every block.
+      latent_channels: width between the encoder and the 1x1 convolution to E.
+      codebook_dim: E.
+      num_codes: K, the codes that the network speaks.
+      norm_groups: groups of every group normalisation; 32 in all published weights.
+      quantizer: how latents become codes: "nearest" takes the closest entry of the codebook;
+        "gumbel" has a 1x1 convolution to F logits (the tokenizer of the published text models).
+      codebook_size: F, where a remap leaves K of F codes; None is F = K without one.
 
     Raises:
-        ValueError: a value is impossible; the message names the field.
+      ValueError: a value is impossible; the message names the field.
     """
 
     image_size: int
@@ -49,6 +57,8 @@ class AutoencoderConfig:
     codebook_dim: int
     num_codes: int
     norm_groups: int = 32
+    quantizer: str = "nearest"
+    codebook_size: int | None = None
 
     def __post_init__(self):
         # Configs arrive with lists; a tuple keeps the dataclass hashable.
@@ -78,6 +88,12 @@ class AutoencoderConfig:
             raise ValueError(
                 f"channels={self.channels}: must be a multiple of norm_groups={self.norm_groups}"
             )
+        if self.quantizer not in QUANTIZERS:
+            raise ValueError(f"quantizer={self.quantizer!r}: must be one of {QUANTIZERS}")
+        if self.codebook_size is not None and self.codebook_size < self.num_codes:
+            raise ValueError(
+                f"codebook_size={self.codebook_size}: must be at least num_codes={self.num_codes}"
+            )
         sides = [self.image_size >> level for level in range(len(self.channel_multipliers))]
         unknown = [side for side in self.attention_resolutions if side not in sides]
         if unknown:
@@ -87,50 +103,52 @@ class AutoencoderConfig:
             )
 
     @property
-    def downsampling(self):
+    def downsampling(self) -> int:
         """Pixels a token covers, along one side."""
         return 2 ** (len(self.channel_multipliers) - 1)
 
     @property
-    def grid_size(self):
+    def grid_size(self) -> int:
         """h = w, the side of the token grid."""
         return self.image_size // self.downsampling
 
     @property
-    def num_tokens(self):
+    def num_tokens(self) -> int:
         """N, the tokens of an image."""
         return self.grid_size**2
 
 
-def from_pixels(pixels):
+def from_pixels(pixels: jax.Array) -> jax.Array:
     """uint8 [...] in 0..255 -> float32 [...] in [-1, 1]."""
     return pixels.astype(jnp.float32) / 127.5 - 1.0
 
 
-def to_pixels(images):
+def to_pixels(images: jax.Array) -> jax.Array:
     """float [...] in [-1, 1] -> uint8 [...] in 0..255, clipped and rounded to nearest.
 
-    The published code cuts the fraction off instead; rounding makes `from_pixels` reversible.
+    The published code cuts the fraction off instead; rounding makes ``from_pixels`` reversible.
     """
     return jnp.round((jnp.clip(images, -1.0, 1.0) + 1.0) * 127.5).astype(jnp.uint8)
 
 
-def _conv3(in_channels, out_channels, rngs):
+def _conv3(in_channels: int, out_channels: int, rngs: nnx.Rngs) -> nnx.Conv:
     return nnx.Conv(in_channels, out_channels, (3, 3), padding=1, rngs=rngs)
 
 
-def _conv1(in_channels, out_channels, rngs):
+def _conv1(in_channels: int, out_channels: int, rngs: nnx.Rngs) -> nnx.Conv:
     return nnx.Conv(in_channels, out_channels, (1, 1), rngs=rngs)
 
 
-def _norm(channels, config, rngs):
+def _norm(channels: int, config: AutoencoderConfig, rngs: nnx.Rngs) -> nnx.GroupNorm:
     return nnx.GroupNorm(channels, num_groups=config.norm_groups, epsilon=1e-6, rngs=rngs)
 
 
 class ResBlock(nnx.Module):
     """Normalise, swish, convolve, twice, plus the input; [B, H, W, in] -> [B, H, W, out]."""
 
-    def __init__(self, in_channels, out_channels, config, *, rngs):
+    def __init__(
+        self, in_channels: int, out_channels: int, config: AutoencoderConfig, *, rngs: nnx.Rngs
+    ):
         self.norm1 = _norm(in_channels, config, rngs)
         self.conv1 = _conv3(in_channels, out_channels, rngs)
         self.norm2 = _norm(out_channels, config, rngs)
@@ -138,7 +156,7 @@ class ResBlock(nnx.Module):
         changes = in_channels != out_channels
         self.nin_shortcut = _conv1(in_channels, out_channels, rngs) if changes else None
 
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> jax.Array:
         y = self.conv1(jax.nn.swish(self.norm1(x)))
         y = self.conv2(jax.nn.swish(self.norm2(y)))
         if self.nin_shortcut is not None:
@@ -149,14 +167,14 @@ class ResBlock(nnx.Module):
 class AttentionBlock(nnx.Module):
     """Single-head self-attention over all positions, plus the input; keeps [B, H, W, C]."""
 
-    def __init__(self, channels, config, *, rngs):
+    def __init__(self, channels: int, config: AutoencoderConfig, *, rngs: nnx.Rngs):
         self.norm = _norm(channels, config, rngs)
         self.q = _conv1(channels, channels, rngs)
         self.k = _conv1(channels, channels, rngs)
         self.v = _conv1(channels, channels, rngs)
         self.proj_out = _conv1(channels, channels, rngs)
 
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> jax.Array:
         batch, height, width, channels = x.shape
         y = self.norm(x)
         q, k, v = (f(y).reshape(batch, height * width, channels) for f in (self.q, self.k, self.v))
@@ -168,10 +186,10 @@ class AttentionBlock(nnx.Module):
 class Downsample(nnx.Module):
     """Halves the side; [B, H, W, C] -> [B, H/2, W/2, C]."""
 
-    def __init__(self, channels, *, rngs):
+    def __init__(self, channels: int, *, rngs: nnx.Rngs):
         self.conv = nnx.Conv(channels, channels, (3, 3), 2, padding="VALID", rngs=rngs)
 
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> jax.Array:
         # The published network pads on the right and at the bottom only.
         return self.conv(jnp.pad(x, ((0, 0), (0, 1), (0, 1), (0, 0))))
 
@@ -179,10 +197,10 @@ class Downsample(nnx.Module):
 class Upsample(nnx.Module):
     """Doubles the side by repetition, then convolves; [B, H, W, C] -> [B, 2H, 2W, C]."""
 
-    def __init__(self, channels, *, rngs):
+    def __init__(self, channels: int, *, rngs: nnx.Rngs):
         self.conv = _conv3(channels, channels, rngs)
 
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> jax.Array:
         batch, height, width, channels = x.shape
         x = jnp.broadcast_to(
             x[:, :, None, :, None, :], (batch, height, 2, width, 2, channels)
@@ -193,7 +211,16 @@ class Upsample(nnx.Module):
 class _Level(nnx.Module):
     """One resolution: residual blocks, each followed by attention where it is asked for."""
 
-    def __init__(self, in_channels, out_channels, num_blocks, side, config, *, rngs):
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        num_blocks: int,
+        side: int,
+        config: AutoencoderConfig,
+        *,
+        rngs: nnx.Rngs,
+    ):
         widths = [in_channels] + [out_channels] * num_blocks
         attends = side in config.attention_resolutions
         self.block = nnx.List(
@@ -203,7 +230,7 @@ class _Level(nnx.Module):
             [AttentionBlock(out_channels, config, rngs=rngs) for _ in range(num_blocks * attends)]
         )
 
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> jax.Array:
         for index, block in enumerate(self.block):
             x = block(x)
             if self.attn:
@@ -214,19 +241,19 @@ class _Level(nnx.Module):
 class _Middle(nnx.Module):
     """Residual block, attention, residual block at the lowest resolution."""
 
-    def __init__(self, channels, config, *, rngs):
+    def __init__(self, channels: int, config: AutoencoderConfig, *, rngs: nnx.Rngs):
         self.block_1 = ResBlock(channels, channels, config, rngs=rngs)
         self.attn_1 = AttentionBlock(channels, config, rngs=rngs)
         self.block_2 = ResBlock(channels, channels, config, rngs=rngs)
 
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> jax.Array:
         return self.block_2(self.attn_1(self.block_1(x)))
 
 
 class Encoder(nnx.Module):
     """Images [B, H, W, 3] -> features [B, h, w, latent_channels]."""
 
-    def __init__(self, config, *, rngs):
+    def __init__(self, config: AutoencoderConfig, *, rngs: nnx.Rngs):
         widths = [config.channels * m for m in config.channel_multipliers]
         self.conv_in = _conv3(3, config.channels, rngs)
         levels = []
@@ -243,7 +270,7 @@ class Encoder(nnx.Module):
         self.norm_out = _norm(in_channels, config, rngs)
         self.conv_out = _conv3(in_channels, config.latent_channels, rngs)
 
-    def __call__(self, images):
+    def __call__(self, images: jax.Array) -> jax.Array:
         x = self.conv_in(images)
         for index, level in enumerate(self.down):
             x = level(x)
@@ -255,7 +282,7 @@ class Encoder(nnx.Module):
 class Decoder(nnx.Module):
     """Features [B, h, w, latent_channels] -> images [B, H, W, 3], not limited to [-1, 1]."""
 
-    def __init__(self, config, *, rngs):
+    def __init__(self, config: AutoencoderConfig, *, rngs: nnx.Rngs):
         widths = [config.channels * m for m in config.channel_multipliers]
         self.conv_in = _conv3(config.latent_channels, widths[-1], rngs)
         self.mid = _Middle(widths[-1], config, rngs=rngs)
@@ -273,7 +300,7 @@ class Decoder(nnx.Module):
         self.norm_out = _norm(in_channels, config, rngs)
         self.conv_out = _conv3(in_channels, 3, rngs)
 
-    def __call__(self, latents):
+    def __call__(self, latents: jax.Array) -> jax.Array:
         x = self.mid(self.conv_in(latents))
         for index in reversed(range(len(self.up))):
             level = self.up[index]
@@ -284,75 +311,125 @@ class Decoder(nnx.Module):
 
 
 class Codebook(nnx.Module):
-    """Holder of the code vectors, `embedding` [K, E]."""
+    """The code vectors, ``embedding`` [F, E], and the logits of a Gumbel quantiser."""
 
-    def __init__(self, num_codes, codebook_dim, *, rngs):
-        self.embedding = nnx.Param(jax.random.normal(rngs.params(), (num_codes, codebook_dim)))
+    def __init__(self, config: AutoencoderConfig, *, rngs: nnx.Rngs):
+        size, width = config.codebook_size or config.num_codes, config.codebook_dim
+        self.embedding = nnx.Param(jax.random.normal(rngs.params(), (size, width)))
+        self.proj = _conv1(width, size, rngs) if config.quantizer == "gumbel" else None
+
+    def codes(self, z: jax.Array, key: jax.Array | None) -> jax.Array:
+        """int32 [...] in 0..F-1 of latents [..., E]; ``key`` as in ``Autoencoder.codes``."""
+        if self.proj is None:
+            return quantizer.nearest_codes(z, self.embedding[...])
+        return quantizer.draw_codes(self.proj(z), key)
+
+
+class Remap(nnx.Module):
+    """Which codes are left of the codebook, ``full_to_code`` int32 [F] in 0..K-1.
+
+    It is a parameter so that it travels with the model; nothing trains it.
+    """
+
+    def __init__(self, config: AutoencoderConfig):
+        self.num_codes = config.num_codes
+        ids = jnp.arange(config.codebook_size, dtype=jnp.int32)
+        self.full_to_code = nnx.Param(jnp.where(ids < config.num_codes, ids, 0))
+
+    def to_codes(self, full: jax.Array) -> jax.Array:
+        """Codes int32 [...] in 0..K-1 of codes in 0..F-1."""
+        return self.full_to_code[...][full]
+
+    def to_full(self, codes: jax.Array) -> jax.Array:
+        """Codes int32 [...] in 0..F-1 of codes in 0..K-1."""
+        inverse = quantizer.code_to_full(self.full_to_code[...], self.num_codes)
+        return jnp.take(inverse, codes, mode="clip")
 
 
 class Autoencoder(nnx.Module):
     """Images <-> codes.
 
     Args:
-        config: `AutoencoderConfig`.
-        rngs: `nnx.Rngs` with a `params` stream.
+      config: sizes.
+      rngs: with a ``params`` stream.
     """
 
-    def __init__(self, config, *, rngs):
+    def __init__(self, config: AutoencoderConfig, *, rngs: nnx.Rngs):
         self.config = config
         self.encoder = Encoder(config, rngs=rngs)
         self.decoder = Decoder(config, rngs=rngs)
         self.quant_conv = _conv1(config.latent_channels, config.codebook_dim, rngs)
         self.post_quant_conv = _conv1(config.codebook_dim, config.latent_channels, rngs)
-        self.quantize = Codebook(config.num_codes, config.codebook_dim, rngs=rngs)
+        self.quantize = Codebook(config, rngs=rngs)
+        self.remap = None if config.codebook_size is None else Remap(config)
 
-    def encode(self, images):
+    def encode(self, images: jax.Array) -> jax.Array:
         """Images, float [B, H, W, 3] in [-1, 1] -> latents before quantisation [B, h, w, E]."""
         size = self.config.image_size
         chex.assert_shape(images, (None, size, size, 3))
         return self.quant_conv(self.encoder(images))
 
-    def codes(self, images):
-        """Images, float [B, H, W, 3] in [-1, 1] -> codes, int32 [B, N], row by row."""
-        codes = quantizer.nearest_codes(self.encode(images), self.quantize.embedding[...])
+    def codes(self, images: jax.Array, key: jax.Array | None = None) -> jax.Array:
+        """Images -> codes, row by row.
+
+        Args:
+          images: float [B, H, W, 3] in [-1, 1].
+          key: PRNG key; a Gumbel quantiser then draws the codes, as the published code does. None
+            takes its most likely codes. The nearest quantiser has nothing to draw.
+
+        Returns:
+          int32 [B, N] in 0..K-1.
+        """
+        codes = self.quantize.codes(self.encode(images), key)
+        if self.remap is not None:
+            codes = self.remap.to_codes(codes)
         return codes.reshape(images.shape[0], self.config.num_tokens)
 
-    def decode_latents(self, z):
+    def decode_latents(self, z: jax.Array) -> jax.Array:
         """Latents [B, h, w, E] -> images [B, H, W, 3], not limited to [-1, 1]."""
         grid = self.config.grid_size
         chex.assert_shape(z, (None, grid, grid, self.config.codebook_dim))
         return self.decoder(self.post_quant_conv(z))
 
-    def decode(self, codes):
+    def decode(self, codes: jax.Array) -> jax.Array:
         """Codes, int32 [B, N], row by row -> images, float [B, H, W, 3] in [-1, 1]."""
         grid = self.config.grid_size
         chex.assert_shape(codes, (None, self.config.num_tokens))
+        if self.remap is not None:
+            codes = self.remap.to_full(codes)
         z = quantizer.lookup(codes, self.quantize.embedding[...])
         images = self.decode_latents(z.reshape(codes.shape[0], grid, grid, -1))
         return jnp.clip(images, -1.0, 1.0)
 
 
 @functools.lru_cache(maxsize=8)
-def _split(config):
-    """The static part of an `Autoencoder`, and its parameters as shapes."""
+def _split(config: AutoencoderConfig) -> tuple[nnx.GraphDef, Any]:
+    """The static part of an ``Autoencoder``, and its parameters as shapes."""
     model = nnx.eval_shape(lambda: Autoencoder(config, rngs=nnx.Rngs(0)))
     graphdef, params = nnx.split(model, nnx.Param)
     return graphdef, nnx.to_pure_dict(params)
 
 
-def init_params(config, key):
+def abstract_params(config: AutoencoderConfig) -> Any:
+    """Shapes of the parameters: a nested dict of ``jax.ShapeDtypeStruct``."""
+    return _split(config)[1]
+
+
+def init_params(config: AutoencoderConfig, key: jax.Array) -> Any:
     """Initial parameters of an autoencoder.
 
     Convolution kernels are normal with variance 1 / fan-in, codes standard normal, biases 0 and
-    scales 1. One draw serves all of them: compiling a draw for each takes ten times as long.
+    scales 1; a remap keeps the first K codes. One draw serves all of them: compiling a draw for
+    each takes ten times as long.
 
     Args:
-        config: `AutoencoderConfig`.
-        key: PRNG key.
+      config: sizes.
+      key: PRNG key.
 
     Returns:
-        A nested dict of float32 arrays with the top-level keys `encoder`, `decoder`,
-        `quant_conv`, `post_quant_conv` and `quantize` (the codebook).
+      A nested dict of float32 arrays with the top-level keys ``encoder``, ``decoder``,
+      ``quant_conv``, ``post_quant_conv`` and ``quantize`` (the codebook), and ``remap`` where the
+      config has one.
     """
     leaves, treedef = jax.tree_util.tree_flatten_with_path(_split(config)[1])
     noise = jax.random.normal(key, (sum(leaf.size for _, leaf in leaves),), jnp.float32)
@@ -363,6 +440,8 @@ def init_params(config, key):
             value = jnp.ones(leaf.shape)
         elif kind == "bias":
             value = jnp.zeros(leaf.shape)
+        elif kind == "full_to_code":
+            value = Remap(config).full_to_code[...]
         else:
             fan_in = 1 if kind == "embedding" else math.prod(leaf.shape[:-1])
             value = noise[start : start + leaf.size].reshape(leaf.shape) * fan_in**-0.5
@@ -371,11 +450,39 @@ def init_params(config, key):
     return treedef.unflatten(params)
 
 
-def bind(config, params):
-    """Returns the `Autoencoder` of `config` with the parameters `params`; usable inside `jit`.
+def with_remap(
+    config: AutoencoderConfig, params: Any, full_to_code: np.ndarray
+) -> tuple[AutoencoderConfig, Any]:
+    """The same autoencoder with codes left out, as it is given to a denoiser.
 
     Args:
-        config: `AutoencoderConfig`.
-        params: nested dict as `init_params` returns it.
+      config: sizes, without a remap.
+      params: its parameters.
+      full_to_code: integers [num_codes]: id of every code (see ``quantizer.build_remap``).
+
+    Returns:
+      The new config, with the number of ids as ``num_codes``, and the new parameters.
+
+    Raises:
+      ValueError: ``full_to_code`` is no remap of this codebook.
+    """
+    if config.codebook_size is not None:
+        raise ValueError("it has a remap")
+    num_codes = quantizer.num_remapped(full_to_code)
+    if len(full_to_code) != config.num_codes:
+        raise ValueError(
+            f"it is for {len(full_to_code)} codes, the codebook has {config.num_codes}"
+        )
+    config = dataclasses.replace(config, num_codes=num_codes, codebook_size=config.num_codes)
+    remap = {"full_to_code": np.asarray(full_to_code, np.int32)}
+    return config, {**params, "remap": remap}
+
+
+def bind(config: AutoencoderConfig, params: Any) -> Autoencoder:
+    """The ``Autoencoder`` with the parameters ``params``; usable inside ``jit``.
+
+    Args:
+      config: sizes.
+      params: nested dict as ``init_params`` returns it.
     """
     return nnx.merge(_split(config)[0], params)

@@ -1,4 +1,4 @@
-"""Vector quantisation: nearest codes, and a codebook learnt as a moving average of encoder outputs.
+"""Vector quantisation: latents -> codes, codebooks learnt as a moving average, and code remaps.
 
 Letters: B batch, N image tokens, M = number of latent vectors in a batch, K codes,
 E codebook dimension.
@@ -7,12 +7,16 @@ The moving average replaces a gradient: every code follows the mean of the encod
 chose it (van den Oord et al., "Neural Discrete Representation Learning", 2017, appendix A.1).
 Codes that nobody chooses are re-seeded from encoder outputs of the batch, so that all K stay in
 use.
+
+A remap leaves out codes of a large codebook that a data set never uses: the denoiser then sees K
+codes, some of the full codebook. Published models have one.
 """
 
 import chex
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 @flax.struct.dataclass
@@ -20,9 +24,9 @@ class CodebookState:
     """A codebook and the running sums that it is the quotient of.
 
     Attributes:
-        codebook: float32 [K, E], the code vectors.
-        cluster_size: float32 [K], moving average of the latents a batch assigns to each code.
-        cluster_sum: float32 [K, E], moving average of the sum of those latents.
+      codebook: float32 [K, E], the code vectors.
+      cluster_size: float32 [K], moving average of the latents a batch assigns to each code.
+      cluster_sum: float32 [K, E], moving average of the sum of those latents.
     """
 
     codebook: jax.Array
@@ -30,33 +34,33 @@ class CodebookState:
     cluster_sum: jax.Array
 
 
-def init_codebook(key, num_codes, codebook_dim):
+def init_codebook(key: jax.Array, num_codes: int, codebook_dim: int) -> CodebookState:
     """Returns a standard normal codebook that has never been used.
 
-    All usage counts are zero, so the first `update_codebook` with revival replaces the whole
+    All usage counts are zero, so the first ``update_codebook`` with revival replaces the whole
     codebook: a code that many latents chose becomes their mean, every other one a latent.
 
     Args:
-        key: PRNG key.
-        num_codes: K.
-        codebook_dim: E.
+      key: PRNG key.
+      num_codes: K.
+      codebook_dim: E.
 
     Returns:
-        `CodebookState`.
+      ``CodebookState``.
     """
     codebook = jax.random.normal(key, (num_codes, codebook_dim), jnp.float32)
     return CodebookState(codebook, jnp.zeros(num_codes), jnp.zeros((num_codes, codebook_dim)))
 
 
-def squared_distances(z, codebook):
+def squared_distances(z: jax.Array, codebook: jax.Array) -> jax.Array:
     """Squared Euclidean distance from every latent to every code.
 
     Args:
-        z: [M, E] latents.
-        codebook: [K, E].
+      z: [M, E] latents.
+      codebook: [K, E].
 
     Returns:
-        float32 [M, K]: |z|^2 - 2 z.e + |e|^2, in full float32 on every device.
+      float32 [M, K]: |z|^2 - 2 z.e + |e|^2, in full float32 on every device.
     """
     z = z.astype(jnp.float32)
     codebook = codebook.astype(jnp.float32)
@@ -65,15 +69,15 @@ def squared_distances(z, codebook):
     return z_norms - 2.0 * products + jnp.sum(codebook**2, axis=1)[None, :]
 
 
-def nearest_codes(z, codebook):
+def nearest_codes(z: jax.Array, codebook: jax.Array) -> jax.Array:
     """Returns the index of the closest code, the smaller index where two are equally close.
 
     Args:
-        z: [..., E] latents.
-        codebook: [K, E].
+      z: [..., E] latents.
+      codebook: [K, E].
 
     Returns:
-        int32 [...].
+      int32 [...].
     """
     chex.assert_rank(codebook, 2)
     chex.assert_equal_shape_suffix([z, codebook], 1)
@@ -81,20 +85,47 @@ def nearest_codes(z, codebook):
     return jnp.argmin(distances, axis=1).astype(jnp.int32).reshape(z.shape[:-1])
 
 
-def lookup(codes, codebook):
-    """Returns the code vectors of `codes`.
+def draw_codes(logits: jax.Array, key: jax.Array | None = None) -> jax.Array:
+    """Codes of a Gumbel quantiser.
+
+    The published code draws even when it is not training, so published models saw drawn codes.
 
     Args:
-        codes: integers [...], 0 <= code < K. Other values are clamped into the range.
-        codebook: [K, E].
+      logits: float [..., K].
+      key: PRNG key of a draw from softmax(logits); None takes the most likely code.
 
     Returns:
-        [..., E], the dtype of the codebook.
+      int32 [...].
+    """
+    if key is None:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    # The default noise never makes a code win whose logit is 16 below the best one.
+    return jax.random.categorical(key, logits, mode="high").astype(jnp.int32)
+
+
+def lookup(codes: jax.Array, codebook: jax.Array) -> jax.Array:
+    """Returns the code vectors of ``codes``.
+
+    Args:
+      codes: integers [...], 0 <= code < K. Other values are clamped into the range.
+      codebook: [K, E].
+
+    Returns:
+      [..., E], the dtype of the codebook.
     """
     return jnp.take(codebook, codes, axis=0, mode="clip")
 
 
-def update_codebook(state, z, codes, *, key, decay=0.99, epsilon=1e-5, revival_threshold=0.0):
+def update_codebook(
+    state: CodebookState,
+    z: jax.Array,
+    codes: jax.Array,
+    *,
+    key: jax.Array,
+    decay: float = 0.99,
+    epsilon: float = 1e-5,
+    revival_threshold: float = 0.0,
+) -> CodebookState:
     """One step of the moving-average codebook, with revival of unused codes.
 
     With n_k latents of sum s_k assigned to code k:
@@ -103,22 +134,22 @@ def update_codebook(state, z, codes, *, key, decay=0.99, epsilon=1e-5, revival_t
         codebook_k = sum_k / ((size_k + epsilon) / (S + K epsilon) S),    S = sum of all size_k
 
     (Laplace smoothing: a code without latents does not divide by zero.) A code whose size is
-    below `revival_threshold` of an even share M / K then becomes one of the batch's latents.
+    below ``revival_threshold`` of an even share M / K then becomes one of the batch's latents.
     Latents are drawn without replacement and in proportion to their squared distance from their
     code, so new codes go where the codebook is poor; each starts with an even share, which gives
     it log(revival_threshold) / log(decay) steps to find users.
 
     Args:
-        state: `CodebookState`.
-        z: [..., E] latents of the batch; no gradient flows into the codebook.
-        codes: int32 [...], the code each latent chose.
-        key: PRNG key for the choice of latents at revival.
-        decay: of the moving averages, 0 <= decay < 1.
-        epsilon: of the smoothing, in latents.
-        revival_threshold: share of an even usage under which a code is dead; 0 revives nothing.
+      state: ``CodebookState``.
+      z: [..., E] latents of the batch; no gradient flows into the codebook.
+      codes: int32 [...], the code each latent chose.
+      key: PRNG key for the choice of latents at revival.
+      decay: of the moving averages, 0 <= decay < 1.
+      epsilon: of the smoothing, in latents.
+      revival_threshold: share of an even usage under which a code is dead; 0 revives nothing.
 
     Returns:
-        The new `CodebookState`.
+      The new ``CodebookState``.
     """
     num_codes, codebook_dim = state.codebook.shape
     chex.assert_shape(z, (*codes.shape, codebook_dim))
@@ -139,8 +170,10 @@ def update_codebook(state, z, codes, *, key, decay=0.99, epsilon=1e-5, revival_t
     return _revive(updated, z, error, key, revival_threshold)
 
 
-def _revive(state, z, error, key, threshold):
-    """Re-seeds dead codes from latents z [M, E] drawn in proportion to `error` [M]."""
+def _revive(
+    state: CodebookState, z: jax.Array, error: jax.Array, key: jax.Array, threshold: float
+) -> CodebookState:
+    """Re-seeds dead codes from latents z [M, E] drawn in proportion to ``error`` [M]."""
     even_share = z.shape[0] / state.codebook.shape[0]
     dead = state.cluster_size < threshold * even_share
     # Gumbel top-k: sorted by log(error) + Gumbel noise, any prefix is a draw without replacement.
@@ -155,18 +188,69 @@ def _revive(state, z, error, key, threshold):
     )
 
 
-def code_usage(codes, num_codes):
+def code_usage(codes: jax.Array, num_codes: int) -> tuple[jax.Array, jax.Array]:
     """How evenly a set of codes uses the codebook.
 
     Args:
-        codes: int32 [...].
-        num_codes: K.
+      codes: int32 [...].
+      num_codes: K.
 
     Returns:
-        Two float32 scalars: perplexity, exp of the entropy of the code frequencies (1: a single
-        code; K: all equally often), and how many of the K codes occur at all.
+      Two float32 scalars: perplexity, exp of the entropy of the code frequencies (1: a single
+      code; K: all equally often), and how many of the K codes occur at all.
     """
     counts = jnp.bincount(codes.reshape(-1), length=num_codes)
     share = counts / codes.size
     entropy = -jnp.sum(jnp.where(counts > 0, share * jnp.log(jnp.maximum(share, 1e-12)), 0.0))
     return jnp.exp(entropy), jnp.sum(counts > 0).astype(jnp.float32)
+
+
+def build_remap(usage_counts: np.ndarray) -> np.ndarray:
+    """The remap of a codebook of which a data set uses a part, by the published rule.
+
+    Used codes become 1, 2, ... in their order, all others 0. Where all are used, every code stays
+    what it is.
+
+    Args:
+      usage_counts: [codes of the full codebook], how often each occurs.
+
+    Returns:
+      int32 like ``usage_counts``: full code -> code id.
+    """
+    used = np.asarray(usage_counts) > 0
+    if used.all():
+        return np.arange(used.size, dtype=np.int32)
+    return np.where(used, np.cumsum(used), 0).astype(np.int32)
+
+
+def num_remapped(full_to_code: np.ndarray) -> int:
+    """K, the code ids of a remap.
+
+    Raises:
+      ValueError: it is no remap: not a vector of integers, or an id between 0 and the largest that
+        no full code has; the message tells which.
+    """
+    full_to_code = np.asarray(full_to_code)
+    if full_to_code.ndim != 1 or not np.issubdtype(full_to_code.dtype, np.integer):
+        raise ValueError(f"it is {full_to_code.dtype} {full_to_code.shape}, not a vector of ids")
+    present = np.unique(full_to_code)
+    missing = np.flatnonzero(present != np.arange(present.size))
+    if missing.size:
+        raise ValueError(f"no full code has the id {missing[0]}, but one has {present[missing[0]]}")
+    return int(present.size)
+
+
+def code_to_full(full_to_code: jax.Array, num_codes: int) -> jax.Array:
+    """The way back through a remap: of every code id the first full code that has it.
+
+    Args:
+      full_to_code: int32 [codes of the full codebook].
+      num_codes: K.
+
+    Returns:
+      int32 [K].
+    """
+    size = full_to_code.shape[0]
+    return (
+        jnp.full(num_codes, size, jnp.int32).at[full_to_code].min(jnp.arange(size, dtype=jnp.int32))
+    )
