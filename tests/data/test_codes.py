@@ -1,54 +1,44 @@
+import json
+import shutil
+
 import numpy as np
 import pytest
 
-from vqd_jax.data import codes
+from vqd_jax.data import codes, encode
+from vqd_jax.data.text import ClipTokenizer
+from vqd_jax.errors import UserError
 
 
-def records(count, bad=()):
-    class Source:
-        def __len__(self):
-            return count
-
-        def __getitem__(self, index):
-            if index in bad:
-                raise OSError("cut short")
-            image = np.full((8, 8, 3), index, np.uint8)
-            return {"image": image, "captions": [f"number {index}"]}
-
-    return Source()
-
-
-def encode(images):
-    assert images.shape == (4, 8, 8, 3)
-    return images[:, 0, :2, 0].astype(np.int32)
-
-
-def cache(path, source, origin="first", share=0.5):
-    return codes.cached_split(
-        path, {"from": origin}, source, encode, image_size=8, batch_size=4, max_bad_share=share
+def test_a_record_is_read_as_it_was_written():
+    rng = np.random.default_rng(0)
+    record = codes.CachedRecord(
+        2**40 + 3,
+        999,
+        rng.integers(0, 2**16, (2, 6)).astype(np.uint16),
+        rng.integers(0, 49408, (3, 8)).astype(np.uint16),
+        rng.normal(size=(3, 8, 5)).astype(np.float16),
     )
+    layout = codes.CodesSource.__new__(codes.CodesSource)
+    layout.num_crops, layout.num_tokens, layout.context_length, layout.feature_width = 2, 6, 8, 5
+    again = layout._parse(record.to_bytes())
+    assert again[:2] == record[:2]
+    for ours, theirs in zip(again[2:], record[2:], strict=True):
+        assert ours.dtype == theirs.dtype
+        np.testing.assert_array_equal(ours, theirs)
 
 
-def test_every_good_record_once_in_order(tmp_path):
-    split = cache(tmp_path / "x.npz", records(10, bad=(3, 9)))
-    wanted = [0, 1, 2, 4, 5, 6, 7, 8]
-    np.testing.assert_array_equal(split.codes, np.array(wanted)[:, None].repeat(2, 1))
-    assert split.codes.dtype == np.uint16
-    assert split.captions == [[f"number {i}"] for i in wanted]
-
-
-def test_a_cache_is_read_again_unless_it_has_another_origin(tmp_path):
-    path = tmp_path / "x.npz"
-    first = cache(path, records(5))
-    kept = cache(path, records(7))
-    np.testing.assert_array_equal(first.codes, kept.codes)
-    assert len(cache(path, records(7), origin="second").codes) == 7
-
-
-def test_too_many_bad_records_stop_and_leave_no_cache(tmp_path):
-    with pytest.raises(ValueError, match="2 of 10 records are bad"):
-        cache(tmp_path / "x.npz", records(10, bad=(3, 9)), share=0.1)
-    assert list(tmp_path.iterdir()) == []
+def test_records_are_read_at_random_in_the_order_asked_for(cached):
+    assert len(cached) == 50
+    assert len(cached.manifest["shards"]) == 4
+    rows = np.random.default_rng(0).integers(0, 50, 200)
+    found = cached.read(rows)
+    assert [r.id for r in found] == rows.tolist()
+    assert [int(r.codes[0, 0]) for r in found] == rows.tolist()
+    tokenizer = ClipTokenizer(8)
+    for row, record in zip(rows, found, strict=True):
+        wanted = tokenizer.encode_batch([f"{row} {i}" for i in range(1 + row % 3)])
+        np.testing.assert_array_equal(record.text_ids, wanted)
+    assert cached.caption_counts().tolist() == [1 + r % 3 for r in range(50)]
 
 
 def test_fingerprint_sees_values_names_and_shapes():
@@ -61,11 +51,61 @@ def test_fingerprint_sees_values_names_and_shapes():
     assert codes.fingerprint({"a": np.zeros(4, np.float32)}) in prints
 
 
-@pytest.mark.parametrize("kept", [0, 100, -10])
-def test_a_cache_cut_short_is_made_anew(tmp_path, kept):
-    path = tmp_path / "x.npz"
-    first = cache(path, records(6))
+@pytest.fixture
+def copy(cached, tmp_path):
+    return shutil.copytree(cached.folder, tmp_path / "codes")
+
+
+def test_a_cache_of_another_autoencoder_is_refused(copy):
+    with pytest.raises(UserError, match="by another autoencoder .autoencoder is first, not other"):
+        codes.open_split(str(copy), {"autoencoder": "other"})
+    with pytest.raises(UserError, match="image_size is 8, not 16"):
+        codes.open_split(str(copy), {"autoencoder": "first", "image_size": 16})
+    assert len(codes.open_split(str(copy), {"autoencoder": "first", "image_size": 8})) == 50
+
+
+def test_a_cache_that_is_not_there_or_not_finished_is_named(copy, tmp_path):
+    with pytest.raises(UserError, match="none has no cached codes"):
+        codes.open_split(str(tmp_path / "none"))
+    (copy / codes.MANIFEST).unlink()
+    with pytest.raises(UserError, match="codes is not finished .no manifest.json."):
+        codes.open_split(str(copy))
+
+
+@pytest.mark.parametrize("kept", [0, 1000, -10])
+def test_a_shard_cut_short_is_named(copy, kept):
+    path = copy / "codes-00002-of-00004.array_record"
     path.write_bytes(path.read_bytes()[:kept])
-    again = cache(path, records(6))
-    np.testing.assert_array_equal(first.codes, again.codes)
-    assert first.captions == again.captions
+    with pytest.raises(UserError, match="00002-of-00004.array_record is missing or damaged"):
+        codes.open_split(str(copy))
+
+
+def test_a_shard_of_the_right_size_with_other_bytes_is_named(copy):
+    path = copy / "codes-00002-of-00004.array_record"
+    path.write_bytes(bytes(path.stat().st_size))
+    with pytest.raises(UserError, match="00002-of-00004.array_record is damaged"):
+        codes.open_split(str(copy)).read(np.arange(50))
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]"])
+def test_a_damaged_manifest_is_named(copy, text):
+    (copy / codes.MANIFEST).write_text(text)
+    with pytest.raises(UserError, match="manifest.json.*encode again"):
+        codes.open_split(str(copy))
+
+
+def test_another_format_is_refused(copy):
+    manifest = json.loads((copy / codes.MANIFEST).read_text()) | {"format": 2}
+    (copy / codes.MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="has format 2, this program reads 1"):
+        codes.open_split(str(copy))
+
+
+def test_labels_and_nothing(make_cache, tmp_path):
+    labelled = codes.open_split(
+        str(make_cache(tmp_path / "a", 9, content=encode.Content(num_classes=5)))
+    )
+    assert [r.label for r in labelled] == [r % 5 for r in range(9)]
+    assert labelled.num_classes == 5
+    bare = codes.open_split(str(make_cache(tmp_path / "b", 9, content=encode.Content())))
+    assert [r.text_ids.shape for r in bare] == [(0, 0)] * 9

@@ -1,27 +1,20 @@
 import io
 import itertools
+import json
 
 import grain
-import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from absl import flags
 from PIL import Image
 
-from vqd_jax.data import pipeline
+from vqd_jax.data import codes, encode, images, pipeline
+from vqd_jax.data.text import ClipTokenizer
+from vqd_jax.errors import UserError
 
-RECORDS, TOKENS, LENGTH = 50, 6, 8
+RECORDS, LENGTH = 50, 8
 NULL = [49406, 49407] + [0] * (LENGTH - 2)
-
-
-@pytest.fixture(scope="module")
-def cached():
-    """Codes that name their record, and captions that name their record and number."""
-    codes = np.arange(RECORDS, dtype=np.uint16)[:, None].repeat(TOKENS, 1)
-    ids = [np.full((1 + r % 3, LENGTH), 100 * r, np.int32) for r in range(RECORDS)]
-    for captions in ids:
-        captions += np.arange(len(captions), dtype=np.int32)[:, None]
-    return codes, ids
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +46,7 @@ def test_records_are_decoded_in_any_mode():
     palette = Image.new("RGB", (4, 6), red).quantize(4)
     for image in (Image.new("RGB", (4, 6), red), Image.new("RGBA", (4, 6), (*red, 255)), palette):
         fields = {"captions": np.array([b"ein Fu\xc3\x9f"], object), "number": np.int64(3)}
-        record = pipeline._decode(stored(image, **fields))
+        record = pipeline._decode(pipeline._texts(stored(image, **fields)))
         assert record["image"].shape == (6, 4, 3)
         assert record["image"].dtype == np.uint8
         assert (record["image"] == red).all()
@@ -61,36 +54,30 @@ def test_records_are_decoded_in_any_mode():
         assert record["number"] == 3
 
 
-def test_resize_keeps_the_right_size():
-    image = np.random.default_rng(0).integers(0, 256, (16, 16, 3)).astype(np.uint8)
-    assert pipeline.resize(image, 16) is image
+def test_a_crop_of_bytes_is_the_crop_of_pixels():
+    image = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+    encoded = stored(Image.fromarray(image))
+    for crop in (pipeline.Crop(16), pipeline.Crop(16, random=True, flip=True)):
+        for key in range(8):
+            np.testing.assert_array_equal(crop(encoded, 3, key), crop({"image": image}, 3, key))
 
 
-@pytest.mark.parametrize("shape", [(20, 60), (60, 20)])
-def test_resize_cuts_the_centre(shape):
-    image = np.zeros((*shape, 3), np.uint8)
-    long = int(np.argmax(shape))
-    index = [slice(None)] * 2
-    index[long] = slice(20, 40)
-    image[tuple(index)] = 200
-    small = pipeline.resize(image, 10)
-    assert small.shape == (10, 10, 3)
-    assert small.dtype == np.uint8
-    assert (small == 200).all()
+def test_random_crops_are_functions_of_seed_and_key():
+    record = {"image": np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)}
+    crop = pipeline.Crop(16, random=True)
+    made = {(s, k): crop(record, s, k).tobytes() for s in range(2) for k in range(8)}
+    assert len(set(made.values())) > 8
+    assert all(crop(record, *place).tobytes() == pixels for place, pixels in made.items())
 
 
-def test_resize_averages_fine_detail():
-    checks = (np.indices((64, 64)).sum(0) % 2 * 255).astype(np.uint8)[..., None].repeat(3, 2)
-    small = pipeline.resize(checks, 16)[2:-2, 2:-2].astype(float)
-    assert abs(small.mean() - 127.5) < 2
-    assert small.std() < 2
-
-
-def test_resize_rejects_other_arrays():
-    with pytest.raises(ValueError, match=r"float32 \(4, 4, 3\)"):
-        pipeline.resize(np.zeros((4, 4, 3), np.float32), 4)
-    with pytest.raises(ValueError, match=r"uint8 \(4, 4\)"):
-        pipeline.resize(np.zeros((4, 4), np.uint8), 4)
+def test_half_of_the_crops_are_mirrored_unless_the_caption_says_left_or_right():
+    image = np.zeros((8, 8, 3), np.uint8)
+    image[:, :4] = 200
+    crop = pipeline.Crop(8, flip=True)
+    for captions, low, high in ((["a dot"], 30, 70), (["a dot on the left"], 0, 0)):
+        record = {"image": image, "captions": captions}
+        mirrored = [crop(record, 0, key)[0, 0, 0] == 0 for key in range(100)]
+        assert low <= sum(mirrored) <= high
 
 
 def test_training_images_cover_every_epoch_in_a_new_order(pictures):
@@ -117,45 +104,40 @@ def test_prepared_images_reach_the_batch(emoji):
     source = pipeline.records(emoji, "validation")
     batch = next(iter(pipeline.image_dataset(source, 32, 4, seed=0, train=False)))["image"]
     for row, index in zip(batch, range(4), strict=True):
-        np.testing.assert_array_equal(row, pipeline.resize(source[index]["image"], 32))
+        np.testing.assert_array_equal(row, images.center_crop(source[index]["image"], 32))
+
+
+def texts(batch):
+    tokenizer = ClipTokenizer(LENGTH)
+    return [tokenizer.decode(row) for row in batch["text_ids"]]
 
 
 def test_training_codes_have_a_caption_of_their_record(cached):
-    stream = iter(pipeline.code_dataset(*cached, 25, seed=0, null_text_rate=0.2, train=True))
+    stream = iter(pipeline.code_dataset(cached, 25, seed=0, null_text_rate=0.2, train=True))
     captions, nulls = {r: set() for r in range(RECORDS)}, 0
-    for batch in take(stream, 200):
-        assert batch["codes"].shape == (25, TOKENS)
-        assert batch["codes"].dtype == np.int32
-        assert batch["text_ids"].shape == (25, LENGTH)
-        assert batch["text_ids"].dtype == np.int32
-        for codes, ids in zip(batch["codes"], batch["text_ids"], strict=True):
-            assert (codes == codes[0]).all()
-            if ids.tolist() == NULL:
-                nulls += 1
-                continue
-            record, caption = divmod(ids[0], 100)
-            assert (ids == ids[0]).all()
-            assert record == codes[0]
-            captions[record].add(int(caption))
-    assert {r: len(c) for r, c in captions.items()} == {r: 1 + r % 3 for r in captions}
-    # 5,000 draws: standard deviation 0.006.
-    assert abs(nulls / 5_000 - 0.2) < 0.023
+    for _ in range(40):
+        rows = []
+        for batch in take(stream, 2):
+            assert batch["codes"].dtype == batch["text_ids"].dtype == np.int32
+            assert set(batch) == {"codes", "text_ids"}
+            rows += [int(c[0]) for c in batch["codes"]]
+            for row, ids, text in zip(rows[-25:], batch["text_ids"], texts(batch), strict=True):
+                if ids.tolist() == NULL:
+                    nulls += 1
+                else:
+                    captions[row].add(text)
+        assert sorted(rows) == list(range(RECORDS))
+    for r, found in captions.items():
+        assert {t.replace(" ", "") for t in found} == {f"{r}{i}" for i in range(1 + r % 3)}
+    # 2000 captions, each emptied with probability 0.2.
+    assert abs(nulls - 400) < 4 * np.sqrt(2000 * 0.2 * 0.8)
 
 
-def test_captions_are_chosen_evenly(cached):
-    stream = iter(pipeline.code_dataset(*cached, 50, seed=4, null_text_rate=0.0, train=True))
-    ids = np.concatenate([b["text_ids"][:, 0] for b in take(stream, 100)])
-    three = ids[(ids // 100) % 3 == 2] % 100
-    assert len(three) == 16 * 100
-    # 1,600 draws of three: standard deviation of a share 0.012.
-    np.testing.assert_allclose(np.bincount(three) / len(three), 1 / 3, atol=0.048)
-
-
-def test_choices_depend_on_seed_record_and_epoch_alone(cached):
+def test_captions_do_not_depend_on_the_batch_size(cached):
     def chosen(batch_size, seed):
-        dataset = pipeline.code_dataset(*cached, batch_size, seed, null_text_rate=0.3, train=True)
+        dataset = pipeline.code_dataset(cached, batch_size, seed, null_text_rate=0.3, train=True)
         rows = [
-            (int(c[0]), int(i[0]))
+            (int(c[0]), tuple(i.tolist()))
             for b in take(iter(dataset), 100 // batch_size)
             for c, i in zip(b["codes"], b["text_ids"], strict=True)
         ]
@@ -168,65 +150,188 @@ def test_choices_depend_on_seed_record_and_epoch_alone(cached):
 
 
 def test_evaluation_codes_have_the_first_caption(cached):
-    batches = list(pipeline.code_dataset(*cached, 20, seed=0, null_text_rate=0.9, train=False))
+    batches = list(pipeline.code_dataset(cached, 20, seed=0, null_text_rate=0.9, train=False))
     assert len(batches) == 2
     codes = np.concatenate([b["codes"][:, 0] for b in batches])
-    ids = np.concatenate([b["text_ids"][:, 0] for b in batches])
     assert codes.tolist() == list(range(40))
-    assert ids.tolist() == [100 * r for r in range(40)]
+    assert [t.replace(" ", "") for b in batches for t in texts(b)] == [f"{r}0" for r in range(40)]
 
 
-@pytest.mark.parametrize("train", [True, False])
-def test_processes_share_the_stream_of_one(cached, monkeypatch, train):
-    def order(batch_size, steps):
-        dataset = pipeline.code_dataset(*cached, batch_size, 3, null_text_rate=0.2, train=train)
-        return [b["text_ids"] for b in take(iter(dataset), steps)]
-
-    alone = order(12, 9)
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    parts = []
-    for process in range(2):
-        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
-        parts.append(order(6, 9))
-    assert len(parts[0]) == len(parts[1]) == len(alone) == (9 if train else 4)
-    for whole, even, odd in zip(alone, *parts, strict=True):
-        np.testing.assert_array_equal(whole[0::2], even)
-        np.testing.assert_array_equal(whole[1::2], odd)
+def test_evaluation_may_take_every_caption(cached):
+    dataset = pipeline.code_dataset(cached, 3, 0, 0.0, train=False, captions="all", with_ids=True)
+    batches = list(dataset)
+    pairs = [
+        (int(i), int(c), t.replace(" ", ""))
+        for b in batches
+        for i, c, t in zip(b["id"], b["caption"], texts(b), strict=True)
+    ]
+    assert pairs == [(r, i, f"{r}{i}") for r in range(50) for i in range(1 + r % 3)]
 
 
-def datasets(cached, pictures):
-    codes = pipeline.code_dataset(*cached, 8, seed=5, null_text_rate=0.1, train=True)
-    broken = [*pictures[:20], {}, *pictures[21:]]
-    images = pipeline.image_dataset(broken, 8, 8, seed=5, train=True, max_bad_share=0.1)
-    return {"codes": codes, "images": images}
+def test_labels_take_the_place_of_captions(make_cache, tmp_path):
+    content = encode.Content(num_classes=5)
+    source = codes.open_split(str(make_cache(tmp_path, 50, content=content)))
+    stream = iter(pipeline.code_dataset(source, 50, 0, null_text_rate=0.3, train=True))
+    nulls = 0
+    for batch in take(stream, 20):
+        assert set(batch) == {"codes", "label"}
+        assert batch["label"].dtype == np.int32
+        null = batch["label"] == 5
+        np.testing.assert_array_equal(batch["label"][~null], batch["codes"][~null, 0] % 5)
+        nulls += null.sum()
+    assert abs(nulls - 300) < 4 * np.sqrt(1000 * 0.3 * 0.7)
+
+
+def test_codes_alone(make_cache, tmp_path):
+    source = codes.open_split(str(make_cache(tmp_path, 20, content=encode.Content())))
+    (batch,) = pipeline.code_dataset(source, 20, 0, null_text_rate=0.5, train=False)
+    assert list(batch) == ["codes"]
+    assert batch["codes"][:, 3].tolist() == list(range(20))
+
+
+def test_text_features_go_with_their_captions(make_cache, tmp_path):
+    compute = lambda ids: np.stack([ids, -ids], -1) / 8.0  # noqa: E731
+    content = encode.Content(ClipTokenizer(LENGTH), encode.TextFeatures(compute, 2))
+    source = codes.open_split(str(make_cache(tmp_path, 30, content=content)))
+    stream = iter(pipeline.code_dataset(source, 30, 0, null_text_rate=0.4, train=True))
+    for batch in take(stream, 3):
+        wanted = compute(batch["text_ids"]).astype(np.float16)
+        np.testing.assert_array_equal(batch["text_features"], wanted)
+        assert (batch["text_ids"] == NULL).all(1).any()
+
+
+def test_all_cached_crops_are_used(make_cache, tmp_path):
+    rng = np.random.default_rng(0)
+    source = [{"image": rng.integers(0, 256, (12, 12, 3), np.uint8), "captions": ["a"]}] * 4
+    folder = make_cache(
+        tmp_path, 4, source=source, crop=pipeline.Crop(8, random=True), num_crops=3, seed=5
+    )
+    cache = codes.open_split(str(folder))
+    wanted = [
+        [pipeline.Crop(8, random=True)(source[0], 5, 3 * r + c)[0, :6, 0] for c in range(3)]
+        for r in range(4)
+    ]
+    stream = iter(pipeline.code_dataset(cache, 4, 0, 0.0, train=True, with_ids=True))
+    used = set()
+    for batch in take(stream, 20):
+        for r, c, row in zip(batch["id"], batch["crop"], batch["codes"], strict=True):
+            np.testing.assert_array_equal(row, wanted[r][c])
+            used.add((int(r), int(c)))
+    assert len(used) == 12
+    (first,) = pipeline.code_dataset(cache, 4, 0, 0.0, train=False, with_ids=True)
+    assert first["crop"].tolist() == [0] * 4
+
+
+def test_sets_are_mixed_by_weight(cached, make_cache, tmp_path):
+    other = codes.open_split(str(make_cache(tmp_path, 20)))
+    options = dict(weights=[3, 1], with_ids=True)
+    stream = iter(pipeline.code_dataset([cached, other], 20, 0, 0.0, True, **options))
+    rows = [(s, i) for b in take(stream, 10) for s, i in zip(b["set"], b["id"], strict=True)]
+    assert sum(s == 0 for s, _ in rows) == 150
+    # Within each set, every record comes once an epoch.
+    for s, count in ((0, 50), (1, 20)):
+        ids = [int(i) for t, i in rows if t == s]
+        for start in range(0, len(ids) - count + 1, count):
+            assert sorted(ids[start : start + count]) == list(range(count))
+
+
+def test_caches_that_do_not_fit_are_not_mixed(cached, make_cache, tmp_path):
+    other = codes.open_split(str(make_cache(tmp_path / "a", 20, autoencoder="second")))
+    with pytest.raises(UserError, match="cannot be mixed: they differ in autoencoder"):
+        pipeline.code_dataset([cached, other], 4, 0, 0.0, True)
+    other = codes.open_split(str(make_cache(tmp_path / "b", 20, content=encode.Content())))
+    with pytest.raises(UserError, match="cannot be mixed: they differ in context_length"):
+        pipeline.code_dataset([cached, other], 4, 0, 0.0, True)
+    with pytest.raises(UserError, match="weights are .1, 0."):
+        pipeline.code_dataset([cached, cached], 4, 0, 0.0, True, weights=[1, 0])
+
+
+def by_kind(kind, cached, pictures, batch_size=8, process=(0, 1), **options):
+    where = dict(process_index=process[0], process_count=process[1])
+    if kind == "images":
+        broken = [*pictures[:20], {}, *pictures[21:]]
+        return pipeline.image_dataset(
+            broken, 8, batch_size, seed=5, train=True, max_bad_share=0.1, **where, **options
+        )
+    sources, weights = (cached, None) if kind == "codes" else ([cached, cached], [0.7, 0.3])
+    return pipeline.code_dataset(
+        sources, batch_size, 5, 0.1, True, weights=weights, with_ids=True, **where
+    )
+
+
+KINDS = pytest.mark.parametrize("kind", ["codes", "mixed", "images"])
 
 
 # 50 records in batches of 8: epochs end inside batches 7, 13 and 19.
-@pytest.mark.parametrize("kind", ["codes", "images"])
+@KINDS
 @pytest.mark.parametrize("taken", [0, 3, 6, 11])
 def test_state_continues_the_same_batches(cached, pictures, kind, taken):
-    stream = iter(datasets(cached, pictures)[kind])
+    stream = iter(by_kind(kind, cached, pictures))
     take(stream, taken)
     state = stream.get_state()
+    assert state == {"records": 8 * taken}
     expected = take(stream, 10)
-    fresh = iter(datasets(cached, pictures)[kind])
+    fresh = iter(by_kind(kind, cached, pictures))
     take(fresh, 2)
     fresh.set_state(state)
     assert_same(take(fresh, 10), expected)
 
 
-@pytest.mark.parametrize("kind", ["codes", "images"])
+@KINDS
+def test_two_processes_go_on_where_one_stopped(cached, pictures, kind):
+    alone = iter(by_kind(kind, cached, pictures))
+    take(alone, 5)
+    state = alone.get_state()
+    expected = take(alone, 10)
+    parts = []
+    for index in range(2):
+        part = iter(by_kind(kind, cached, pictures, batch_size=4, process=(index, 2)))
+        part.set_state(state)
+        parts.append(take(part, 10))
+        assert part.get_state() == alone.get_state()
+    both = [
+        {key: np.concatenate([a[key], b[key]]) for key in a} for a, b in zip(*parts, strict=True)
+    ]
+    assert_same(both, expected)
+
+
+def test_no_record_is_lost_or_doubled_as_processes_come_and_go(cached):
+    # 1 process, then 2, then 5, then 1 again, with other batch sizes: two epochs of 50.
+    seen, state = [], {"records": 0}
+    for count, batch_size, steps in ((1, 10, 2), (2, 5, 3), (5, 2, 2), (1, 30, 1)):
+        streams = [
+            iter(by_kind("codes", cached, None, batch_size, (index, count)))
+            for index in range(count)
+        ]
+        for stream in streams:
+            stream.set_state(state)
+        for _ in range(steps):
+            for stream in streams:
+                seen += next(stream)["id"].tolist()
+        (state,) = {s["records"]: s for s in (stream.get_state() for stream in streams)}.values()
+    assert state == {"records": 100}
+    assert sorted(seen[:50]) == sorted(seen[50:]) == list(range(50))
+
+
+def test_workers_give_the_same_batches(pictures):
+    flags.FLAGS.mark_as_parsed()
+    expected = take(iter(by_kind("images", None, pictures)), 4)
+    stream = iter(by_kind("images", None, pictures, num_workers=2))
+    assert_same(take(stream, 4), expected)
+
+
+@KINDS
 def test_state_is_saved_by_orbax(cached, pictures, kind, tmp_path):
-    stream = iter(datasets(cached, pictures)[kind])
+    stream = iter(by_kind(kind, cached, pictures))
     take(stream, 5)
     with ocp.CheckpointManager(tmp_path) as manager:
-        args = ocp.args.Composite(data=grain.checkpoint.CheckpointSave(stream))
-        manager.save(5, args=args)
+        manager.save(5, args=ocp.args.Composite(data=ocp.args.JsonSave(stream.get_state())))
         expected = take(stream, 9)
-    fresh = iter(datasets(cached, pictures)[kind])
+    fresh = iter(by_kind(kind, cached, pictures))
     with ocp.CheckpointManager(tmp_path) as manager:
-        args = ocp.args.Composite(data=grain.checkpoint.CheckpointRestore(fresh))
-        manager.restore(5, args=args)
+        fresh.set_state(
+            manager.restore(5, args=ocp.args.Composite(data=ocp.args.JsonRestore())).data
+        )
     assert_same(take(fresh, 9), expected)
 
 
@@ -237,7 +342,7 @@ def bad_source():
     rows[7]["captions"] = []
     rows[11]["captions"] = [b"a dot", b" "]
     rows[12]["image"] = b"no image"
-    return grain.MapDataset.source(rows).map(pipeline._decode)
+    return grain.MapDataset.source(rows).map(pipeline._texts).map(pipeline._decode)
 
 
 def test_bad_records_are_named_and_skipped(caplog):
@@ -250,6 +355,13 @@ def test_bad_records_are_named_and_skipped(caplog):
         assert message.startswith(f"record {index} is skipped: ValueError: {index}: ")
 
 
+def test_in_training_the_next_good_record_takes_the_place_of_a_bad_one(pictures):
+    broken = [*pictures[:20], {}, {}, *pictures[22:]]
+    dataset = pipeline.image_dataset(broken, 8, 10, 0, True, max_bad_share=0.1)
+    order = np.concatenate([b["image"][:, 0, 0, 0] for b in take(iter(dataset), 5)])
+    assert sorted(order) == sorted([*range(20), 22, 22, 22, *range(23, 50)])
+
+
 def test_bad_records_are_counted_once():
     read = pipeline.CheckedReader(bad_source(), max_bad_share=0.2)
     for _ in range(3):
@@ -258,19 +370,30 @@ def test_bad_records_are_counted_once():
     assert given[0]["captions"] == ["a dot"]
 
 
+def test_readers_share_their_count_through_the_log(tmp_path):
+    log = tmp_path / "bad_records.jsonl"
+    first, second = (pipeline.CheckedReader(bad_source(), 0.1, str(log)) for _ in range(2))
+    assert first(3) is None
+    assert second(7) is None
+    with pytest.raises(UserError, match="3 of 20 records are bad"):
+        first(12)
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [row["record"] for row in rows] == [3, 7, 12]
+    assert all("Error" in row["reason"] for row in rows)
+
+
 def test_too_many_bad_records_stop_with_the_counts():
     dataset = pipeline.image_dataset(bad_source(), 8, 4, 0, True, max_bad_share=0.15)
-    with pytest.raises(ValueError, match="4 of 20 records are bad.*share of 0.15"):
+    with pytest.raises(UserError, match="4 of 20 records are bad.*share of 0.15"):
         take(iter(dataset), 20)
 
 
 def test_impossible_arguments_are_named(cached, pictures):
-    codes, ids = cached
-    with pytest.raises(ValueError, match="50 rows of codes but captions of 49 records"):
-        pipeline.code_dataset(codes, ids[:-1], 4, 0, 0.1, True)
-    with pytest.raises(ValueError, match="record 49 has no caption"):
-        pipeline.code_dataset(codes, [*ids[:-1], ids[0][:0]], 4, 0, 0.1, True)
     with pytest.raises(ValueError, match="null_text_rate is 1.5"):
-        pipeline.code_dataset(codes, ids, 4, 0, 1.5, True)
-    with pytest.raises(ValueError, match="50 records are too few for one batch of 64"):
+        pipeline.code_dataset(cached, 4, 0, 1.5, True)
+    with pytest.raises(ValueError, match="captions is 'some'"):
+        pipeline.code_dataset(cached, 4, 0, 0.1, False, captions="some")
+    with pytest.raises(UserError, match="50 records are too few for one batch of 64"):
         pipeline.image_dataset(pictures, 8, 64, 0, True)
+    with pytest.raises(UserError, match="50 records are too few for one batch of 30 on each of 2"):
+        pipeline.code_dataset(cached, 30, 0, 0.1, True, process_index=0, process_count=2)

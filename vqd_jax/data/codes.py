@@ -1,36 +1,67 @@
-"""Images -> cached codes: what stage two trains on.
+"""The cache of codes: what stage two trains on, read at random from disk.
 
-Letters: R records, B batch, S image side, N image tokens, L text tokens.
+Letters: R records, C crops an image, N image tokens, n captions of a record, L text tokens,
+D width of text features.
+
+A cached split is a folder: ``manifest.json``, and shards ``codes-00000-of-00010.array_record``,
+each with a ``.json`` of its counts. A record is a row of little-endian 16-bit words::
+
+    number of the record in its data set   4 words
+    n                                      1 word
+    label                                  1 word, 0 where there are no labels
+    codes                                  C N words, uint16
+    text ids                               n L words, uint16
+    text features                          n L D words, float16, where they are cached
 """
 
 import hashlib
 import json
 import os
-import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-from absl import logging
-from tqdm import tqdm
+from array_record.python import array_record_module
 
-from vqd_jax.data import pipeline
+from vqd_jax.errors import UserError
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+NULL_FEATURES = "null_text_features.npy"
+_HEADER = 6
+# Without read-ahead and threads a random read takes a tenth of the time.
+_READ_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
 
 
-class CachedSplit(NamedTuple):
-    """Codes and captions of a split, good records only, in the order in which they are stored.
+class CachedRecord(NamedTuple):
+    """One record of a cache.
 
     Attributes:
-      codes: uint16 [R, N].
-      captions: R lists of str.
+      id: its number in the data set.
+      label: int, 0 where there are no labels.
+      codes: uint16 [C, N].
+      text_ids: uint16 [n, L].
+      text_features: float16 [n, L, D]; D is 0 where they are not cached.
     """
 
+    id: int
+    label: int
     codes: np.ndarray
-    captions: list[list[str]]
+    text_ids: np.ndarray
+    text_features: np.ndarray
+
+    def to_bytes(self) -> bytes:
+        """The row of words that a shard stores."""
+        number = np.array([self.id], "<u8").view("<u2")
+        counts = np.array([len(self.text_ids), self.label], "<u2")
+        parts = [number, counts, self.codes, self.text_ids]
+        words = [np.ascontiguousarray(part, "<u2").ravel() for part in parts]
+        features = np.ascontiguousarray(self.text_features, "<f2").ravel().view("<u2")
+        return np.concatenate([*words, features]).tobytes()
 
 
-def fingerprint(params: dict[str, np.ndarray]) -> str:
+def fingerprint(params: Mapping[str, np.ndarray]) -> str:
     """Hexadecimal SHA-256 of named arrays: tells one autoencoder from another."""
     digest = hashlib.sha256()
     for name in sorted(params):
@@ -40,83 +71,184 @@ def fingerprint(params: dict[str, np.ndarray]) -> str:
     return digest.hexdigest()
 
 
-def cached_split(
-    path: str,
-    origin: dict[str, object],
-    source: Sequence[dict],
-    encode: Callable[[np.ndarray], np.ndarray],
-    *,
-    image_size: int,
-    batch_size: int,
-    max_bad_share: float,
-) -> CachedSplit:
-    """Reads the cache at ``path``, or encodes the records and writes it.
-
-    Args:
-      path: an .npz file; it appears complete or not at all.
-      origin: what the codes depend on (data set, split, autoencoder). A cache with another origin
-        is made anew.
-      source: random-access records with ``image`` and ``captions``.
-      encode: uint8 [B, S, S, 3] -> integers [B, N].
-      image_size, batch_size: S and B.
-      max_bad_share: share of unreadable records that stops the run.
-    """
-    wanted = json.dumps(origin, sort_keys=True)
-    found = _read(Path(path), wanted)
-    if found is not None:
-        return found
-    codes, captions = _encode(source, encode, image_size, batch_size, max_bad_share, Path(path))
-    _write(Path(path), wanted, codes, captions)
-    return CachedSplit(codes, captions)
-
-
-def _read(path: Path, wanted: str) -> CachedSplit | None:
-    if not path.exists():
-        return None
+def write_json(path: Path, value: Any) -> None:
+    """Writes a file that appears complete or not at all."""
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with np.load(path, allow_pickle=False) as cache:
-            if str(cache["origin"]) != wanted:
-                return None
-            split = CachedSplit(cache["codes"], json.loads(str(cache["captions"])))
-        if len(split.codes) != len(split.captions):
-            raise ValueError(f"{len(split.codes)} codes, {len(split.captions)} captions")
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        logging.warning("%s is damaged and made anew: %s", path, error)
-        return None
-    return split
-
-
-def _encode(source, encode, image_size, batch_size, max_bad_share, path):
-    read = pipeline.CheckedReader(source, max_bad_share)
-    codes, captions, images = [], [], []
-    bar = tqdm(total=len(source), desc=f"encoding {path.stem}", unit="image", mininterval=1)
-
-    def flush():
-        # One shape for every call, so that there is one compilation.
-        batch = np.stack(images + [images[-1]] * (batch_size - len(images)))
-        codes.append(np.asarray(encode(batch))[: len(images)].astype(np.uint16))
-        images.clear()
-
-    with bar:
-        for index in range(len(source)):
-            record = read(index)
-            if record is not None:
-                images.append(pipeline.resize(record["image"], image_size))
-                captions.append(list(record["captions"]))
-            if images and (len(images) == batch_size or index == len(source) - 1):
-                flush()
-            bar.update()
-    return np.concatenate(codes), captions
-
-
-def _write(path: Path, origin: str, codes: np.ndarray, captions: list[list[str]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_suffix(".tmp")
-    try:
-        with open(scratch, "wb") as file:
-            np.savez(file, origin=origin, codes=codes, captions=json.dumps(captions))
+        with open(scratch, "w", encoding="utf-8") as file:
+            json.dump(value, file, indent=1)
             file.flush()
             os.fsync(file.fileno())
         os.replace(scratch, path)
     finally:
         scratch.unlink(missing_ok=True)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+      UserError: the file is damaged.
+      OSError: it cannot be read.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}); remove it and encode again") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} does not hold a JSON object; remove it and encode again")
+    return value
+
+
+def require_origin(path: Path, stored: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    """Refuses a cache that was made from something else.
+
+    Args:
+      path: folder of the cache.
+      stored: what its codes depend on.
+      expected: what this run needs; keys that are left out may be anything.
+
+    Raises:
+      UserError: they differ; the message has every key with both values.
+    """
+    differing = [key for key, value in expected.items() if stored.get(key) != value]
+    if not differing:
+        return
+    told = "; ".join(f"{key} is {stored.get(key)}, not {expected[key]}" for key in differing)
+    by = " by another autoencoder" if "autoencoder" in differing else " from something else"
+    raise UserError(
+        f"the codes in {path} were made{by} ({told}). Use the autoencoder and settings that they "
+        "were made with, or encode again into another folder with --mode=encode"
+    )
+
+
+def open_split(path: str, expected_origin: Mapping[str, Any] | None = None) -> "CodesSource":
+    """Opens a cached split for training.
+
+    Args:
+      path: folder that ``encode.encode_split`` wrote.
+      expected_origin: see ``require_origin``; None takes any.
+
+    Raises:
+      UserError: it is not there, not complete, damaged, or made from something else.
+    """
+    folder = Path(path)
+    if not (folder / MANIFEST).exists():
+        what = "is not finished" if any(folder.glob("codes-*")) else "has no cached codes"
+        raise UserError(f"{folder} {what} (no {MANIFEST}); run --mode=encode")
+    manifest = read_json(folder / MANIFEST)
+    if manifest.get("format") != FORMAT:
+        raise UserError(
+            f"{folder} has format {manifest.get('format')}, this program reads {FORMAT}; "
+            "encode again with --mode=encode"
+        )
+    require_origin(folder, manifest["origin"], expected_origin or {})
+    for shard in manifest["shards"]:
+        if not is_whole(folder / shard["file"], shard):
+            raise UserError(
+                f"{folder / shard['file']} is missing or damaged; run --mode=encode again, which "
+                "makes this shard anew and keeps the others"
+            )
+    return CodesSource(folder, manifest)
+
+
+def is_whole(path: Path, shard: Mapping[str, Any]) -> bool:
+    """Whether a shard has the size that was noted when it was written."""
+    return path.exists() and path.stat().st_size == shard["bytes"]
+
+
+class CodesSource:
+    """Random-access records of a cached split; only what is asked for is read.
+
+    Args:
+      folder: of the split.
+      manifest: what its ``manifest.json`` holds.
+    """
+
+    def __init__(self, folder: Path, manifest: Mapping[str, Any]):
+        self.folder = folder
+        self.manifest = manifest
+        layout = manifest["layout"]
+        self.num_tokens: int = layout["num_tokens"]
+        self.num_crops: int = layout["num_crops"]
+        self.context_length: int = layout["context_length"]
+        self.feature_width: int = layout["feature_width"]
+        self.num_classes: int = layout["num_classes"]
+        self._readers = [_open(folder / shard["file"]) for shard in manifest["shards"]]
+        self._ends = np.cumsum([shard["records"] for shard in manifest["shards"]])
+        self.null_features = np.load(folder / NULL_FEATURES) if self.feature_width else None
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def read(self, rows: np.ndarray) -> list[CachedRecord]:
+        """Records by row.
+
+        Args:
+          rows: integers [B], 0 <= row < R.
+
+        Raises:
+          UserError: a shard cannot be read.
+        """
+        shards = np.searchsorted(self._ends, rows, side="right")
+        starts = rows - np.concatenate([[0], self._ends])[shards]
+        found: list[CachedRecord | None] = [None] * len(rows)
+        for shard in np.unique(shards):
+            (mine,) = np.nonzero(shards == shard)
+            try:
+                rows_of_shard = self._readers[shard].read(starts[mine].tolist())
+            except (RuntimeError, ValueError, IndexError) as error:
+                name = self.manifest["shards"][shard]["file"]
+                raise UserError(
+                    f"{self.folder / name} is damaged ({error}); remove it and run --mode=encode "
+                    "again, which makes this shard anew"
+                ) from error
+            for i, stored in zip(mine, rows_of_shard, strict=True):
+                found[i] = self._parse(stored)
+        return found
+
+    def _parse(self, stored: bytes) -> CachedRecord:
+        words = np.frombuffer(stored, "<u2")
+        count, label = int(words[4]), int(words[5])
+        length, width = self.context_length, self.feature_width
+        text = _HEADER + self.num_crops * self.num_tokens
+        features = text + count * length
+        return CachedRecord(
+            int.from_bytes(stored[:8], "little"),
+            label,
+            words[_HEADER:text].reshape(self.num_crops, self.num_tokens),
+            words[text:features].reshape(count, length),
+            words[features:].view("<f2").reshape(count, length, width),
+        )
+
+    def __iter__(self) -> Iterable[CachedRecord]:
+        for start in range(0, len(self), 1024):
+            yield from self.read(np.arange(start, min(start + 1024, len(self))))
+
+    def caption_counts(self) -> np.ndarray:
+        """n of every record, int64 [R]; reads the whole split."""
+        return np.fromiter((len(record.text_ids) for record in self), np.int64, len(self))
+
+    def require_same_layout(self, other: "CodesSource") -> None:
+        """Raises ``UserError`` if the records of two caches cannot stand in one batch."""
+        names = ("num_tokens", "context_length", "feature_width", "num_classes")
+        differing = [name for name in names if getattr(self, name) != getattr(other, name)]
+        mine, theirs = (s.manifest["origin"].get("autoencoder") for s in (self, other))
+        if mine != theirs:
+            differing.append("autoencoder")
+        if differing:
+            raise UserError(
+                f"{self.folder} and {other.folder} cannot be mixed: they differ in "
+                f"{', '.join(differing)}"
+            )
+
+
+def _open(path: Path) -> array_record_module.ArrayRecordReader:
+    try:
+        return array_record_module.ArrayRecordReader(
+            str(path), options=_READ_OPTIONS, file_reader_buffer_size=32768
+        )
+    except (RuntimeError, ValueError) as error:
+        raise UserError(
+            f"{path} is damaged ({error}); remove it and run --mode=encode again"
+        ) from error

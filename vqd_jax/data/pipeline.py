@@ -1,25 +1,32 @@
-"""The Grain chain: records -> images or cached codes -> batches, deterministic and resumable.
+"""The Grain chain: records -> crops or cached codes -> batches, deterministic and resumable.
 
-Letters: B batch (of this process), N image tokens, L text tokens, S image side in pixels.
+Letters: B batch (of this process), N image tokens, L text tokens, S image side in pixels, D width
+of text features.
 
-Order of a training stream: every epoch is shuffled anew, the epochs follow each other without a
-gap, and process p of P takes the places p, p + P, p + 2P, ... So one step sees the same records on
-any number of processes, and a stream's position is one number.
+The order of the records, and what a checkpoint keeps of it, is in ``stream``.
 """
 
-import io
+import dataclasses
+import json
+import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
 
 import grain
-import jax
 import numpy as np
 import tensorflow_datasets as tfds
 from absl import logging
-from PIL import Image
 
+from vqd_jax.data import images, stream
+from vqd_jax.data.codes import CodesSource
 from vqd_jax.data.text import END_ID, PAD_ID, START_ID
 from vqd_jax.errors import UserError
+
+# Streams of random numbers beside the one that chooses captions.
+CROP_STREAM = 1
+VIEW_STREAM = 2
 
 
 def _to_text(value):
@@ -34,77 +41,115 @@ def _to_text(value):
 
 
 def _decode(stored: dict) -> dict:
-    record = {key: _to_text(value) for key, value in stored.items() if key != "image"}
     try:
-        with Image.open(io.BytesIO(stored["image"])) as image:
-            record["image"] = np.asarray(image.convert("RGB"))
-    # Pillow reports damage as OSError, SyntaxError, ValueError, struct.error, ...
-    except Exception as error:
-        raise ValueError(f"{record.get('file', 'image')}: {error}") from error
-    return record
+        return {**stored, "image": images.decode(stored["image"])}
+    except ValueError as error:
+        raise ValueError(f"{stored.get('file', 'image')}: {error}") from error
 
 
-def records(builder: tfds.core.DatasetBuilder, split: str) -> grain.MapDataset:
-    """The records of a split, in the order in which they are stored, decoded when read.
+def _texts(stored: dict) -> dict:
+    record = {key: _to_text(value) for key, value in stored.items() if key != "image"}
+    return {**record, "image": stored["image"]}
+
+
+def records(builder: tfds.core.DatasetBuilder, split: str, decode: bool = True) -> grain.MapDataset:
+    """The records of a split, in the order in which they are stored.
 
     Args:
-      builder: a prepared TFDS builder; see `vqd_jax.data.builders.load`.
+      builder: a prepared TFDS builder; see ``vqd_jax.data.builders.load``.
       split: such as 'train' or 'train[:100]'.
+      decode: give pixels; else the encoded bytes, which ``Crop`` decodes faster.
 
     Returns:
-      A random-access sequence of dicts: `image` uint8 [H, W, 3], texts as str, sequences of texts
-      as lists of str. Reading a record whose image cannot be decoded raises ValueError.
+      A random-access sequence of dicts: ``image`` uint8 [H, W, 3] or bytes, texts as str, sequences
+      of texts as lists of str. Reading a record whose image cannot be decoded raises ValueError.
     """
     # TFDS would return palette indices or four channels for some files, so decode here.
     decoders = {"image": tfds.decode.SkipDecoding()}
-    return grain.MapDataset.source(builder.as_data_source(split, decoders=decoders)).map(_decode)
+    source = grain.MapDataset.source(builder.as_data_source(split, decoders=decoders)).map(_texts)
+    return source.map(_decode) if decode else source
 
 
-def resize(image: np.ndarray, size: int) -> np.ndarray:
-    """Cuts the largest centred square and resizes it, anti-aliased (bicubic).
+@dataclasses.dataclass(frozen=True)
+class Crop:
+    """From a record's image to the square that the autoencoder sees.
 
-    Args:
-      image: uint8 [H, W, 3].
+    Attributes:
       size: S.
-
-    Returns:
-      uint8 [S, S, 3]; `image` itself if it has that shape.
-
-    Raises:
-      ValueError: not uint8 [H, W, 3].
+      random: the published crop for training; else the one for evaluation.
+      flip: mirror half of the crops, unless a caption says left or right.
     """
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
-        raise ValueError(f"image is {image.dtype} {image.shape}; it must be uint8 [H, W, 3]")
-    height, width, _ = image.shape
-    if height == width == size:
-        return image
-    side = min(height, width)
-    top, left = (height - side) // 2, (width - side) // 2
-    square = (left, top, left + side, top + side)
-    # Cut first: given a box to resize, Pillow's filter would also see what lies beside it.
-    cut = Image.fromarray(image).crop(square)
-    return np.asarray(cut.resize((size, size), Image.Resampling.BICUBIC))
+
+    size: int
+    random: bool = False
+    flip: bool = False
+
+    def __call__(self, record: dict, seed: int, key: int) -> np.ndarray:
+        """A crop that is a function of (image, seed, key).
+
+        Args:
+          record: ``image``, bytes or uint8 [H, W, 3]; maybe ``captions``.
+          seed: of the run.
+          key: another number is another random crop.
+
+        Returns:
+          uint8 [S, S, 3].
+
+        Raises:
+          ValueError: the image cannot be decoded.
+        """
+        image = record["image"]
+        numbers = None
+        if self.random or self.flip:
+            numbers = stream.uniforms((seed, CROP_STREAM), np.array([key]), images.NUM_UNIFORMS + 1)
+            numbers = numbers[:, 0].tolist()
+        if isinstance(image, bytes):
+            # Twice the side that is kept: large photographs decode faster, and the filter that
+            # shrinks them still has something to average.
+            image = images.decode_pil(image, min_side=2 * round(self.size * 9 / 8))
+        if self.random:
+            pixels = images.random_crop(image, self.size, numbers[:-1])
+        else:
+            pixels = images.center_crop(image, self.size)
+        if self.flip and numbers[-1] < 0.5 and images.may_flip(record.get("captions", ())):
+            pixels = images.flip(pixels)
+        return pixels
 
 
 class CheckedReader:
     """Reads records by index; bad ones are counted, named in a log and given as None.
 
     A record is bad when reading it raises, or when it has an empty list of captions or an empty
-    caption. Safe to call from several threads.
+    caption. Safe to call from several threads; several processes share ``bad_log``.
 
     Args:
       source: random-access records.
       max_bad_share: bad records tolerated, as a share of all records, 0 to 1.
+      bad_log: a file that gets a line ``{"record": index, "reason": text}`` for every bad record;
+        what it holds already counts.
     """
 
-    def __init__(self, source: Sequence[dict], max_bad_share: float = 0.01):
+    def __init__(
+        self, source: Sequence[dict], max_bad_share: float = 0.01, bad_log: str | None = None
+    ):
         self.bad: dict[int, str] = {}
         self._source = source
         self._max_bad_share = max_bad_share
+        self._bad_log = Path(bad_log) if bad_log else None
         self._lock = threading.Lock()
 
-    def __call__(self, index: int) -> dict | None:
-        """The record at `index`, or None if it is bad.
+    def __getstate__(self):
+        # Grain sends the chain to its worker processes; a lock stays where it is.
+        return {key: value for key, value in self.__dict__.items() if key != "_lock"}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state, _lock=threading.Lock())
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __call__(self, index: int, transform: Callable[[dict], dict] | None = None) -> dict | None:
+        """The record at ``index``, transformed if so asked, or None if it is bad.
 
         Raises:
           UserError: more than the tolerated share of records is bad; the message has the counts.
@@ -114,16 +159,18 @@ class CheckedReader:
             captions = record.get("captions", ["none needed"])
             if len(captions) == 0 or not all(str(c).strip() for c in captions):
                 raise ValueError(f"{record.get('file', 'record')}: empty caption")
+            return record if transform is None else transform(record)
         except Exception as error:
             self._report(index, f"{type(error).__name__}: {error}")
             return None
-        return record
 
     def _report(self, index: int, reason: str) -> None:
         with self._lock:
+            self._read_log()
             if index not in self.bad:
                 self.bad[index] = reason
                 logging.warning("record %d is skipped: %s", index, reason)
+                self._write_log(index, reason)
             bad, total = len(self.bad), len(self._source)
         if bad > self._max_bad_share * total:
             raise UserError(
@@ -132,23 +179,27 @@ class CheckedReader:
                 "remove them, or raise config.data.max_bad_share"
             )
 
+    def _read_log(self) -> None:
+        if self._bad_log is None or not self._bad_log.exists():
+            return
+        for line in self._bad_log.read_text(encoding="utf-8").splitlines():
+            try:
+                found = json.loads(line)
+                self.bad.setdefault(int(found["record"]), str(found["reason"]))
+            except (ValueError, KeyError, TypeError):
+                continue  # A kill may cut a line short; its record is found again.
 
-def _indices(count: int, batch_size: int, seed: int, train: bool) -> grain.MapDataset:
-    """This process's stream of `epoch * count + record`: endless and shuffled, or once in order."""
-    processes = jax.process_count()
-    if count < batch_size * processes:
-        raise UserError(
-            f"{count} records are too few for one batch of {batch_size} on each of {processes} "
-            "processes; lower the batch size"
-        )
-    stream = grain.MapDataset.range(count)
-    if train:
-        # The index, unlike the element, goes on counting in later epochs.
-        stream = stream.map_with_index(lambda index, _: index).seed(seed).shuffle().repeat()
-    else:
-        # Equal numbers of batches on all processes, or the last step would hang.
-        stream = stream[: count - count % (batch_size * processes)]
-    return stream[jax.process_index() :: processes]
+    def _write_log(self, index: int, reason: str) -> None:
+        if self._bad_log is None:
+            return
+        self._bad_log.parent.mkdir(parents=True, exist_ok=True)
+        line = json.dumps({"record": index, "reason": reason}) + "\n"
+        # One write in append mode: lines of several processes do not mix.
+        file = os.open(self._bad_log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            os.write(file, line.encode())
+        finally:
+            os.close(file)
 
 
 def image_dataset(
@@ -158,110 +209,218 @@ def image_dataset(
     seed: int,
     train: bool,
     max_bad_share: float = 0.01,
+    *,
+    crop: Crop | None = None,
     num_threads: int = 4,
-) -> grain.IterDataset:
+    num_workers: int = 0,
+    bad_log: str | None = None,
+    process_index: int | None = None,
+    process_count: int | None = None,
+) -> stream.Batches:
     """Batches of images, for the autoencoder.
 
     Args:
-      source: random-access records with `image`; see `records`.
+      source: random-access records with ``image``; see ``records``, faster with ``decode=False``.
       image_size: S.
       batch_size: B, records in a batch of this process.
-      seed: of the shuffling, 0 to 2**32 - 1.
+      seed: of the shuffling and the crops, 0 to 2**32 - 1.
       train: endless and shuffled; else once, in order, without the last incomplete batch.
-      max_bad_share: see `CheckedReader`; bad records are left out of the stream, so that in
-        evaluation a process that meets one may have a batch less than the others.
-      num_threads: threads that read and decode.
+      max_bad_share, bad_log: see ``CheckedReader``. In training the place of a bad record is taken
+        by the good one after it, so that all processes stay in step; in evaluation it is left out.
+      crop: None is the crop for evaluation.
+      num_threads: threads that read and decode, in each worker.
+      num_workers: processes that do it; 0 does it here. Decoding leaves the interpreter's lock, so
+        processes pay only beyond about four cores.
+      process_index, process_count: None asks JAX.
 
     Returns:
-      An iterable of `{'image': uint8 [B, S, S, 3]}`. Its iterators have `get_state` and
-      `set_state`, and can be saved by `grain.checkpoint.CheckpointSave`.
+      An iterable of ``{'image': uint8 [B, S, S, 3]}``, the state of which is in ``stream``.
 
     Raises:
-      ValueError: fewer records than one batch; while iterating, too many bad records.
+      UserError: fewer records than one batch; while iterating, too many bad records.
     """
+    crop = crop or Crop(image_size)
+    read = CheckedReader(source, max_bad_share, bad_log)
+    places = stream.shuffled([len(source)], seed) if train else grain.MapDataset.range(len(source))
 
-    def resized(record):
-        return {**record, "image": resize(record["image"], image_size)}
+    def image(key):
+        for attempt in range(len(source) if train else 1):
+            cut = lambda record: {"image": crop(record, seed, key)}  # noqa: E731
+            made = read((key + attempt) % len(source), cut)
+            if made is not None:
+                return made
+        return None
 
-    # Resized inside the check, so that an array of the wrong kind is a bad record as well.
-    read = CheckedReader(grain.MapDataset.source(source).map(resized), max_bad_share)
+    def make(local):
+        options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=4 * batch_size)
+        elements = local.map(image).to_iter_dataset(options)
+        if num_workers:
+            elements = elements.mp_prefetch(grain.MultiprocessingOptions(num_workers))
+        return elements.batch(batch_size, drop_remainder=True)
 
-    def image(index):
-        record = read(index % len(source))
-        return None if record is None else {"image": record["image"]}
-
-    options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=4 * batch_size)
-    stream = _indices(len(source), batch_size, seed, train).map(image)
-    return stream.to_iter_dataset(options).batch(batch_size, drop_remainder=True)
-
-
-def _uniforms(seed: int, keys: np.ndarray) -> np.ndarray:
-    """Two numbers in [0, 1) for every key: float64 [2, B], by SplitMix64 of (seed, key).
-
-    A counter-based generator for whole batches: numpy's own would be seeded record by record, which
-    costs more than everything else in the chain.
-    """
-    gamma = np.uint64(0x9E3779B97F4A7C15)
-    start = np.uint64(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0])
-    z = start + gamma * (2 * keys.astype(np.uint64) + np.arange(1, 3, dtype=np.uint64)[:, None])
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    z = z ^ (z >> np.uint64(31))
-    return (z >> np.uint64(11)) * 2.0**-53
+    return stream.Batches(places, make, len(source), batch_size, process_index, process_count)
 
 
 def code_dataset(
-    codes: np.ndarray,
-    text_ids: Sequence[np.ndarray],
+    sources: CodesSource | Sequence[CodesSource],
     batch_size: int,
     seed: int,
     null_text_rate: float,
     train: bool,
-) -> grain.IterDataset:
-    """Batches of cached codes with the ids of one caption each, for the denoiser.
+    *,
+    weights: Sequence[float] | None = None,
+    captions: str = "first",
+    with_ids: bool = False,
+    process_index: int | None = None,
+    process_count: int | None = None,
+) -> stream.Batches:
+    """Batches of cached codes with what they are conditioned on, for the denoiser.
 
-    In training, which caption a record has, and whether it is emptied, is a function of (seed,
-    record, epoch) alone. In evaluation it is the first caption, never emptied.
+    In training, which crop and caption of a record is taken, and whether the caption (or label) is
+    emptied, is a function of (seed, record, epoch) alone. In evaluation the crop is the first, and
+    nothing is emptied.
 
     Args:
-      codes: integers [R, N], one row a record; kept in memory as they are.
-      text_ids: R arrays, int32 [number of captions >= 1, L].
+      sources: caches of one autoencoder; several are mixed.
       batch_size: B, records in a batch of this process.
       seed: of shuffling and choices, 0 to 2**32 - 1.
-      null_text_rate: probability of the empty caption in training, 0 to 1.
-      train: endless and shuffled; else once, in order, without the last incomplete batch.
+      null_text_rate: probability of the empty caption or label in training, 0 to 1.
+      train: endless and shuffled; else one cache once, in order, without the last incomplete batch.
+      weights: shares of several sets; None is by their numbers of records.
+      captions: of evaluation: 'first', or 'all', which gives a record once with each caption.
+      with_ids: add ``id`` int64 [B], the number of the record in its data set, ``set``, ``crop``
+        and ``caption``, int64 [B].
+      process_index, process_count: None asks JAX.
 
     Returns:
-      An iterable of `{'codes': int32 [B, N], 'text_ids': int32 [B, L]}`; see `image_dataset` for
-      its state.
+      An iterable of dicts, the state of which is in ``stream``: ``codes`` int32 [B, N], and of sets
+      with captions ``text_ids`` int32 [B, L] and, where they are cached, ``text_features`` float16
+      [B, L, D]; of sets with labels ``label`` int32 [B], where the number of classes is the empty
+      label; of sets with neither nothing else.
 
     Raises:
-      ValueError: lengths that differ, a record without captions, a rate outside 0..1, or fewer
-        records than one batch.
+      UserError: caches that do not fit together, impossible weights, or fewer records than one
+        batch.
+      ValueError: a rate outside 0..1, several caches in evaluation, or other captions.
     """
-    if len(codes) != len(text_ids):
-        raise ValueError(f"{len(codes)} rows of codes but captions of {len(text_ids)} records")
+    sources = [sources] if isinstance(sources, CodesSource) else list(sources)
     if not 0 <= null_text_rate <= 1:
         raise ValueError(f"null_text_rate is {null_text_rate}; it must lie in 0..1")
-    counts = np.array([len(ids) for ids in text_ids])
-    if not counts.all():
-        raise ValueError(f"record {int(counts.argmin())} has no caption; leave it out of the codes")
-    all_ids = np.concatenate(text_ids).astype(np.int32)
-    first = np.concatenate([[0], np.cumsum(counts)[:-1]])
-    empty = np.full(all_ids.shape[1], PAD_ID, np.int32)
-    empty[:2] = START_ID, END_ID
+    if captions not in ("first", "all"):
+        raise ValueError(f"captions is {captions!r}; it must be 'first' or 'all'")
+    for other in sources[1:]:
+        sources[0].require_same_layout(other)
+    if train:
+        places = stream.shuffled([len(source) for source in sources], seed, weights)
+        choose = _TrainingChoice(sources, seed, null_text_rate)
+        count = sum(map(len, sources))
+    else:
+        if len(sources) > 1:
+            raise ValueError("several caches are evaluated one after the other")
+        choose = _EvaluationChoice(sources[0], captions)
+        count = choose.count
+        places = grain.MapDataset.range(count)
 
-    def gather(indices):
-        rows = indices % len(codes)
-        ids = all_ids[first[rows]]
-        if train:
-            caption, null = _uniforms(seed, indices)
-            ids = all_ids[first[rows] + (caption * counts[rows]).astype(np.int64)]
-            ids[null < null_text_rate] = empty
-        return {"codes": codes[rows].astype(np.int32), "text_ids": ids}
+    def gather(elements):
+        return _gather(sources, choose(elements), with_ids)
 
-    stream = _indices(len(codes), batch_size, seed, train)
-    # Batches of indices, then one gather a batch: the work for a record is a few index operations.
-    batches = stream.batch(batch_size, drop_remainder=True, batch_fn=np.array).map(gather)
-    # One thread is faster than several for data in memory, and leaves the others to the step.
-    return batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=8))
+    def make(local):
+        # Batches of elements, then one gather a batch: a read of many records is a fast one.
+        batches = local.batch(batch_size, drop_remainder=True, batch_fn=np.array).map(gather)
+        return batches.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=8))
+
+    return stream.Batches(places, make, count, batch_size, process_index, process_count)
+
+
+class _Choice(NamedTuple):
+    """What a batch takes: arrays [B].
+
+    Attributes:
+      sets, rows: which record.
+      crop, caption: numbers in [0, 1) that choose among what the record has.
+      null: whether the caption or label is emptied.
+    """
+
+    sets: np.ndarray
+    rows: np.ndarray
+    crop: np.ndarray
+    caption: np.ndarray
+    null: np.ndarray
+
+
+class _TrainingChoice:
+    """Elements of ``stream.shuffled`` -> choices that are functions of (seed, set, key)."""
+
+    def __init__(self, sources, seed, null_text_rate):
+        self._sources, self._seed, self._null_text_rate = sources, seed, null_text_rate
+
+    def __call__(self, elements: np.ndarray) -> _Choice:
+        sets, keys = stream.split_keys(elements, len(self._sources))
+        rows, numbers = np.empty_like(keys), np.empty((3, len(keys)))
+        for s, source in enumerate(self._sources):
+            mine = sets == s
+            rows[mine] = keys[mine] % len(source)
+            numbers[:2, mine] = stream.uniforms((self._seed, s) if s else self._seed, keys[mine])
+            numbers[2, mine] = stream.uniforms((self._seed, s, VIEW_STREAM), keys[mine], 1)
+        return _Choice(sets, rows, numbers[2], numbers[0], numbers[1] < self._null_text_rate)
+
+
+class _EvaluationChoice:
+    """Places -> the first crop, with the first caption or each in turn."""
+
+    def __init__(self, source, captions):
+        self._counts = None
+        if captions == "all" and source.context_length:
+            self._counts = source.caption_counts()
+            self._starts = np.cumsum(self._counts) - self._counts
+        self.count = len(source) if self._counts is None else int(self._counts.sum())
+
+    def __call__(self, elements: np.ndarray) -> _Choice:
+        rows, caption = elements, np.zeros(len(elements))
+        if self._counts is not None:
+            rows = np.searchsorted(self._starts, elements, side="right") - 1
+            # Into the middle of the caption's share of [0, 1), so that rounding cannot miss it.
+            caption = (elements - self._starts[rows] + 0.5) / self._counts[rows]
+        zeros = np.zeros(len(elements))
+        return _Choice(np.zeros_like(elements), rows, zeros, caption, zeros.astype(bool))
+
+
+def _gather(sources: list[CodesSource], choice: _Choice, with_ids: bool) -> dict[str, np.ndarray]:
+    layout, size = sources[0], len(choice.rows)
+    batch = {"codes": np.empty((size, layout.num_tokens), np.int32)}
+    if layout.context_length:
+        batch["text_ids"] = np.empty((size, layout.context_length), np.int32)
+    if layout.feature_width:
+        shape = (size, layout.context_length, layout.feature_width)
+        batch["text_features"] = np.empty(shape, np.float16)
+    if layout.num_classes:
+        batch["label"] = np.empty(size, np.int32)
+    ids = np.empty((4, size), np.int64)
+    for s, source in enumerate(sources):
+        (mine,) = np.nonzero(choice.sets == s)
+        for i, record in zip(mine, source.read(choice.rows[mine]), strict=True):
+            crop = int(choice.crop[i] * len(record.codes))
+            caption = int(choice.caption[i] * len(record.text_ids))
+            batch["codes"][i] = record.codes[crop]
+            if layout.context_length:
+                batch["text_ids"][i] = record.text_ids[caption]
+            if layout.feature_width:
+                batch["text_features"][i] = record.text_features[caption]
+            if layout.num_classes:
+                batch["label"][i] = record.label
+            ids[:, i] = record.id, s, crop, caption
+    _empty(batch, choice.null, layout)
+    if with_ids:
+        batch |= zip(("id", "set", "crop", "caption"), ids, strict=True)
+    return batch
+
+
+def _empty(batch: dict[str, np.ndarray], null: np.ndarray, layout: CodesSource) -> None:
+    """Replaces the conditions of the rows ``null``, bool [B], by those of no condition."""
+    if layout.context_length:
+        batch["text_ids"][null] = PAD_ID
+        batch["text_ids"][null, :2] = START_ID, END_ID
+    if layout.feature_width:
+        batch["text_features"][null] = layout.null_features
+    if layout.num_classes:
+        batch["label"][null] = layout.num_classes

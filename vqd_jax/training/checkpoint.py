@@ -50,7 +50,8 @@ class Checkpoints:
                 step,
                 args=ocp.args.Composite(
                     state=ocp.args.StandardSave(state),
-                    data=grain.checkpoint.CheckpointSave(iterator),
+                    # A place that all processes share, so that their number may change.
+                    data=ocp.args.JsonSave(iterator.get_state()),
                     config=ocp.args.JsonSave(config),
                 ),
             )
@@ -88,9 +89,10 @@ class Checkpoints:
                     step,
                     args=ocp.args.Composite(
                         state=ocp.args.StandardRestore(abstract_state),
-                        data=grain.checkpoint.CheckpointRestore(iterator),
+                        data=ocp.args.JsonRestore(),
                     ),
                 )
+                iterator.set_state(restored.data)
             except Exception as error:  # Orbax and TensorStore raise many kinds.
                 failures.append((step, error))
                 _warn_damaged(self.directory / str(step), error)

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from vqd_jax import config as config_lib
 from vqd_jax import pictures
-from vqd_jax.data import pipeline
+from vqd_jax.data import images, pipeline
 from vqd_jax.errors import UserError
 from vqd_jax.interop import folder
 from vqd_jax.models import autoencoder
@@ -76,7 +76,7 @@ def prepare(config: ConfigDict, workdir: str, builder) -> Any:
 def _train(config: ConfigDict, directory: str, builder) -> Any:
     sizes, options = config_lib.autoencoder_config(config), config_lib.autoencoder_options(config)
     dataset = pipeline.image_dataset(
-        pipeline.records(builder, "train"),
+        pipeline.records(builder, "train", decode=False),
         sizes.image_size,
         config.autoencoder.batch_size,
         config.seed,
@@ -117,14 +117,14 @@ def _report(state, sizes, builder, directory: str) -> None:
         for r in map(read, range(min(64, builder.info.splits["validation"].num_examples)))
         if r is not None
     ]
-    images = np.stack([pipeline.resize(r["image"], sizes.image_size) for r in records])
+    crops = np.stack([images.center_crop(r["image"], sizes.image_size) for r in records])
     evaluate = jax.jit(functools.partial(training.eval_reconstruction, config=sizes))
-    result = evaluate(state.params, state.codebook.codebook, images)
+    result = evaluate(state.params, state.codebook.codebook, crops)
     psnr, used = float(result["psnr"].mean()), int(result["codes_used"])
     path = f"{directory}/reconstructions.png"
     logging.info(
         "autoencoder: %.2f dB PSNR on %d validation pictures, which use %d of %d codes; see %s",
-        psnr, len(images), used, sizes.num_codes, path,
+        psnr, len(crops), used, sizes.num_codes, path,
     )  # fmt: skip
-    shown = images[:8], np.asarray(result["images"])[:8]
+    shown = crops[:8], np.asarray(result["images"])[:8]
     pictures.save(path, pictures.grid(np.stack(shown), ["pictures", "from their codes"]))

@@ -13,18 +13,15 @@ from ml_collections import ConfigDict
 
 from vqd_jax import config as config_lib
 from vqd_jax import pictures
-from vqd_jax.data import builders, codes, pipeline
-from vqd_jax.data.text import ClipTokenizer
+from vqd_jax.data import builders, pipeline
 from vqd_jax.diffusion import objective
 from vqd_jax.errors import UserError
 from vqd_jax.evaluation.likelihood import caption_likelihood
-from vqd_jax.interop import folder
-from vqd_jax.models import autoencoder, text_to_image
+from vqd_jax.models import text_to_image
 from vqd_jax.pipeline import VQDiffusion
-from vqd_jax.training import loop, sharding, stage_one
+from vqd_jax.training import cache, loop, sharding, stage_one
 from vqd_jax.training import state as state_lib
 
-ENCODE_BATCH = 32
 # Divides the 176 validation pictures of emoji_text.
 LIKELIHOOD_BATCH = 44
 
@@ -80,46 +77,19 @@ def train(config: ConfigDict, workdir: str) -> None:
     with claim_workdir(config, workdir):
         builder = builders.load(config.data.name, config.data.dir)
         autoencoder_params = stage_one.prepare(config, workdir, builder)
-        encode = jax.jit(functools.partial(_encode, config=config_lib.autoencoder_config(config)))
         splits = {
-            split: _cached_codes(config, workdir, builder, split, autoencoder_params, encode)
+            split: cache.open_or_make(config, workdir, builder, split, autoencoder_params)
             for split in ("train", "validation")
         }
         _train(config, workdir, splits, autoencoder_params)
 
 
-def _encode(params, images, *, config):
-    return autoencoder.bind(config, params).codes(autoencoder.from_pixels(images))
-
-
-def _cached_codes(config, workdir, builder, split, params, encode) -> codes.CachedSplit:
-    return codes.cached_split(
-        f"{workdir}/codes/{split}.npz",
-        {
-            "data": builder.info.full_name,
-            "split": split,
-            "autoencoder": codes.fingerprint(folder.flatten(params)),
-        },
-        pipeline.records(builder, split),
-        functools.partial(encode, params),
-        image_size=config.data.image_size,
-        batch_size=ENCODE_BATCH,
-        max_bad_share=config.data.max_bad_share,
-    )
-
-
 def _train(config, workdir, splits, autoencoder_params) -> None:
     c = config.training
-    tokenizer = ClipTokenizer(config.text_encoder.context_length)
     dataset = pipeline.code_dataset(
-        splits["train"].codes,
-        [tokenizer.encode_batch(captions) for captions in splits["train"].captions],
-        c.batch_size,
-        config.seed,
-        c.null_text_rate,
-        train=True,
+        splits["train"], c.batch_size, config.seed, c.null_text_rate, train=True
     )
-    evaluation = Evaluation(config, workdir, splits, tokenizer, autoencoder_params)
+    evaluation = Evaluation(config, workdir, splits, autoencoder_params)
 
     def evaluate(step, state, writer):
         if step == c.num_steps:
@@ -148,16 +118,19 @@ def _train(config, workdir, splits, autoencoder_params) -> None:
 class Evaluation:
     """Likelihoods and pictures of the averaged parameters; compiles each function once."""
 
-    def __init__(self, config, workdir, splits, tokenizer, autoencoder_params):
+    def __init__(self, config, workdir, splits, autoencoder_params):
         self._config = config
         self._workdir = workdir
         self._pipeline = VQDiffusion(config, None, autoencoder_params)
         self._sets = {}
         for split, cached in splits.items():
-            count = min(config.evaluation.num_images, len(cached.codes))
-            rows = np.sort(np.random.default_rng(0).permutation(len(cached.codes))[:count])
-            ids = tokenizer.encode_batch([cached.captions[row][0] for row in rows])
-            self._sets[split] = cached.codes[rows].astype(np.int32), ids
+            count = min(config.evaluation.num_images, len(cached))
+            rows = np.sort(np.random.default_rng(0).permutation(len(cached))[:count])
+            records = cached.read(rows)
+            self._sets[split] = (
+                np.stack([record.codes[0] for record in records]).astype(np.int32),
+                np.stack([record.text_ids[0] for record in records]).astype(np.int32),
+            )
         model_config = config_lib.model_config(config)
         schedule = config_lib.noise_schedule(config)
 

@@ -1,0 +1,152 @@
+import json
+
+import numpy as np
+import pytest
+
+from vqd_jax.data import codes, encode
+from vqd_jax.errors import UserError
+
+
+def snapshot(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def ids(folder):
+    return [record.id for record in codes.open_split(str(folder))]
+
+
+def test_every_good_record_once_in_order(make_cache, tmp_path):
+    make_cache(tmp_path, 40, bad=(3, 20, 39))
+    assert ids(tmp_path) == [i for i in range(40) if i not in (3, 20, 39)]
+    lines = (tmp_path / encode.BAD_LOG).read_text().splitlines()
+    assert sorted(json.loads(line)["record"] for line in lines) == [3, 20, 39]
+    manifest = codes.read_json(tmp_path / codes.MANIFEST)
+    assert (manifest["records"], manifest["bad_records"]) == (37, 3)
+
+
+def test_the_manifest_tells_of_codebook_and_quality(make_cache, tmp_path):
+    make_cache(tmp_path, 40)
+    manifest = codes.read_json(tmp_path / codes.MANIFEST)
+    # Forty codes, equally often; every picture comes back as it was.
+    assert manifest["codes_used"] == 40
+    assert manifest["perplexity"] == pytest.approx(40)
+    assert manifest["psnr"] > 100
+    assert manifest["psnr_images"] == 3 * 4
+    assert manifest["captions"] == sum(1 + r % 3 for r in range(40))
+    remap = np.load(tmp_path / encode.REMAP)
+    assert remap.tolist() == [*range(1, 41)] + [0] * 216
+
+
+def test_remap_numbers_used_codes_from_one():
+    used = np.array([True, False, True, True, False])
+    assert encode.build_remap(used).tolist() == [1, 0, 2, 3, 0]
+
+
+def test_psnr_is_that_of_the_pixels(make_cache, tmp_path):
+    # A gradient comes back as its first pixel: known squared error.
+    ramp = np.zeros((8, 8, 3), np.uint8)
+    ramp[:] = np.arange(8, dtype=np.uint8)[:, None, None] * 10
+    make_cache(tmp_path, 4, source=[{"image": ramp, "captions": ["a"]}] * 4)
+    wanted = 10 * np.log10(255**2 / np.mean((np.arange(8) * 10.0) ** 2))
+    assert codes.read_json(tmp_path / codes.MANIFEST)["psnr"] == pytest.approx(wanted)
+
+
+def test_running_again_changes_nothing(make_cache, tmp_path):
+    before = snapshot(make_cache(tmp_path, 40))
+    make_cache(tmp_path, 40)
+    assert snapshot(tmp_path) == before
+
+
+class StopsAt:
+    """A list of records that breaks off when record ``at`` is read."""
+
+    def __init__(self, records, at):
+        self._records, self._at = records, at
+
+    def __len__(self):
+        return len(self._records)
+
+    def __getitem__(self, index):
+        if index == self._at:
+            raise KeyboardInterrupt
+        return self._records[index]
+
+
+@pytest.mark.parametrize("at", [0, 15, 16, 39])
+def test_an_interrupted_encoding_goes_on_with_the_first_missing_shard(make_cache, tmp_path, at):
+    whole = snapshot(make_cache(tmp_path / "whole", 40, source=pictures(40)))
+    with pytest.raises(KeyboardInterrupt):
+        make_cache(tmp_path / "parts", 40, source=StopsAt(pictures(40), at))
+    left = snapshot(tmp_path / "parts")
+    assert len([name for name in left if name.endswith("array_record")]) == at // 16
+    assert codes.MANIFEST not in left
+    with pytest.raises(UserError, match="is not finished|no cached codes"):
+        codes.open_split(str(tmp_path / "parts"))
+    make_cache(tmp_path / "parts", 40, source=pictures(40))
+    assert snapshot(tmp_path / "parts") == whole
+
+
+def pictures(count):
+    return [
+        {"image": np.full((8, 8, 3), r, np.uint8), "captions": [f"number {r}"]}
+        for r in range(count)
+    ]
+
+
+@pytest.mark.parametrize("name", ["codes-00001-of-00003.array_record", "codes-00001-of-00003.json"])
+@pytest.mark.parametrize("kept", [None, 0, 100])
+def test_only_a_damaged_shard_is_made_anew(make_cache, tmp_path, name, kept):
+    whole = snapshot(make_cache(tmp_path, 40))
+    times = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    if kept is None:
+        (tmp_path / name).unlink()
+    else:
+        (tmp_path / name).write_bytes(whole[name][:kept])
+    make_cache(tmp_path, 40)
+    assert snapshot(tmp_path) == whole
+    kept_shards = [f"codes-0000{s}-of-00003.array_record" for s in (0, 2)]
+    for shard in kept_shards:
+        assert (tmp_path / shard).stat().st_mtime_ns == times[shard]
+
+
+@pytest.mark.parametrize("count", [2, 5])
+def test_processes_share_the_shards(make_cache, tmp_path, count):
+    whole = snapshot(make_cache(tmp_path / "one", 70))
+    for index in range(count):
+        make_cache(tmp_path / "many", 70, process_index=index, process_count=count)
+        finished = (tmp_path / "many" / codes.MANIFEST).exists()
+        assert finished == (index == count - 1)
+    assert snapshot(tmp_path / "many") == whole
+
+
+def test_codes_of_another_origin_are_refused_and_kept(make_cache, tmp_path):
+    before = snapshot(make_cache(tmp_path, 20))
+    with pytest.raises(UserError, match="by another autoencoder .autoencoder is first, not second"):
+        make_cache(tmp_path, 20, autoencoder="second")
+    with pytest.raises(UserError, match="from something else .*num_crops is 1, not 2"):
+        make_cache(tmp_path, 20, num_crops=2)
+    assert snapshot(tmp_path) == before
+
+
+def test_too_many_bad_records_stop_before_a_manifest(make_cache, tmp_path):
+    with pytest.raises(UserError, match="2 of 40 records are bad"):
+        make_cache(tmp_path, 40, bad=(3, 9), max_bad_share=0.03)
+    assert not (tmp_path / codes.MANIFEST).exists()
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_bad_records_of_finished_shards_count_after_an_interruption(make_cache, tmp_path):
+    with pytest.raises(UserError, match="3 of 40 records are bad"):
+        make_cache(tmp_path, 40, bad=(3, 20, 36), max_bad_share=0.05)
+    with pytest.raises(UserError, match="3 of 40 records are bad"):
+        make_cache(tmp_path, 40, bad=(3, 20, 36), max_bad_share=0.05)
+
+
+def test_a_label_outside_the_classes_is_a_bad_record(make_cache, tmp_path):
+    make_cache(tmp_path, 20, content=encode.Content(num_classes=4))
+    assert ids(tmp_path) == [r for r in range(20) if r % 5 != 4]
+
+
+def test_nothing_good_is_an_error(make_cache, tmp_path):
+    with pytest.raises(UserError, match="nothing could be encoded"):
+        make_cache(tmp_path, 4, bad=range(4), max_bad_share=1.0)

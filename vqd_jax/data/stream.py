@@ -1,0 +1,218 @@
+"""The order of the records, the same on any number of processes, and a place in it.
+
+Letters: B batch (of this process), P processes.
+
+Every epoch is shuffled anew, the epochs follow each other without a gap, and several sets are mixed
+by weight. The places of this endless order are numbered; batch b of process p has the places
+``(b P + p) B ... (b P + p + 1) B - 1``, so that a step sees the same records, in the same order, on
+any number of processes. What a checkpoint keeps is one number: records consumed by all processes.
+"""
+
+import collections
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+
+from vqd_jax.errors import UserError
+
+
+def uniforms(seed: int | Sequence[int], keys: np.ndarray, count: int = 2) -> np.ndarray:
+    """Numbers in [0, 1) that are a function of (seed, key): SplitMix64.
+
+    A counter-based generator for whole batches: numpy's own would be seeded record by record, which
+    costs more than everything else in the chain.
+
+    Args:
+      seed: non-negative; another sequence of integers is another stream.
+      keys: non-negative integers [B].
+      count: numbers of each key.
+
+    Returns:
+      float64 [count, B].
+    """
+    gamma = np.uint64(0x9E3779B97F4A7C15)
+    start = np.uint64(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0])
+    steps = np.arange(1, count + 1, dtype=np.uint64)[:, None]
+    z = start + gamma * (np.uint64(count) * keys.astype(np.uint64) + steps)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    z = z ^ (z >> np.uint64(31))
+    return (z >> np.uint64(11)) * 2.0**-53
+
+
+def shuffled(
+    counts: Sequence[int], seed: int, weights: Sequence[float] | None = None
+) -> grain.MapDataset:
+    """The endless order of training: an element for every place.
+
+    Args:
+      counts: records of each set.
+      seed: 0 to 2**32 - 1.
+      weights: positive shares of the sets; None is by their numbers of records.
+
+    Returns:
+      Integers ``key * len(counts) + set`` with ``key = epoch * count + record``, which
+      ``split_keys`` takes apart.
+
+    Raises:
+      UserError: weights that are not one positive number a set, or an empty set.
+    """
+    weights = list(counts if weights is None else weights)
+    if len(weights) != len(counts) or not all(0 < w < np.inf for w in weights):
+        raise UserError(f"weights are {weights}; give one positive number to each data set")
+    if min(counts) < 1:
+        raise UserError(f"the data sets have {list(counts)} records; an empty one cannot be mixed")
+    parts = [_epochs(count, s, len(counts), seed) for s, count in enumerate(counts)]
+    return parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, weights)
+
+
+def _epochs(count: int, index: int, num_sets: int, seed: int) -> grain.MapDataset:
+    # Grain shuffles epoch e by seed + e, so sets need seeds that are far apart.
+    own_seed = int(np.random.SeedSequence((seed, index)).generate_state(1)[0]) if index else seed
+    # The index, unlike the element, goes on counting in later epochs.
+    element = lambda place, _: place * num_sets + index  # noqa: E731
+    return grain.MapDataset.range(count).map_with_index(element).seed(own_seed).shuffle().repeat()
+
+
+def split_keys(elements: np.ndarray, num_sets: int) -> tuple[np.ndarray, np.ndarray]:
+    """Elements of ``shuffled`` -> (sets [B], keys [B])."""
+    keys, sets = np.divmod(elements, num_sets)
+    return sets, keys
+
+
+class Batches(grain.IterDataset):
+    """Batches of an order of places, resumable at the exact record on any number of processes.
+
+    Args:
+      places: random-access elements, one a place.
+      make: elements of one process -> its batches, B elements each, in order.
+      num_records: different records in the order.
+      batch_size: B.
+      process_index, process_count: p and P; None asks JAX.
+
+    Raises:
+      UserError: fewer records than one batch of all processes.
+    """
+
+    def __init__(
+        self,
+        places: grain.MapDataset,
+        make: Callable[[grain.MapDataset], grain.IterDataset],
+        num_records: int,
+        batch_size: int,
+        process_index: int | None = None,
+        process_count: int | None = None,
+    ):
+        super().__init__()
+        self.batch_size = batch_size
+        self.process_index = jax.process_index() if process_index is None else process_index
+        self.process_count = jax.process_count() if process_count is None else process_count
+        self._places = places
+        self._make = make
+        if num_records < self.global_batch_size:
+            raise UserError(
+                f"{num_records} records are too few for one batch of {batch_size} on each of "
+                f"{self.process_count} processes; lower the batch size"
+            )
+
+    @property
+    def global_batch_size(self) -> int:
+        """Records that a step of all processes consumes."""
+        return self.batch_size * self.process_count
+
+    def __iter__(self) -> "BatchIterator":
+        return BatchIterator(self)
+
+    def iterate_from(self, place: int) -> grain.DatasetIterator:
+        """The batches of this process, the first global one of which begins at ``place``."""
+        size, stride = self.batch_size, self.global_batch_size
+        first = place + self.process_index * size
+        # All processes have the same number of batches, or the last step would hang.
+        count = (len(self._places) - place) // stride * size
+        places = self._places
+        local = grain.MapDataset.range(count).map(
+            lambda i: places[first + i // size * stride + i % size]
+        )
+        return iter(self._make(local))
+
+
+class BatchIterator(grain.DatasetIterator):
+    """Iterator of ``Batches``; its state is ``{'records': consumed by all processes}``."""
+
+    def __init__(self, batches: Batches):
+        super().__init__()
+        self._batches = batches
+        self.set_state({"records": 0})
+
+    def __next__(self) -> Any:
+        if self._inner is None:
+            self._inner = self._batches.iterate_from(self._records)
+        batch = next(self._inner)
+        self._records += self._batches.global_batch_size
+        return batch
+
+    def get_state(self) -> dict[str, int]:
+        """The place of the next batch."""
+        return {"records": self._records}
+
+    def set_state(self, state: dict[str, int]) -> None:
+        """Goes to the place that ``get_state`` gave, on this or any other number of processes."""
+        self._records = int(state["records"])
+        self._inner = None
+
+
+class OnDevice(grain.IterDataset):
+    """Batches that are on the devices before they are asked for.
+
+    Args:
+      batches: of host arrays [B, ...], as a nested dict.
+      sharding: of the global arrays [P B, ...]; their rows are those of process 0, then 1, ...
+      ahead: batches that are being transferred while one is used.
+    """
+
+    def __init__(self, batches: grain.IterDataset, sharding: jax.sharding.Sharding, ahead: int = 2):
+        super().__init__()
+        self._batches, self._sharding, self._ahead = batches, sharding, ahead
+
+    def __iter__(self) -> "OnDeviceIterator":
+        return OnDeviceIterator(iter(self._batches), self._sharding, self._ahead)
+
+
+class OnDeviceIterator(grain.DatasetIterator):
+    """Iterator of ``OnDevice``; its state counts what was handed out, not what was fetched."""
+
+    def __init__(self, inner: grain.DatasetIterator, sharding: jax.sharding.Sharding, ahead: int):
+        super().__init__()
+        self._inner, self._sharding, self._ahead = inner, sharding, ahead
+        self._waiting = collections.deque()
+        self._state = inner.get_state()
+
+    def __next__(self) -> Any:
+        while len(self._waiting) <= self._ahead and self._fetch():
+            pass
+        if not self._waiting:
+            raise StopIteration
+        batch, self._state = self._waiting.popleft()
+        return batch
+
+    def _fetch(self) -> bool:
+        batch = next(self._inner, None)
+        if batch is None:
+            return False
+        # The transfer goes on after the call returns.
+        put = lambda x: jax.make_array_from_process_local_data(self._sharding, x)  # noqa: E731
+        self._waiting.append((jax.tree.map(put, batch), self._inner.get_state()))
+        return True
+
+    def get_state(self) -> dict[str, Any]:
+        """The place of the next batch."""
+        return self._state
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Goes to a place; what was on its way is dropped."""
+        self._inner.set_state(state)
+        self._waiting.clear()
+        self._state = state

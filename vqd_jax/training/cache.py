@@ -1,0 +1,146 @@
+"""The cached codes of a run: made in its workdir, or taken from where the config says."""
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import tensorflow_datasets as tfds
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+from vqd_jax import config as config_lib
+from vqd_jax.data import codes, encode, pipeline
+from vqd_jax.data.text import ClipTokenizer
+from vqd_jax.interop import folder
+from vqd_jax.models import autoencoder
+from vqd_jax.models.autoencoder import AutoencoderConfig
+
+TRAIN = "train"
+# Images on each device in one call of the autoencoder.
+BATCH_PER_DEVICE = 32
+
+
+class Codec:
+    """An autoencoder on all devices of this process, each with its part of the images.
+
+    Args:
+      sizes: of the autoencoder.
+      params: its parameters.
+      devices: None is all of this process.
+    """
+
+    def __init__(
+        self, sizes: AutoencoderConfig, params: Any, devices: Sequence[jax.Device] | None = None
+    ):
+        devices = jax.local_devices() if devices is None else devices
+        mesh = jax.make_mesh((len(devices),), ("data",), (AxisType.Auto,), devices=devices)
+        self.num_codes, self.num_tokens = sizes.num_codes, sizes.num_tokens
+        self.batch_size = BATCH_PER_DEVICE * len(devices)
+        self._rows = NamedSharding(mesh, PartitionSpec("data"))
+        self._num_devices = len(devices)
+        self._params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
+        self._encode = jax.jit(functools.partial(_encode, config=sizes))
+        self._decode = jax.jit(functools.partial(_decode, config=sizes))
+
+    def encode(self, images: np.ndarray) -> jax.Array:
+        """uint8 [B, S, S, 3] -> int32 [B, N]; returns before it is computed."""
+        return self._call(self._encode, images)
+
+    def decode(self, tokens: jax.Array) -> jax.Array:
+        """int32 [B, N] -> uint8 [B, S, S, 3]; returns before it is computed."""
+        return self._call(self._decode, tokens)
+
+    def _call(self, function, rows):
+        missing = -len(rows) % self._num_devices
+        padded = np.concatenate([rows, rows[:1].repeat(missing, 0)]) if missing else rows
+        made = function(self._params, jax.device_put(padded, self._rows))
+        return made[: len(rows)] if missing else made
+
+
+def _encode(params, images, *, config):
+    return autoencoder.bind(config, params).codes(autoencoder.from_pixels(images))
+
+
+def _decode(params, tokens, *, config):
+    return autoencoder.to_pixels(autoencoder.bind(config, params).decode(tokens))
+
+
+def crop(config: ConfigDict, split: str) -> pipeline.Crop:
+    """From the images of a split to what the autoencoder sees."""
+    size = config.data.image_size
+    if split != TRAIN:
+        return pipeline.Crop(size)
+    # Fields that a config of an older run lacks.
+    return pipeline.Crop(
+        size, random=config.data.get("random_crop", False), flip=config.data.get("flip", False)
+    )
+
+
+def num_crops(config: ConfigDict, split: str) -> int:
+    """Crops of an image that are cached."""
+    return config.data.get("num_crops", 1) if split == TRAIN else 1
+
+
+def content(config: ConfigDict) -> encode.Content:
+    """What the denoiser's condition needs beside the codes."""
+    if config.denoiser.condition == "text":
+        return encode.Content(tokenizer=ClipTokenizer(config.text_encoder.context_length))
+    if config.denoiser.condition == "class":
+        return encode.Content(num_classes=config.denoiser.num_classes)
+    return encode.Content()
+
+
+def make(
+    config: ConfigDict, directory: str, builder: tfds.core.DatasetBuilder, split: str, params: Any
+) -> dict[str, Any] | None:
+    """Encodes what is missing of ``directory/split``; see ``encode.encode_split``."""
+    codec = Codec(config_lib.autoencoder_config(config), params)
+    return encode.encode_split(
+        str(Path(directory) / split),
+        pipeline.records(builder, split, decode=False),
+        codec,
+        {"data": builder.info.full_name, "split": split, "autoencoder": _fingerprint(params)},
+        crop=crop(config, split),
+        num_crops=num_crops(config, split),
+        seed=config.seed,
+        content=content(config),
+        batch_size=codec.batch_size,
+        max_bad_share=config.data.max_bad_share,
+    )
+
+
+def open_or_make(
+    config: ConfigDict, workdir: str, builder: tfds.core.DatasetBuilder, split: str, params: Any
+) -> codes.CodesSource:
+    """The cached codes of a split: in ``config.data.codes``, or made in ``workdir/codes``.
+
+    Args:
+      config: the resolved config.
+      workdir: of the run.
+      builder: the prepared data set.
+      split: its name.
+      params: of the autoencoder.
+
+    Raises:
+      UserError: codes that another autoencoder or other settings made, or damaged ones.
+    """
+    given = config.data.get("codes", "")
+    directory = given or str(Path(workdir) / "codes")
+    if not given:
+        make(config, directory, builder, split, params)
+    made_with = content(config)
+    wanted = {
+        "split": split,
+        "autoencoder": _fingerprint(params),
+        "image_size": config.data.image_size,
+        "num_classes": made_with.num_classes,
+        "context_length": made_with.tokenizer.context_length if made_with.tokenizer else 0,
+    }
+    return codes.open_split(str(Path(directory) / split), wanted)
+
+
+def _fingerprint(params: Any) -> str:
+    return codes.fingerprint(folder.flatten(params))
