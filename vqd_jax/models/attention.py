@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from vqd_jax.models import placement
+
 # What a layer keeps for the backward pass, by the name used in configs.
 REMAT_POLICIES = {
     "none": None,
@@ -101,17 +103,21 @@ def scan_layers(
 
     def body(x, layer):
         layer_params, extra = layer
-        return nnx.merge(graphdef, layer_params)(x, extra), None
+        return placement.rows(nnx.merge(graphdef, layer_params)(x, extra)), None
 
     if remat != "none":
         body = jax.checkpoint(body, policy=REMAT_POLICIES[remat], prevent_cse=False)
-    return jax.lax.scan(body, x, (params, extras), unroll=unroll)[0]
+    return jax.lax.scan(body, placement.rows(x), (params, extras), unroll=unroll)[0]
 
 
 def map_layers(layers: nnx.Module, method: Callable):
     """``method(layer)`` for every layer at once; results get a leading layer axis."""
     graphdef, params = nnx.split(layers)
-    return jax.vmap(lambda layer_params: method(nnx.merge(graphdef, layer_params)))(params)
+
+    def of_layer(layer_params):
+        return jax.tree.map(placement.rows, method(nnx.merge(graphdef, layer_params)))
+
+    return jax.vmap(of_layer)(params)
 
 
 def float_dtype(name: str) -> jnp.dtype:

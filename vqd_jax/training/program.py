@@ -19,8 +19,12 @@ _CALLED = re.compile(
     r"\b(?:body|condition|calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)"
 )
 _BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
-_TRIPS = re.compile(r'known_trip_count"?:\s*\{"?n"?:\s*"?(\d+)')
-_GROUPS = re.compile(r"replica_groups=(?:\{\{([\d,]*)\}|\[(\d+),(\d+)\])")
+_WHILE = re.compile(r"\bwhile\(.*condition=%?([\w.\-]+)")
+_LIMIT = re.compile(r"= s32\[\]\S* constant\((\d+)\)")
+_GROUPS = re.compile(r"replica_groups=(?:\{\{([\d,]*)\}|\[\d+,(\d+)\])")
+# Groups as axes of a mesh: the sizes of all axes, then the names of those that are exchanged over.
+_MESH_GROUPS = re.compile(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}")
+_CHANNEL = re.compile(r"\bchannel_id=(\d+)")
 
 
 class Memory(NamedTuple):
@@ -65,13 +69,20 @@ def collectives(hlo: str) -> list[Collective]:
     """The exchanges of a compiled program, ``compiled.as_text()``; loops count their turns."""
     bodies, entry = _computations(hlo)
     times = _times(bodies, entry)
-    found = []
+    found = {}
     for name, lines in bodies.items():
-        for line in lines:
+        for number, line in enumerate(lines):
             match = _COLLECTIVE.match(line)
             if match and times[name]:
-                found.append(_collective(line, *match.groups(), times[name]))
-    return [c for c in found if c.group > 1 or c.kind == "collective-permute"]
+                # An exchange that runs beside computations is written once for each of them, with
+                # one channel.
+                channel = _CHANNEL.search(line)
+                key = channel.group(1) if channel else (name, number)
+                result, kind, start = match.groups()
+                # The TPU compiler keeps a fused reduce-scatter as a computation of this name.
+                scattered = kind == "all-reduce" and name.startswith("all-reduce-scatter")
+                found[key] = _collective(line, result, kind, start, times[name], scattered)
+    return [c for c in found.values() if c.group > 1 or c.kind == "collective-permute"]
 
 
 def by_kind(found: Iterable[Collective]) -> dict[str, tuple[int, int]]:
@@ -86,18 +97,13 @@ def by_kind(found: Iterable[Collective]) -> dict[str, tuple[int, int]]:
 def gathered_activations(
     found: Iterable[Collective], parameter_shapes: Iterable[tuple[int, ...]]
 ) -> list[Collective]:
-    """All-gathers whose result is neither a parameter nor one layer of one, in any order of axes.
+    """All-gathers whose result has not the size of a parameter, or of one layer or part of it.
 
-    Arrays of less than 2^16 elements, such as labels and scalars of a batch, do not count.
+    Arrays of less than 2^16 elements, such as the labels of a batch, do not count.
     """
-    axes = lambda shape: tuple(sorted(n for n in shape if n > 1))  # noqa: E731
-    known = {axes(part) for shape in parameter_shapes for part in (shape, shape[1:])}
-    return [
-        c
-        for c in found
-        if c.kind == "all-gather"
-        and any(axes(s) not in known and math.prod(s) >= 2**16 for s in c.shapes)
-    ]
+    sizes = {math.prod(part) for shape in parameter_shapes for part in (shape, shape[1:])}
+    gathered = lambda s: math.prod(s) >= 2**16 and math.prod(s) not in sizes  # noqa: E731
+    return [c for c in found if c.kind == "all-gather" and any(map(gathered, c.shapes))]
 
 
 def _computations(hlo: str) -> tuple[dict[str, list[str]], str]:
@@ -113,8 +119,12 @@ def _computations(hlo: str) -> tuple[dict[str, list[str]], str]:
     return bodies, entry
 
 
-def _called(line: str) -> Iterator[tuple[str, int]]:
-    turns = int(match.group(1)) if (match := _TRIPS.search(line)) else 1
+def _called(line: str, bodies: dict[str, list[str]]) -> Iterator[tuple[str, int]]:
+    turns = 1
+    if loop := _WHILE.search(line):
+        # Loops over layers, chunks and steps count from 0 to a constant in their condition.
+        limits = _LIMIT.findall("\n".join(bodies.get(loop.group(1), ())))
+        turns = max(map(int, limits), default=1)
     for name in _CALLED.findall(line):
         yield name, turns
     for names in _BRANCHES.findall(line):
@@ -129,27 +139,37 @@ def _times(bodies: dict[str, list[str]], entry: str) -> collections.Counter:
     def visit(name, count):
         times[name] += count
         for line in bodies.get(name, ()):
-            for callee, turns in _called(line):
+            for callee, turns in _called(line, bodies):
                 visit(callee, count * turns)
 
     visit(entry, 1)
     return times
 
 
-def _collective(line, result, kind, start, times) -> Collective:
+def _group(line: str) -> int:
+    """How many devices take part in one exchange."""
+    if match := _MESH_GROUPS.search(line):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", match.group(1)))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", match.group(2)))
+    if match := _GROUPS.search(line):
+        listed, width = match.groups()
+        return int(width) if width else len(listed.split(","))
+    return 1
+
+
+def _collective(line, result, kind, start, times, scattered) -> Collective:
     arrays = [(dtype, tuple(map(int, filter(None, dims.split(","))))) for dtype, dims in
               _SHAPE.findall(result)]  # fmt: skip
     if start and kind != "all-reduce":
-        # (operands, results, contexts): the operands of an exchange in the background come first.
-        operands = len(_SHAPE.findall(line[line.index(f"{kind}-start(") :].split(")")[0]))
-        arrays = [a for a in arrays[operands or len(arrays) // 2 :] if a[1]] or arrays[-1:]
-    groups = _GROUPS.search(line)
-    group = 1
-    if groups:
-        listed, _, width = groups.groups()
-        group = int(width) if width else len(listed.split(","))
+        # (operands, results, contexts): the first half of the arrays are operands.
+        arrays = [array for array in arrays if array[1]]
+        arrays = arrays[len(arrays) // 2 :]
+    group = _group(line)
     size = sum(_BYTES[dtype] * math.prod(shape) for dtype, shape in arrays)
     share = (group - 1) / group
+    if scattered:
+        return Collective("reduce-scatter", tuple(s for _, s in arrays), group, times,
+                          int(size * share) * times)  # fmt: skip
     moved = {
         "all-gather": size * share,
         "all-reduce": 2 * size * share,

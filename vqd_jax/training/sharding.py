@@ -8,6 +8,7 @@ the same program runs on one device.
 Letters: B batch.
 """
 
+import contextlib
 import math
 import re
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from vqd_jax.errors import UserError
+from vqd_jax.models import placement
 
 AXES = ("data", "fsdp", "tensor")
 # The axes that the rows of a batch are spread over.
@@ -38,6 +40,9 @@ RULES = (
     (r"\.linear\.kernel$", PartitionSpec("fsdp", None)),
     # The number of codes (2887) has no useful divisor.
     (r"\.to_logits\.kernel$", PartitionSpec("fsdp", None)),
+    # A table that is looked up a row of the batch must be whole: what is read off a table divided by
+    # width is divided by width, and the layer after it would exchange rows instead of its kernel.
+    (r"\.norm_\w+\.embedding\.embedding$", PartitionSpec()),
     (r"embedding$", PartitionSpec("fsdp")),
 )
 
@@ -71,9 +76,14 @@ def mesh_shape(config: ConfigDict, num_devices: int) -> tuple[int, int, int]:
     return tuple(num_devices // known if size == -1 else size for size in sizes)
 
 
+def num_row_shards(mesh: Mesh) -> int:
+    """Into how many parts the rows of a batch are divided."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
 def require_divisible(batch_size: int, mesh: Mesh, accumulation: int = 1) -> None:
     """Raises ``UserError`` unless every device gets the same number of rows of every batch."""
-    shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    shards = num_row_shards(mesh)
     if batch_size % (shards * accumulation):
         parts = f"{mesh.shape['data']} x {mesh.shape['fsdp']} devices of data and fsdp"
         if accumulation > 1:
@@ -99,6 +109,19 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def batch_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:
     """Rows spread over ``data`` and ``fsdp``; ``leading`` axes come before that of the rows."""
     return NamedSharding(mesh, PartitionSpec(*[None] * leading, BATCH_AXES))
+
+
+def rows_apart(mesh: Mesh) -> contextlib.AbstractContextManager:
+    """A context to trace a model in: its activations [B, ...] are divided by rows alone.
+
+    What has too few rows for all devices (as the times of a sampler) is left to the partitioner.
+    """
+    placed, shards = batch_sharding(mesh), num_row_shards(mesh)
+
+    def place(x):
+        return x if x.shape[0] % shards else jax.lax.with_sharding_constraint(x, placed)
+
+    return placement.rows_placed_by(place)
 
 
 def shardings(abstract: Any, mesh: Mesh, rules: Sequence[tuple[str, PartitionSpec]] = RULES) -> Any:
@@ -183,8 +206,7 @@ def put_rows(tree: Any, mesh: Mesh) -> Any:
     """
 
     def put(x):
-        shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
-        placed = replicated(mesh) if x.shape[0] % shards else batch_sharding(mesh)
+        placed = replicated(mesh) if x.shape[0] % num_row_shards(mesh) else batch_sharding(mesh)
         return jax.make_array_from_callback(x.shape, placed, lambda index: x[index])
 
     return jax.tree.map(put, tree)

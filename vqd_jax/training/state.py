@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from vqd_jax import config as config_lib
 from vqd_jax.diffusion import objective
-from vqd_jax.models import text_to_image
+from vqd_jax.models import placement, text_to_image
 from vqd_jax.training import optimizer, sharding
 
 # What a batch calls the condition of the denoiser, by config.denoiser.condition.
@@ -133,7 +133,7 @@ def _gradients(params, statistics, key, batch, config):
         model = text_to_image.bind(model_config, params)
         return objective.variational_bound(
             key,
-            lambda tokens, time: model.log_x0(tokens, time, condition),
+            lambda tokens, time: placement.rows(model.log_x0(tokens, time, condition)),
             batch["codes"],
             config_lib.noise_schedule(config),
             statistics,
@@ -177,7 +177,11 @@ def jit_train_step(config: ConfigDict, mesh: Mesh) -> Callable:
     an axis before their rows, and so have the metrics.
     """
     placed = jax.tree.map(lambda x: x.sharding, abstract_state(config, mesh))
-    step = functools.partial(train_step, config=config)
+
+    def step(state, batch):
+        with sharding.rows_apart(mesh):
+            return train_step(state, batch, config=config)
+
     several = config.training.steps_per_call > 1
     return jax.jit(
         (lambda state, batches: jax.lax.scan(step, state, batches)) if several else step,
