@@ -121,3 +121,16 @@ def test_code_usage():
     perplexity, used = quantizer.code_usage(jnp.arange(8), 8)
     np.testing.assert_allclose(perplexity, 8.0, rtol=1e-6)
     assert float(used) == 8.0
+
+
+def test_gumbel_codes_are_the_most_likely_or_drawn():
+    logits = jnp.log(jnp.array([[0.7, 0.2, 0.1], [0.05, 0.05, 0.9]]))
+    np.testing.assert_array_equal(quantizer.draw_codes(logits), [0, 2])
+    draws = quantizer.draw_codes(
+        jnp.broadcast_to(logits[:, None], (2, 20_000, 3)), jax.random.key(0)
+    )
+    share = np.stack([np.bincount(row, minlength=3) / row.size for row in np.asarray(draws)])
+    # Four standard deviations of a share of 20,000 draws.
+    np.testing.assert_allclose(share, np.exp(logits), atol=0.014)
+    again = quantizer.draw_codes(logits, jax.random.key(0))
+    np.testing.assert_array_equal(again, quantizer.draw_codes(logits, jax.random.key(0)))
