@@ -160,7 +160,7 @@ def test_tables_write_what_they_read(taming_names):
 
 @pytest.fixture(scope="module")
 def diffusers():
-    folder = GOLDEN / "diffusers_vqvae"
+    folder = GOLDEN / "diffusers_pipeline" / "vqvae"
     found = tensors.read_safetensors(folder / "diffusion_pytorch_model.safetensors")
     return found, json.loads((folder / "config.json").read_text())
 
@@ -175,7 +175,7 @@ def test_diffusers(diffusers, old_names):
     config, params, used = taming.read_diffusers(found, described, "vqvae", grid_size=4)
     assert used == set(found)
     assert (config.norm_groups, config.attention_resolutions) == (8, (4,))
-    check(config, params, np.load(GOLDEN / "diffusers_vqvae" / "numbers.npz"), in_range_255=False)
+    check(config, params, np.load(GOLDEN / "diffusers_pipeline.npz"), in_range_255=False)
     written = tables.write(taming.diffusers_rows(config, old_names=old_names), params)
     assert set(written) == set(found)
     for name, array in written.items():

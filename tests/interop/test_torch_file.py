@@ -1,5 +1,6 @@
 """Files of PyTorch without PyTorch: real ones, every type, and every way to be bad."""
 
+import pickle
 import sys
 import zipfile
 from pathlib import Path
@@ -132,6 +133,27 @@ def test_a_name_that_may_only_be_mentioned_cannot_be_called(tmp_path):
     write(tmp_path / "bad.pth", Call(callback, "x"))
     with pytest.raises(UserError, match="bad.pth is damaged"):
         torch_file.load(tmp_path / "bad.pth")
+
+
+@pytest.mark.parametrize(
+    "module, name, state",
+    [
+        ("torch", "FloatStorage", {"dtype": 1}),
+        ("torch", "FloatStorage", (3, "<", None, None, None, -1, -1, 0)),
+        ("torch._utils", "_rebuild_tensor_v2", {"ours": 1}),
+        ("torch._utils", "_rebuild_tensor_v2", (None, {"ours": 1, "__defaults__": (1,)})),
+        ("__torch__", "Module", (None, {"__setstate__": 1})),
+    ],
+)
+def test_a_pickle_cannot_change_what_the_next_one_meets(tmp_path, module, name, state):
+    stream = b"\x80\x02c" + f"{module}\n{name}\n".encode()
+    stream += pickle.dumps(state, 2)[2:-1] + pickle.BUILD + pickle.STOP
+    with zipfile.ZipFile(tmp_path / "bad.pth", "w") as archive:
+        archive.writestr("archive/data.pkl", stream)
+    with pytest.raises(UserError, match="bad.pth is damaged"):
+        torch_file.load(tmp_path / "bad.pth")
+    mapping = torch_file.load(GOLDEN / "class_model_mapping.pt")
+    assert np.asarray(mapping).shape == (37,)
 
 
 @pytest.mark.parametrize("member", ["/etc/x", "../x", "archive/../../x", "archive\\..\\x"])

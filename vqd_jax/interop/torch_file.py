@@ -11,6 +11,7 @@ dictionaries of tensors, and its code is never looked at.
 import collections
 import pickle
 import zipfile
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -56,6 +57,7 @@ def load(path: str | Path) -> Any:
     try:
         with source.open() as stream, zipfile.ZipFile(stream) as archive:
             loaded = _Unpickler(_Archive(source, archive)).load()
+            return _state_dict(loaded) if isinstance(loaded, _ScriptModule) else loaded
     except zipfile.BadZipFile as error:
         raise UserError(
             f"{path} is not a PyTorch file, or is cut short: {error}. Files of the format before "
@@ -66,7 +68,6 @@ def load(path: str | Path) -> Any:
     # A damaged pickle may raise nearly anything: names and values go to the wrong places.
     except Exception as error:
         raise UserError(f"{path} is damaged: {error!r}") from error
-    return _state_dict(loaded) if isinstance(loaded, _ScriptModule) else loaded
 
 
 class _Archive:
@@ -183,7 +184,22 @@ def _as_list(values):
     return list(values)
 
 
-_KNOWN = {
+class _StorageType(NamedTuple):
+    """Stands for a class like ``torch.FloatStorage``."""
+
+    dtype: np.dtype
+
+
+class _Function(NamedTuple):
+    """Stands for a function of theirs; unlike ours, a pickle cannot set its attributes."""
+
+    ours: Callable
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self.ours(*arguments)
+
+
+_FUNCTIONS = {
     "collections.OrderedDict": collections.OrderedDict,
     "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
     "torch._utils._rebuild_parameter": _rebuild_parameter,
@@ -197,7 +213,10 @@ _KNOWN = {
     "numpy.core.multiarray.scalar": _scalar,
     "numpy._core.multiarray.scalar": _scalar,
     "_codecs.encode": _encode,
-    **{f"torch.{name}": np.dtype(kind) for name, kind in _STORAGES.items()},
+}
+_KNOWN = {
+    **{name: _Function(function) for name, function in _FUNCTIONS.items()},
+    **{f"torch.{name}": _StorageType(np.dtype(kind)) for name, kind in _STORAGES.items()},
     **{name: name for name in _NAMES_ONLY},
 }
 
@@ -208,22 +227,24 @@ class _Unpickler(pickle.Unpickler):
     def __init__(self, archive: _Archive):
         super().__init__(archive.open_pickle())
         self._archive = archive
+        # A class of this file alone: a pickle may set attributes of classes.
+        self._script_module = type("ScriptModule", (_ScriptModule,), {})
 
     def find_class(self, module: str, name: str) -> Any:
         known = _KNOWN.get(f"{module}.{name}")
         if known is not None:
             return known
         if module == "__torch__" or module.startswith("__torch__."):
-            return _ScriptModule
+            return self._script_module
         raise UserError(
             f"{self._archive.source.path} asks for {module}.{name}, which could run code; only "
             "files of plain tensors are read. If the file is yours, save its state dict instead."
         )
 
     def persistent_load(self, pid: Any) -> _Storage:
-        kind, dtype, key, _location, size = pid
-        if kind != "storage" or not isinstance(dtype, np.dtype) or size < 0:
+        kind, storage_type, key, _location, size = pid
+        if kind != "storage" or not isinstance(storage_type, _StorageType) or size < 0:
             raise ValueError(f"unknown storage {pid!r}")
-        archive = self._archive
+        archive, dtype = self._archive, storage_type.dtype
         offset = archive.storage(str(key), size * dtype.itemsize)
         return _Storage(archive.source, offset, dtype, size, archive.swapped)
