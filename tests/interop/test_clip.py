@@ -135,6 +135,17 @@ def test_the_text_tower_in_a_published_checkpoint(weights):
     np.testing.assert_allclose(features[1:2], numbers["clip_features_half"], atol=2e-3)
 
 
+def test_the_text_encoder_of_a_diffusers_pipeline():
+    folder, numbers = GOLDEN / "diffusers_pipeline", np.load(GOLDEN / "diffusers_pipeline.npz")
+    found = clip.open_weights(folder / "text_encoder")
+    heads = json.loads((folder / "text_encoder" / "config.json").read_text())["num_attention_heads"]
+    config, params, used = clip.read_text_encoder(found, "text_encoder", num_heads=heads)
+    assert used == set(found)
+    model = TextEncoder(config, rngs=nnx.Rngs(0))
+    nnx.update(model, params)
+    np.testing.assert_allclose(model(numbers["text_ids"]), numbers["text_embeds"], atol=5e-6)
+
+
 def test_tables_write_what_they_read(huggingface, openai):
     for source, rows in (
         (tables.under(huggingface, "text_model."), clip.HUGGINGFACE_TEXT),
