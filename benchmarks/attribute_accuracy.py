@@ -54,7 +54,7 @@ def main(argv):
     real = np.stack([resize(shapes_text.render(scene, size), size) for scene in scenes])
     made = model.generate(prompts, seed=_SEED.value, guidance_scale=_GUIDANCE.value, batch_size=40)
     columns = {
-        "generated": scores(made.images[:, 0], scenes),
+        "generated": scores(made.pixels[:, 0], scenes),
         "reconstructed": scores(model.reconstruct(real), scenes),
         "drawn": scores(real, scenes),
     }

@@ -29,8 +29,10 @@ def made(model):
 
 
 def test_shapes_and_ranges(made):
-    assert made.images.shape == (3, 2, 16, 16, 3)
-    assert made.images.dtype == np.uint8
+    assert made.pixels.shape == (3, 2, 16, 16, 3)
+    assert made.pixels.dtype == np.uint8
+    assert len(made.images) == 6
+    np.testing.assert_array_equal(np.asarray(made.images[3]), made.pixels[1, 1])
     assert made.codes.shape == (3, 2, 16)
     assert made.codes.min() >= 0
     assert made.codes.max() < 32

@@ -20,6 +20,8 @@ from vqd_jax.models.text_to_image import TextToImageConfig
 from vqd_jax.training.autoencoder import AutoencoderOptions
 
 VOCAB_SIZE = 49408
+# What ``config.json`` of a model folder says of itself, beside the fields below.
+MODEL_KIND = "vqd_jax"
 DATA_SETS = ("emoji_text", "shapes_text", "shapes_text/64px")
 SCHEDULES = {"released": schedule.released, "paper": schedule.paper}
 
@@ -45,6 +47,8 @@ def default_config() -> ConfigDict:
     config.autoencoder.latent_channels = 64
     config.autoencoder.codebook_dim = 8
     config.autoencoder.num_codes = 512  # K
+    config.autoencoder.codebook_size = 0  # where codes are remapped to fewer ids, K; 0 is K
+    config.autoencoder.quantizer = "nearest"  # or 'gumbel', of converted ones only
     config.autoencoder.norm_groups = 8
     config.autoencoder.num_steps = 1000
     config.autoencoder.batch_size = 8
@@ -118,6 +122,7 @@ def default_config() -> ConfigDict:
     config.sampling.prompts = ("red heart", "grinning face", "a black cat", "")
     config.sampling.images_per_prompt = 4
     config.sampling.num_steps = 0  # network calls; 0 is T
+    config.sampling.rule = "ordinary"  # what a step does; pipeline.RULES
     config.sampling.guidance_scale = 3.0
     config.sampling.truncation = 0.9  # 1 keeps every code
     return config
@@ -174,6 +179,7 @@ def load(path: str) -> ConfigDict:
     try:
         with open(path, encoding="utf-8") as file:
             stored = json.load(file)
+        stored.pop("kind", None)
         for key, value in _flatten_dict(stored).items():
             known = flatten(config)
             if key not in known:
@@ -230,6 +236,8 @@ def autoencoder_config(config: ConfigDict) -> AutoencoderConfig:
         latent_channels=c.latent_channels,
         codebook_dim=c.codebook_dim,
         num_codes=c.num_codes,
+        codebook_size=c.codebook_size or None,
+        quantizer=c.quantizer,
         norm_groups=c.norm_groups,
     )
 

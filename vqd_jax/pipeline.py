@@ -1,12 +1,13 @@
-"""From a sentence to pictures: tokenizer, text encoder, sampler, denoiser, autoencoder.
+"""From a sentence, a class or nothing to pictures, and back: tokenizer, text encoder, sampler,
+denoiser, autoencoder in one object.
 
-Letters: P prompts, J images a prompt, B batch, N image tokens, L text tokens, S image side,
-F sampling steps.
+Letters: P prompts, J images a prompt, B batch, N image tokens, L text tokens, D text width,
+K codes, S image side, F sampling steps.
 """
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,26 +15,43 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
+from PIL import Image
 
 from vqd_jax import config as config_lib
+from vqd_jax.data import images as image_lib
 from vqd_jax.data.text import ClipTokenizer
-from vqd_jax.diffusion import sampler
+from vqd_jax.diffusion import rules, sampler
 from vqd_jax.errors import UserError
+from vqd_jax.interop import folder
 from vqd_jax.models import autoencoder, text_to_image
 from vqd_jax.training import checkpoint, stage_one
 from vqd_jax.training.state import create_state
+
+Picture = Image.Image | np.ndarray
+
+# What a step of the sampler does, by the name that configs and the command line use.
+RULES: dict[str, Callable[[tuple[int, int]], Callable]] = {
+    "ordinary": lambda grid: rules.Ancestral(),
+    "high_quality": lambda grid: rules.HighQuality(),
+    "purity": lambda grid: rules.Purity(1.0),
+    "confidence": lambda grid: rules.Confidence(),
+    "halton": rules.Halton,
+    "remask": lambda grid: rules.Remask(),
+}
 
 
 class Generation(NamedTuple):
     """What ``VQDiffusion.generate`` returns.
 
     Attributes:
-      images: uint8 [P, J, S, S, 3].
+      images: P times J pictures, the J of the first prompt first.
+      pixels: the same as uint8 [P, J, S, S, 3].
       codes: int32 [P, J, N].
       trajectory: int32 [F, P, J, N], tokens after every step (K is the mask token), or None.
     """
 
-    images: np.ndarray
+    images: list[Image.Image]
+    pixels: np.ndarray
     codes: np.ndarray
     trajectory: np.ndarray | None
 
@@ -45,23 +63,32 @@ class VQDiffusion:
       config: the config it was trained with.
       params: of ``text_to_image``, usually the averaged ones.
       autoencoder_params: of ``models.autoencoder``, codebook included.
+      tokenizer: of prompts; None is CLIP's.
     """
 
-    def __init__(self, config: ConfigDict, params: Any, autoencoder_params: Any):
+    def __init__(
+        self,
+        config: ConfigDict,
+        params: Any,
+        autoencoder_params: Any,
+        tokenizer: ClipTokenizer | None = None,
+    ):
         self.config = config
-        self.tokenizer = ClipTokenizer(config.text_encoder.context_length)
+        self.tokenizer = tokenizer or ClipTokenizer(config.text_encoder.context_length)
         self._params = params
         self._autoencoder_params = autoencoder_params
+        sizes = config_lib.model_config(config)
+        self._sizes = sizes
         self._sample = jax.jit(
             functools.partial(
-                _sample,
-                model_config=config_lib.model_config(config),
-                schedule=config_lib.noise_schedule(config),
+                _sample, model_config=sizes, schedule=config_lib.noise_schedule(config)
             )
         )
-        sizes = config_lib.autoencoder_config(config)
-        self._encode = jax.jit(functools.partial(_encode, config=sizes))
-        self._decode = jax.jit(functools.partial(_decode, config=sizes))
+        self._encode_text = jax.jit(functools.partial(_encode_text, config=sizes))
+        self._log_x0 = jax.jit(functools.partial(_log_x0, config=sizes))
+        codec = config_lib.autoencoder_config(config)
+        self._encode = jax.jit(functools.partial(_encode, config=codec))
+        self._decode = jax.jit(functools.partial(_decode, config=codec))
 
     @classmethod
     def from_workdir(cls, workdir: str) -> "VQDiffusion":
@@ -81,6 +108,68 @@ class VQDiffusion:
         _, state = checkpoint.load(str(path / "checkpoints"), abstract)
         return cls(config, state.ema_params, autoencoder_params)
 
+    @classmethod
+    def from_pretrained(cls, directory: str) -> "VQDiffusion":
+        """The model in a folder that ``save_pretrained`` or ``--mode=convert`` wrote.
+
+        A workdir of a training run will do as well.
+
+        Raises:
+          UserError: there is no model, or it is damaged or of another kind.
+        """
+        path = Path(directory)
+        if (path / "checkpoints").is_dir():
+            return cls.from_workdir(directory)
+        if (path / "model_index.json").exists():
+            raise UserError(
+                f"{path} is a folder of diffusers; convert it first: "
+                f"--mode=convert --source={path} --target=DIR"
+            )
+        kind = folder.load_config(path).get("kind")
+        if kind != config_lib.MODEL_KIND:
+            raise UserError(
+                f"{path} holds {f'a model of kind {kind!r}' if kind else 'no text-to-image model'}"
+                "; pictures need a whole one: denoiser and autoencoder"
+            )
+        config = config_lib.load(str(path / "config.json"))
+        abstract = jax.eval_shape(functools.partial(_init, config))
+        params = jax.tree.map(jnp.asarray, folder.load_params(path, abstract))
+        codec = params.pop("autoencoder")
+        tokenizer = None
+        if (path / "tokenizer").is_dir():
+            length = config.text_encoder.context_length
+            tokenizer = ClipTokenizer.from_folder(path / "tokenizer", length)
+        return cls(config, params, codec, tokenizer)
+
+    def save_pretrained(
+        self, directory: str, *, format: str = "vqd_jax", dtype: str = "float32"
+    ) -> None:
+        """Writes the model; the target appears complete or not at all.
+
+        Args:
+          directory: the target; a file where ``format`` is "published".
+          format: "vqd_jax", a folder for ``from_pretrained``; "diffusers", a folder for
+            ``diffusers.VQDiffusionPipeline``; or "published", a .pth file in the layout of the
+            released checkpoints.
+          dtype: in which a vqd_jax folder stores floats, "float32" or "bfloat16".
+
+        Raises:
+          UserError: the format has no place for this kind of model.
+          OSError: it cannot be written.
+        """
+        params = {**self._params, "autoencoder": self._autoencoder_params}
+        params = jax.tree.map(np.asarray, params)
+        if format == "vqd_jax":
+            described = {"kind": config_lib.MODEL_KIND, **self.config.to_dict()}
+            files = self.tokenizer.files("tokenizer")
+            folder.save(directory, described, params, dtype=dtype, files=files)
+            return
+        from vqd_jax.interop import diffusers, published
+
+        writers = {"diffusers": diffusers.write, "published": published.write}
+        _require(format in writers, f"format={format!r}: vqd_jax, {' or '.join(writers)}")
+        writers[format](directory, self.config, params, self.tokenizer)
+
     def with_params(self, params: Any) -> "VQDiffusion":
         """The same model with other parameters; compiled functions are shared."""
         other = object.__new__(VQDiffusion)
@@ -89,92 +178,296 @@ class VQDiffusion:
 
     def generate(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[str] | Sequence[int] | None = None,
         *,
         num_images: int = 1,
         seed: int = 0,
         num_steps: int | None = None,
         guidance_scale: float | None = None,
         truncation: float | None = None,
+        rule: str | Callable | None = None,
         trajectory: bool = False,
         batch_size: int = 16,
     ) -> Generation:
         """Pictures of every prompt; image j of prompt i depends on (seed, i, j) and the prompt.
 
         Args:
-          prompts: P texts; an empty one is unconditional. Too long ones are cut with a warning.
+          prompts: P texts, an empty one is unconditional and too long ones are cut with a warning;
+            or P class labels of a class-conditional model, as numbers or texts, where an empty text
+            is no class; or None for an unconditional model.
           num_images: J.
           seed: 0..2**32-1.
           num_steps: network calls, 1..T, or 0 for T; None takes the config's.
           guidance_scale: 1 is no guidance; None takes the config's.
           truncation: share of probability that is kept, 1 is all; None takes the config's.
+          rule: what a step does: a name in ``RULES`` or a callable of ``diffusion.rules``; None
+            takes the config's.
           trajectory: return the tokens after every step too.
           batch_size: images in one call of the network.
         """
+        return self._generate(
+            prompts,
+            {},
+            num_images=num_images,
+            seed=seed,
+            num_steps=num_steps,
+            guidance_scale=guidance_scale,
+            truncation=truncation,
+            rule=rule,
+            trajectory=trajectory,
+            batch_size=batch_size,
+        )
+
+    def inpaint(
+        self, image: Picture, mask: Picture, prompt: str | int | None = None, **options: Any
+    ) -> Generation:
+        """Pictures whose masked part is made anew; the codes of the rest never change.
+
+        Args:
+          image: picture or uint8 [H, W, 3]; cut to a square and resized as in evaluation.
+          mask: of the same height and width: above half its range (or True) where to paint. A code
+            is made anew if any of its pixels is.
+          prompt: text, label or None, as ``generate`` takes them; P is 1.
+          **options: of ``generate``.
+        """
+        codes = self.encode_images(self._square(image)[None])[0]
+        tokens = np.where(self._token_mask(image, mask), self._num_codes, codes).astype(np.int32)
+        _require((tokens == self._num_codes).any(), "the mask is empty: nothing is to be painted")
+        return self._generate(None if prompt is None else [prompt], {"known": tokens}, **options)
+
+    def edit(
+        self,
+        image: Picture,
+        prompt: str | int | None = None,
+        *,
+        strength: float = 0.5,
+        **options: Any,
+    ) -> Generation:
+        """Pictures that begin from a given one, noised: image to image.
+
+        Args:
+          image: picture or uint8 [H, W, 3]; cut to a square and resized as in evaluation.
+          prompt: text, label or None, as ``generate`` takes them; P is 1.
+          strength: share of the noise, above 0 and up to 1, where nothing of ``image`` is left.
+          **options: of ``generate``.
+        """
+        _require(0 < strength <= 1, f"strength={strength}: must lie above 0 and up to 1")
+        codes = self.encode_images(self._square(image)[None])[0]
+        start = {"initial": codes, "strength": jnp.float32(strength)}
+        return self._generate(None if prompt is None else [prompt], start, **options)
+
+    def encode_text(self, texts: Sequence[str]) -> jax.Array:
+        """Features float32 [B, L, D] of B texts; of the empty one the learned null, if any."""
+        _require(self._kind == "text", f"a model with condition {self._kind!r} reads no text")
+        return self._encode_text(self._params, self._text_ids(texts))
+
+    def encode_images(self, images: np.ndarray, batch_size: int = 32) -> np.ndarray:
+        """Codes int32 [B, N] of pictures uint8 [B, H, W, 3]; the largest code of a Gumbel codec.
+
+        Pictures of another size than S are cut to a square and resized.
+        """
+        images = np.stack([self._square(image) for image in images])
+        run = functools.partial(self._encode, self._autoencoder_params)
+        return _in_batches(run, images, batch_size)
+
+    def decode_codes(self, codes: np.ndarray, batch_size: int = 32) -> np.ndarray:
+        """Pictures uint8 [B, S, S, 3] of codes int32 [B, N] in 0..K-1."""
+        codes = np.asarray(codes)
+        if codes.size and (codes.min() < 0 or codes.max() >= self._num_codes):
+            raise UserError(
+                f"codes lie in {codes.min()}..{codes.max()}; the model knows "
+                f"0..{self._num_codes - 1}"
+            )
+        return _in_batches(
+            functools.partial(self._decode, self._autoencoder_params), codes, batch_size
+        )
+
+    def reconstruct(self, images: np.ndarray, batch_size: int = 32) -> np.ndarray:
+        """Pictures through their codes and back: uint8 [B, H, W, 3] -> uint8 [B, S, S, 3]."""
+        return self.decode_codes(self.encode_images(images, batch_size), batch_size)
+
+    def predict_log_x0(
+        self, codes: np.ndarray, condition: np.ndarray | None, time: np.ndarray
+    ) -> jax.Array:
+        """log p0 of the network, float32 [B, N, K], normalised.
+
+        Args:
+          codes: int32 [B, N] in 0..K, where K is the mask token.
+          condition: text features [B, L, D] (``encode_text``), labels int32 [B], or None.
+          time: int32 [B] in 1..T.
+        """
+        return self._log_x0(self._params, jnp.asarray(codes), condition, jnp.asarray(time))
+
+    @property
+    def _kind(self) -> str:
+        return self.config.denoiser.condition
+
+    @property
+    def _num_codes(self) -> int:
+        return self._sizes.denoiser.num_codes
+
+    def _settings(
+        self, num_steps=None, guidance_scale=None, truncation=None, rule=None, trajectory=False
+    ):
         defaults = self.config.sampling
         scale = defaults.guidance_scale if guidance_scale is None else guidance_scale
+        if self._kind == "none":
+            _require(
+                guidance_scale in (None, 1), "an unconditional model has nothing to be guided to"
+            )
+            scale = 1
         rate = defaults.truncation if truncation is None else truncation
         steps = defaults.num_steps if num_steps is None else num_steps
+        rule = defaults.rule if rule is None else rule
         total = self.config.diffusion.num_steps
-        _require(len(prompts) > 0, "generate needs at least one prompt")
-        _require(num_images >= 1, f"num_images={num_images}: must be at least 1")
-        _require(0 <= seed < 2**32, f"seed={seed}: must lie in 0..2**32-1")
         _require(0 <= steps <= total, f"num_steps={steps}: must lie in 0..{total}; 0 is {total}")
         _require(0 <= scale < math.inf, f"guidance_scale={scale}: must be finite, at least 0")
         _require(rate > 0, f"truncation={rate}: must be positive")
-        settings = sampler.Settings(
+        _require(
+            callable(rule) or rule in RULES, f"rule={rule!r}: must be one of {', '.join(RULES)}"
+        )
+        return sampler.Settings(
             num_steps=steps,
+            rule=rule if callable(rule) else RULES[rule](self._sizes.denoiser.grid),
             guidance=None if scale == 1 else jnp.float32(scale),
             truncation=None if rate >= 1 else jnp.float32(rate),
             trajectory=trajectory,
         )
-        ids = self.tokenizer.encode_batch(list(prompts)).repeat(num_images, axis=0)
-        null_ids = self.tokenizer.encode_batch([""])
-        pairs = [(i, j) for i in range(len(prompts)) for j in range(num_images)]
+
+    def _generate(
+        self, prompts, start, *, num_images=1, seed=0, batch_size=16, **options
+    ) -> Generation:
+        """``start``: settings of what to begin from; codes int32 [N] are for every image."""
+        settings = self._settings(**options)
+        _require(num_images >= 1, f"num_images={num_images}: must be at least 1")
+        _require(0 <= seed < 2**32, f"seed={seed}: must lie in 0..2**32-1")
+        conditions, null = self._conditions(prompts)
+        pairs = [(i, j) for i in range(len(conditions)) for j in range(num_images)]
+        conditions = conditions.repeat(num_images, axis=0)
         keys = _image_keys(seed, np.array(pairs, np.uint32))
 
         # Batches of about equal size: 20 images are two tens, not sixteen and four.
         batch_size = math.ceil(len(pairs) / math.ceil(len(pairs) / batch_size))
-        images, codes, tokens = [], [], []
-        for start in range(0, len(pairs), batch_size):
+        of_all = lambda x: jnp.tile(x, (batch_size, 1)) if x.ndim else x  # noqa: E731
+        settings = settings.replace(**jax.tree.map(of_all, start))
+        codes, tokens = [], []
+        for first in range(0, len(pairs), batch_size):
             # The last batch overlaps the one before, so that there is one shape.
-            rows = slice(min(start, len(pairs) - batch_size), None)
-            new = start - rows.start
+            rows = slice(min(first, len(pairs) - batch_size), None)
+            new = first - rows.start
             take = slice(rows.start, rows.start + batch_size)
-            sample = self._sample(self._params, keys[take], ids[take], null_ids, settings)
-            images.append(np.asarray(self.decode(sample.codes))[new:])
+            sample = self._sample(self._params, keys[take], conditions[take], null, settings)
             codes.append(np.asarray(sample.codes)[new:])
-            if trajectory:
+            if settings.trajectory:
                 tokens.append(np.asarray(sample.trajectory)[:, new:])
-        shape = (len(prompts), num_images)
-        unflatten = lambda x: x.reshape(*shape, *x.shape[1:])  # noqa: E731
-        if trajectory:
-            tokens = np.concatenate(tokens, axis=1)
-            tokens = tokens.reshape(tokens.shape[0], *shape, tokens.shape[-1])
+        codes = np.concatenate(codes)
+        pixels = self.decode_codes(codes, batch_size)
+        shape = (len(pairs) // num_images, num_images)
+        trajectory = None
+        if settings.trajectory:
+            trajectory = np.concatenate(tokens, axis=1)
+            trajectory = trajectory.reshape(trajectory.shape[0], *shape, trajectory.shape[-1])
         return Generation(
-            unflatten(np.concatenate(images)),
-            unflatten(np.concatenate(codes)),
-            tokens if trajectory else None,
+            [Image.fromarray(p) for p in pixels],
+            pixels.reshape(*shape, *pixels.shape[1:]),
+            codes.reshape(*shape, -1),
+            trajectory,
         )
 
-    def reconstruct(self, images: np.ndarray, batch_size: int = 32) -> np.ndarray:
-        """Pictures through their codes and back: uint8 [R, S, S, 3] -> the same shape."""
-        made = []
-        for start in range(0, len(images), batch_size):
-            part = images[start : start + batch_size]
-            padded = np.concatenate([part, part[:1].repeat(batch_size - len(part), axis=0)])
-            codes = self._encode(self._autoencoder_params, padded)
-            made.append(np.asarray(self.decode(codes))[: len(part)])
-        return np.concatenate(made)
+    def _conditions(self, prompts) -> tuple[np.ndarray, np.ndarray]:
+        """Text ids [P, L], labels [P] or, without a condition, zeros [P]; and the null's."""
+        if self._kind == "none":
+            prompts = [""] if prompts is None else list(prompts)
+            _require(set(prompts) == {""}, "this model is unconditional: it takes no prompt")
+            return np.zeros(len(prompts), np.int32), np.zeros(1, np.int32)
+        _require(prompts is not None and len(prompts) > 0, "generate needs at least one prompt")
+        if self._kind == "text":
+            for prompt in prompts:
+                _require(isinstance(prompt, str), f"prompt {prompt!r}: must be a text")
+            return self._text_ids(prompts), self._text_ids([""])
+        classes = self.config.denoiser.num_classes
+        labels = [_label(prompt, classes) for prompt in prompts]
+        return np.array(labels, np.int32), np.array([classes], np.int32)
 
-    def decode(self, codes: jax.Array) -> jax.Array:
-        """uint8 [B, S, S, 3] of codes int32 [B, N]."""
-        return self._decode(self._autoencoder_params, codes)
+    def _text_ids(self, texts: Sequence[str]) -> np.ndarray:
+        size = self.config.text_encoder.vocab_size
+        _require(
+            self.tokenizer.vocab_size == size,
+            f"the tokenizer has {self.tokenizer.vocab_size} ids and the text encoder {size}: "
+            "the model folder lacks the tokenizer that belongs to it",
+        )
+        return self.tokenizer.encode_batch(list(texts))
+
+    def _square(self, image: Picture) -> np.ndarray:
+        """uint8 [S, S, 3]: the largest centred square, resized."""
+        pixels = np.asarray(image.convert("RGB") if isinstance(image, Image.Image) else image)
+        _require(
+            pixels.ndim == 3 and pixels.shape[-1] == 3 and pixels.dtype == np.uint8,
+            f"a picture must be uint8 [H, W, 3], this one is {pixels.dtype} {list(pixels.shape)}",
+        )
+        side = self.config.data.image_size
+        if pixels.shape[:2] == (side, side):
+            return pixels
+        return image_lib.center_crop(pixels, side)
+
+    def _token_mask(self, image: Picture, mask: Picture) -> np.ndarray:
+        """bool [N]: tokens with a pixel to paint."""
+        if isinstance(mask, Image.Image):
+            mask = np.asarray(mask.convert("L"))
+        mask = np.asarray(mask)
+        size = image.size[::-1] if isinstance(image, Image.Image) else image.shape[:2]
+        _require(
+            mask.shape[:2] == tuple(size) and mask.ndim in (2, 3),
+            f"the mask is {list(mask.shape)}, the picture {list(size)}: they must be of one size",
+        )
+        mask = mask if mask.ndim == 2 else mask.max(axis=-1)
+        paint = mask if mask.dtype == bool else mask > 127
+        height, width = paint.shape
+        rows, columns = self._sizes.denoiser.grid
+        # The square that the crop keeps, cut into the cells of the grid.
+        side = min(height, width)
+        top, left = (height - side) // 2, (width - side) // 2
+        paint = paint[top : top + side, left : left + side]
+        cell_rows = np.minimum(np.arange(side) * rows // side, rows - 1)
+        cell_columns = np.minimum(np.arange(side) * columns // side, columns - 1)
+        cells = np.zeros((rows, columns), bool)
+        np.logical_or.at(cells, (cell_rows[:, None], cell_columns[None]), paint)
+        return cells.reshape(-1)
 
 
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise UserError(message)
+
+
+def _label(prompt: str | int, classes: int) -> int:
+    """The class that a prompt names by its number; the empty one is no class."""
+    if isinstance(prompt, str):
+        prompt = classes if not prompt.strip() else int(prompt) if prompt.isdigit() else -1
+    _require(
+        isinstance(prompt, int | np.integer) and 0 <= prompt <= classes,
+        f"class label {prompt!r}: must be a whole number in 0..{classes - 1}; {classes} is none",
+    )
+    return int(prompt)
+
+
+def _in_batches(run: Callable, rows: np.ndarray, batch_size: int) -> np.ndarray:
+    """``run`` over all rows, in batches of one shape."""
+    size = min(batch_size, len(rows))
+    made = []
+    for start in range(0, len(rows), size):
+        part = rows[start : start + size]
+        padded = np.concatenate([part, part[:1].repeat(size - len(part), axis=0)])
+        made.append(np.asarray(run(padded))[: len(part)])
+    return np.concatenate(made)
+
+
+def _init(config: ConfigDict) -> Any:
+    """Parameters of a whole model, for their shapes."""
+    key = jax.random.key(0)
+    params = text_to_image.init_params(config_lib.model_config(config), key)
+    codec = autoencoder.init_params(config_lib.autoencoder_config(config), key)
+    return {**params, "autoencoder": codec}
 
 
 @jax.jit
@@ -187,21 +480,33 @@ def _image_keys(seed, pairs):
     return jax.vmap(fold)(pairs)
 
 
-def _sample(params, keys, text_ids, null_ids, settings, *, model_config, schedule):
+def _sample(params, keys, condition, null, settings, *, model_config, schedule):
     model = text_to_image.bind(model_config, params)
     batch, grid = keys.shape[0], model_config.denoiser.grid
     if settings.guidance is not None:
-        null_ids = jnp.broadcast_to(null_ids, text_ids.shape)
-        text_ids = jnp.concatenate([text_ids, null_ids])
+        null = jnp.broadcast_to(null, condition.shape)
+        condition = jnp.concatenate([condition, null])
     # What does not depend on the tokens is computed once, before the scan over steps.
-    context = model.context(text_ids)
+    context = model.context(condition)
     modulations = model.denoiser.modulations(jnp.arange(1, schedule.num_steps + 1))
 
     def predict_log_x0(tokens, time):
-        return jax.nn.log_softmax(model.denoiser.denoise(tokens, modulations[:, time - 1], context))
+        # With a list of scales, some steps ask for the conditional half alone.
+        part = context
+        if context is not None and tokens.shape[0] < condition.shape[0]:
+            part = jax.tree.map(lambda x: x[:, : tokens.shape[0]], context)
+        return model.denoiser.denoise(tokens, modulations[:, time - 1], part)
 
-    shape = (batch, grid[0] * grid[1])
-    return sampler.sample(keys, predict_log_x0, shape, schedule, settings)
+    return sampler.sample(keys, predict_log_x0, (batch, grid[0] * grid[1]), schedule, settings)
+
+
+def _encode_text(params, ids, *, config):
+    return text_to_image.bind(config, params).text_features(ids).astype(jnp.float32)
+
+
+def _log_x0(params, codes, condition, time, *, config):
+    denoiser = text_to_image.bind(config, params).denoiser
+    return jax.nn.log_softmax(denoiser(codes, time, condition))
 
 
 def _encode(params, images, *, config):

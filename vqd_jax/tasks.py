@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from vqd_jax import config as config_lib
 from vqd_jax import pictures
+from vqd_jax.data import images
 from vqd_jax.errors import UserError
 from vqd_jax.pipeline import Generation, VQDiffusion
 from vqd_jax.training import stage_one, stage_two
@@ -40,49 +41,82 @@ def _exit_if_terminated(run, config, workdir) -> None:
 
 
 def sample(
-    workdir: str,
+    model_dir: str,
     prompts: Sequence[str] | None,
     *,
     config: ConfigDict | None,
     output: str | None,
     animate: bool,
+    image: str | None,
+    mask: str | None,
+    strength: float,
     seed: int,
     **options,
 ) -> None:
     """Writes ``grid_seed<seed>.png``, single pictures and, if asked for, animations.
 
     Args:
-      workdir: of a training run.
-      prompts: texts; an empty one is unconditional.
+      model_dir: a model folder, or the workdir of a training run.
+      prompts: texts or class labels; an empty one is unconditional.
       config: its ``sampling`` part replaces that of the run; None keeps the run's.
-      output: folder; None is ``workdir/samples``.
+      output: folder; None is ``model_dir/samples``.
       animate: write the denoising of every picture too.
+      image: file of a picture to begin from; None begins from nothing.
+      mask: file of a mask of the same size, white where to paint; None edits the whole picture.
+      strength: of the noise, where a picture is edited as a whole.
       seed: decides the pictures.
       **options: of ``VQDiffusion.generate``.
     """
+    model = VQDiffusion.from_pretrained(model_dir)
+    if model.config.denoiser.condition == "none":
+        prompts = prompts or [""]
     if not prompts:
         raise UserError(
             'give at least one --prompt="..." (an empty one, --prompt=, is unconditional)'
         )
-    model = VQDiffusion.from_workdir(workdir)
     if config is not None:
         changed = config_lib.differences(model.config, config)
         if changed:
-            raise UserError(f"{workdir} was made with another config ({'; '.join(changed)})")
+            raise UserError(f"{model_dir} was made with another config ({'; '.join(changed)})")
         model.config.sampling = config.sampling
-    folder = Path(output or Path(workdir) / "samples")
+    if image is None and mask is not None:
+        raise UserError("--mask needs the picture that it belongs to: --image=FILE")
+    folder = Path(output or Path(model_dir) / "samples")
     folder.mkdir(parents=True, exist_ok=True)
     logging.info("sampling %d pictures of %d prompts", options["num_images"], len(prompts))
-    made = model.generate(prompts, seed=seed, trajectory=animate, **options)
+    options |= {"seed": seed, "trajectory": animate}
+    if image is None:
+        made = model.generate(prompts, **options)
+    else:
+        if len(prompts) > 1:
+            raise UserError("--image takes one --prompt")
+        picture, where = _open(image), None if mask is None else _open(mask)
+        if where is None:
+            made = model.edit(picture, prompts[0], strength=strength, **options)
+        else:
+            made = model.inpaint(picture, where, prompts[0], **options)
     for i, prompt in enumerate(prompts):
-        for j, image in enumerate(made.images[i]):
+        for j, pixels in enumerate(made.pixels[i]):
             name = folder / f"{i:03d}_{_slug(prompt)}_seed{seed}_{j:02d}"
-            pictures.save(f"{name}.png", pictures.Image.fromarray(image))
+            pictures.save(f"{name}.png", pictures.Image.fromarray(pixels))
             if animate:
                 pictures.save_animation(f"{name}.gif", _frames(model, made, i, j))
     path = folder / f"grid_seed{seed}.png"
-    pictures.save(path, pictures.grid(made.images, prompts))
-    logging.info("wrote %s and %d single pictures beside it", path, made.images[..., 0, 0, 0].size)
+    pictures.save(path, pictures.grid(made.pixels, prompts))
+    logging.info("wrote %s and %d single pictures beside it", path, len(made.images))
+
+
+def _open(path: str) -> pictures.Image.Image:
+    try:
+        return images.decode_pil(Path(path).read_bytes())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as a picture: {error}") from error
+
+
+def export(model_dir: str, target: str, format: str) -> None:
+    """Writes a model in the layout of another program; see ``VQDiffusion.save_pretrained``."""
+    VQDiffusion.from_pretrained(model_dir).save_pretrained(target, format=format)
+    logging.info("wrote %s", target)
 
 
 def _slug(prompt: str) -> str:
@@ -97,10 +131,10 @@ def _frames(model: VQDiffusion, made: Generation, i: int, j: int) -> list:
     hidden = tokens == num_codes
     # A masked place is decoded as the code that it gets in the end, so that its neighbours look
     # as they will; then it is covered.
-    images = np.asarray(model.decode(np.where(hidden, tokens[-1], tokens)))
-    start = np.full_like(images[:1], 160)
+    frames = model.decode_codes(np.where(hidden, tokens[-1], tokens))
+    start = np.full_like(frames[:1], 160)
     shown = [
-        pictures.masked(image, mask.reshape(side, side))
-        for image, mask in zip(images, hidden, strict=True)
+        pictures.masked(frame, mask.reshape(side, side))
+        for frame, mask in zip(frames, hidden, strict=True)
     ]
     return [pictures.Image.fromarray(pictures.enlarge(f)) for f in [*start, *shown]]

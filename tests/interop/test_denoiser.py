@@ -36,12 +36,12 @@ def build(name, weights="ema"):
         num_heads=int(golden["cfg_net_heads"]),
         image_grid=int(golden["cfg_codec_grid"]),
         null_label=1000,
+        learned_null=False,
         source=name,
     )
-    abstract = nnx.eval_shape(lambda: Denoiser(config, rngs=nnx.Rngs(0)))
-    graphdef, state = nnx.split(abstract)
+    graphdef = nnx.graphdef(nnx.eval_shape(lambda: Denoiser(config, rngs=nnx.Rngs(0))))
     rows = keys.published_rows(config)
-    params, used = tables.read(rows, tensors, nnx.to_pure_dict(state), name)
+    params, used = tables.read(rows, tensors, keys.abstract_params(config), name)
     tables.require_all_used(tensors, used, keys.IGNORED, name)
     return nnx.merge(graphdef, params), golden, tensors, rows, params
 
@@ -109,4 +109,6 @@ def test_every_name_is_one_row_only():
 
 def test_a_file_without_a_denoiser_is_named():
     with pytest.raises(UserError, match=r"x\.pth has no denoiser .*lacks to_logits"):
-        keys.published_config({}, num_heads=1, image_grid=4, null_label=1000, source="x.pth")
+        keys.published_config(
+            {}, num_heads=1, image_grid=4, null_label=1000, learned_null=False, source="x.pth"
+        )

@@ -3,13 +3,16 @@
 Published names are those below ``transformer.transformer.`` in the state dict of a released model.
 """
 
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
 
+from flax import nnx
+
 from vqd_jax.errors import UserError
 from vqd_jax.interop.tables import Row
-from vqd_jax.models.denoiser import DenoiserConfig
+from vqd_jax.models.denoiser import Denoiser, DenoiserConfig
 
 # Buffers of the published cross-attention, whose causal mask was never applied.
 IGNORED = (r"blocks\.\d+\.attn\d?\.mask",)
@@ -114,8 +117,20 @@ def _adaptive(ours: str, theirs: str) -> list[Row]:
     return [table, *_linear(f"{ours}.linear", f"{theirs}.linear")]
 
 
+def abstract_params(config: DenoiserConfig) -> Any:
+    """Shapes of the parameters: a nested dict of ``jax.ShapeDtypeStruct``."""
+    model = nnx.eval_shape(lambda: Denoiser(config, rngs=nnx.Rngs(0)))
+    return nnx.to_pure_dict(nnx.state(model, nnx.Param))
+
+
 def published_config(
-    tensors: Mapping[str, Any], *, num_heads: int, image_grid: int, null_label: int, source: str
+    tensors: Mapping[str, Any],
+    *,
+    num_heads: int,
+    image_grid: int,
+    null_label: int,
+    learned_null: bool,
+    source: str,
 ) -> DenoiserConfig:
     """Sizes of a published denoiser, read off the shapes of its tensors.
 
@@ -124,18 +139,14 @@ def published_config(
       num_heads: H, which no shape tells; 16 in all released models.
       image_grid: side of the token grid by the image tokenizer; used where the file does not tell.
       null_label: label of the null class; a class table with a row for it has a learned null.
+      learned_null: whether a text model has learned features of the empty caption.
       source: for messages.
 
     Raises:
       UserError: a tensor that every denoiser has is missing.
     """
-
-    def shape(name):
-        if name not in tensors:
-            raise UserError(f"{source} has no denoiser that is known here: it lacks {name}")
-        return tuple(tensors[name].shape)
-
-    num_codes, width = shape("to_logits.1.weight")
+    shape = functools.partial(_shape, tensors, source)
+    codes, width = shape("to_logits.1.weight")
     rows, _ = shape("content_emb.height_emb.weight")
     columns, _ = shape("content_emb.width_emb.weight")
     num_steps, _ = shape("blocks.0.ln1.emb.weight")
@@ -145,12 +156,10 @@ def published_config(
     classes = shape("blocks.0.ln2.emb.weight")[0] if condition == "class" else 0
     is_conv = "blocks.0.mlp.conv1.weight" in tensors
     hidden = shape("blocks.0.mlp.conv1.weight" if is_conv else "blocks.0.mlp.0.weight")[0]
-    side = image_grid
-    if "blocks.0.attn2.mask" in tensors:
-        side = math.isqrt(shape("blocks.0.attn2.mask")[-1])
-    learned_null = classes == null_label + 1
-    return DenoiserConfig(
-        num_codes=num_codes,
+    side = text_grid(tensors) or image_grid
+    learned_row = classes == null_label + 1
+    sizes = dict(
+        num_codes=codes,
         grid=(side, side),
         num_steps=num_steps,
         width=width,
@@ -158,12 +167,34 @@ def published_config(
         num_heads=num_heads,
         condition="text" if has_text else condition,
         text_width=shape("blocks.0.attn2.key.weight")[1] if has_text else 0,
-        num_classes=classes - learned_null,
-        learned_null=learned_null,
+        num_classes=classes - learned_row,
+        learned_null=learned_null or learned_row,
         mlp="conv" if is_conv else "fc",
         mlp_ratio=hidden // width,
         position_table=None if (rows, columns) == (side, side) else (rows, columns),
     )
+    try:
+        return DenoiserConfig(**sizes)
+    except ValueError as error:
+        hint = "; give its number of heads with --num_heads" if width % num_heads else ""
+        raise UserError(f"{source}: {error}{hint}") from error
+
+
+def num_codes(tensors: Mapping[str, Any], source: str) -> int:
+    """K of a published denoiser."""
+    return _shape(tensors, source, "to_logits.1.weight")[0]
+
+
+def text_grid(tensors: Mapping[str, Any]) -> int | None:
+    """Side of the token grid of a published text model; no tensor of the others tells it."""
+    mask = tensors.get("blocks.0.attn2.mask")
+    return None if mask is None else math.isqrt(mask.shape[-1])
+
+
+def _shape(tensors: Mapping[str, Any], source: str, name: str) -> tuple[int, ...]:
+    if name not in tensors:
+        raise UserError(f"{source} has no denoiser that is known here: it lacks {name}")
+    return tuple(tensors[name].shape)
 
 
 def diffusers_config(component: Mapping[str, Any], source: str) -> DenoiserConfig:

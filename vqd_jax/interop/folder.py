@@ -111,6 +111,8 @@ def write_shards(
                  for n in names}  # fmt: skip
         # PyTorch programs refuse a file that does not say so.
         save_file(shard, directory / file, metadata={"format": "pt"})
+        # The library makes files that nobody else may read.
+        (directory / file).chmod(0o644)
         index |= dict.fromkeys(names, file)
     if len(shards) > 1:
         total = sum(x.size * item(x) for x in arrays.values())

@@ -1,0 +1,37 @@
+"""What a user sees of the program: messages beside progress bars, errors without tracebacks."""
+
+import io
+import logging as python_logging
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+from absl import logging
+from tqdm import tqdm
+
+
+def fail(message: str) -> NoReturn:
+    """Ends the program with one line that begins with "error:"."""
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(1)
+
+
+class _BesideBars(io.TextIOBase):
+    """A stream to stderr that leaves progress bars whole."""
+
+    def write(self, text):
+        tqdm.write(text, file=sys.stderr, end="")
+
+    def flush(self):
+        sys.stderr.flush()
+
+
+def quiet() -> None:
+    """Shows our own messages only, beside progress bars: libraries report failures as errors."""
+    logging.set_verbosity(logging.INFO)
+    package = Path(__file__).parent
+    ours = lambda record: Path(record.pathname).is_relative_to(package)  # noqa: E731
+    handler = logging.get_absl_handler()
+    handler.python_handler.setStream(_BesideBars())
+    handler.addFilter(ours)
+    handler.setFormatter(python_logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))

@@ -1,0 +1,217 @@
+"""Whatever a holder of published weights has, to a model folder.
+
+The kinds of source, each told by what is in it: a released VQ-Diffusion checkpoint, a folder of
+diffusers, an image tokenizer on its own (taming, ITHQ), a CLIP. Files may come in parts.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from absl import logging
+from ml_collections import ConfigDict
+
+from vqd_jax import config as config_lib
+from vqd_jax.data.text import ClipTokenizer
+from vqd_jax.errors import UserError
+from vqd_jax.interop import clip as clip_keys
+from vqd_jax.interop import diffusers, folder, published, taming, torch_file
+from vqd_jax.interop.parts import Part
+
+
+def convert(
+    source: str,
+    target: str,
+    *,
+    weights: str = "ema",
+    autoencoder: str | None = None,
+    clip: str | None = None,
+    remap: str | None = None,
+    num_heads: int = 16,
+    image_size: int | None = None,
+    dtype: str = "float32",
+) -> None:
+    """Reads ``source``, prints what was found and writes a model folder.
+
+    Args:
+      source: file, first part of a file, or folder.
+      target: folder to write; it appears complete or not at all.
+      weights: "ema" or "raw", where the file has both.
+      autoencoder: file with the image tokenizer; None takes the one in ``source``.
+      clip: file or folder with the CLIP; None takes the one in ``source``.
+      remap: .npy or .pt file with the code remap, where it is none of the published ones.
+      num_heads: of the denoiser, which no tensor tells; 16 in all released files.
+      image_size: S; None takes what the file implies, or 256.
+      dtype: in which floats are stored, "float32" or "bfloat16".
+
+    Raises:
+      UserError: the source is of no known kind, incomplete, damaged, or has tensors left over.
+      OSError: the target cannot be written.
+    """
+    if not Path(target).name or (Path(target).exists() and not _may_replace(Path(target))):
+        raise UserError(f"{target} exists and is no model folder; give another --target")
+    table = None if remap is None else read_remap(remap)
+    if (Path(source) / "model_index.json").exists():
+        parts, tokenizer = diffusers.read(source, image_size=image_size)
+        return _write_model(target, parts, tokenizer, dtype)
+    if Path(source).is_dir() or source.endswith(".safetensors"):
+        return _write_clip(source, target, dtype)
+    loaded = torch_file.load(source)
+    if published.is_published(loaded):
+        parts = published.read(
+            source, loaded, weights=weights, num_heads=num_heads, image_size=image_size,
+            remap=table,
+        )  # fmt: skip
+        if autoencoder is not None:
+            parts["autoencoder"] = read_autoencoder(autoencoder, image_size, table)
+        if clip is not None:
+            found = clip_keys.open_weights(clip)
+            config, params, _ = clip_keys.read_text_encoder(found, clip)
+            parts["text_encoder"] = Part(config, params, clip)
+        return _write_model(target, parts, None, dtype)
+    if taming.is_autoencoder(loaded):
+        part = read_autoencoder(source, image_size, table)
+        _print_table({"autoencoder": part})
+        sizes = dataclasses.asdict(part.config)
+        return folder.save(target, {"kind": "autoencoder", **sizes}, part.params, dtype=dtype)
+    return _write_clip(source, target, dtype)
+
+
+def _may_replace(target: Path) -> bool:
+    return target.is_dir() and ((target / "config.json").exists() or not any(target.iterdir()))
+
+
+def read_autoencoder(path: str, image_size: int | None, remap: np.ndarray | None) -> Part:
+    """The image tokenizer in a file, or in a folder of this project."""
+    if Path(path).is_dir():
+        described = folder.load_config(path)
+        described.pop("kind", None)
+        config = taming.config_from_dict(described, path)
+        return Part(config, folder.load_params(path, taming.abstract_params(config)), path)
+    loaded = torch_file.load(path)
+    if not taming.is_autoencoder(loaded):
+        raise UserError(f"{path} holds no image tokenizer that is known here")
+    config, params = taming.read(
+        loaded, path, image_size=image_size or published.DEFAULT_IMAGE_SIZE, remap=remap
+    )
+    return Part(config, params, path)
+
+
+def read_remap(path: str) -> np.ndarray:
+    """Code remap int64 [codes of the codebook] from an .npy or a PyTorch file.
+
+    Raises:
+      UserError: it is no vector of whole numbers from 0 on.
+    """
+    try:
+        loaded = np.load(path) if path.endswith(".npy") else np.asarray(torch_file.load(path))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as a code remap: {error}") from error
+    if loaded.ndim != 1 or loaded.dtype.kind not in "iu" or not loaded.size or loaded.min() < 0:
+        raise UserError(
+            f"{path} is no code remap: one code id for every code of the codebook, from 0 on"
+        )
+    return loaded.astype(np.int64)
+
+
+def model_config(parts: Mapping[str, Part]) -> ConfigDict:
+    """The config of a model with these parts, with the sampling its authors recommend.
+
+    Raises:
+      UserError: the parts do not fit each other.
+    """
+    config = config_lib.default_config()
+    codec, denoiser = parts["autoencoder"].config, parts["denoiser"].config
+    for section, sizes in (("autoencoder", codec), ("denoiser", denoiser)):
+        for field in dataclasses.fields(sizes):
+            if field.name in config[section]:
+                value = getattr(sizes, field.name)
+                # A config has no None: the same is said by nothing of the field's type.
+                default = config[section][field.name]
+                config[section][field.name] = type(default)() if value is None else value
+    config.data.image_size = codec.image_size
+    config.diffusion.num_steps = denoiser.num_steps
+    if denoiser.condition == "text":
+        for field in dataclasses.fields(parts["text_encoder"].config):
+            if field.name in config.text_encoder:
+                value = getattr(parts["text_encoder"].config, field.name)
+                config.text_encoder[field.name] = value
+    if (codec.grid_size, codec.grid_size) != denoiser.grid:
+        raise UserError(
+            f"the denoiser has a grid of {denoiser.grid} codes, and the image tokenizer one of "
+            f"{(codec.grid_size, codec.grid_size)}: they do not belong together"
+        )
+    if codec.num_codes != denoiser.num_codes:
+        raise UserError(
+            f"the denoiser knows {denoiser.num_codes} codes and the image tokenizer has "
+            f"{codec.num_codes}: they do not belong together, or a --remap is missing"
+        )
+    _recommend_sampling(config)
+    config_lib.validate(config)
+    return config
+
+
+def _recommend_sampling(config: ConfigDict) -> None:
+    """Guidance and truncation of the published README."""
+    scale, rate = 1.0, 0.86
+    if config.denoiser.learned_null:
+        if config.denoiser.condition == "class":
+            scale, rate = 1.5, 0.94
+        else:
+            scale, rate = (5.0 if config.autoencoder.num_codes == 4096 else 3.0), 1.0
+    config.sampling.guidance_scale, config.sampling.truncation = scale, rate
+    prompts = {
+        "text": ("A group of elephants walking in muddy water.", "teddy bear playing in the pool"),
+        "class": ("207", "388"),
+        "none": ("",),
+    }
+    config.sampling.prompts = prompts[config.denoiser.condition]
+
+
+def _write_model(target, parts, tokenizer, dtype) -> None:
+    missing = [name for name in ("denoiser", "autoencoder") if name not in parts]
+    if parts["denoiser"].config.condition == "text" and "text_encoder" not in parts:
+        missing.append("text_encoder")
+    if missing:
+        raise UserError(
+            f"{parts['denoiser'].source} lacks {' and '.join(missing)}; give the files with "
+            "--autoencoder=FILE and --clip=FILE"
+        )
+    config = model_config(parts)
+    _print_table(parts)
+    names = {"text_encoder": "text_encoder", "null_text": "null_text", "denoiser": "denoiser"}
+    params = {name: parts[part].params for part, name in names.items() if part in parts}
+    params["autoencoder"] = parts["autoencoder"].params
+    tokenizer = tokenizer or ClipTokenizer(config.text_encoder.context_length)
+    files = tokenizer.files("tokenizer") if config.denoiser.condition == "text" else {}
+    described = {"kind": config_lib.MODEL_KIND, **config.to_dict()}
+    folder.save(target, described, params, dtype=dtype, files=files)
+
+
+def _write_clip(source: str, target: str, dtype: str) -> None:
+    config, params = clip_keys.load(source)
+    _print_table({"clip": Part(config, params, source)})
+    described = {"kind": "clip", **dataclasses.asdict(config)}
+    folder.save(target, described, params, dtype=dtype, files=ClipTokenizer().files("tokenizer"))
+
+
+def _print_table(parts: Mapping[str, Part]) -> None:
+    """What was found, for the user to see."""
+    for name, part in parts.items():
+        size = f"{part.num_parameters:,}".rjust(13)
+        logging.info("%-13s%s parameters  %s  from %s", name, size, _summary(part), part.source)
+
+
+def _summary(part: Part) -> str:
+    sizes = {
+        "num_codes": "codes", "grid": "grid", "width": "wide", "num_layers": "layers",
+        "num_heads": "heads", "condition": "condition", "image_size": "pixels",
+        "quantizer": "quantizer", "embedding_width": "wide",
+    }  # fmt: skip
+    described = [
+        f"{word} {getattr(part.config, field)}"
+        for field, word in sizes.items()
+        if hasattr(part.config, field)
+    ]
+    return ", ".join(described) or "learned features of the empty caption"

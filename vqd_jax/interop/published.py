@@ -1,0 +1,234 @@
+"""The released ``.pth`` checkpoints, and any file in their layout.
+
+Such a file is a dictionary: ``model`` is the state dict of the whole model, ``ema`` the averaged
+one of its ``transformer`` part (names without that word before them), and the rest is state of the
+training, which is not read.
+"""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from vqd_jax import config as config_lib
+from vqd_jax.data.text import ClipTokenizer
+from vqd_jax.diffusion import schedule
+from vqd_jax.errors import UserError
+from vqd_jax.interop import clip, tables, taming
+from vqd_jax.interop import denoiser as denoiser_keys
+from vqd_jax.interop.parts import Part
+from vqd_jax.models.autoencoder import AutoencoderConfig
+from vqd_jax.models.denoiser import DenoiserConfig
+
+_AUTOENCODER = "content_codec."
+_DIFFUSION = "transformer."
+_DENOISER = "transformer.transformer."
+_TEXT = "transformer.condition_emb."
+_NULL_TEXT = "transformer.empty_text_embed"
+# The class of the published ImageNet models that stands for none.
+IMAGENET_NULL = 1000
+DEFAULT_IMAGE_SIZE = 256
+_IGNORED = (
+    r"transformer\.(log_\w+|Lt_history|Lt_count)",
+    *(rf"transformer\.transformer\.{pattern}" for pattern in denoiser_keys.IGNORED),
+    # CLIP's projection, which VQ-Diffusion never used.
+    r"transformer\.condition_emb\.text_projection",
+)
+
+
+def is_published(loaded: Any) -> bool:
+    """Whether a loaded file holds a VQ-Diffusion checkpoint."""
+    model = loaded.get("model") if isinstance(loaded, Mapping) else None
+    return isinstance(model, Mapping) and any(n.startswith(_DENOISER) for n in model)
+
+
+def read(
+    path: str | Path,
+    loaded: Mapping[str, Any],
+    *,
+    weights: str,
+    num_heads: int,
+    image_size: int | None,
+    remap: np.ndarray | None,
+) -> dict[str, Part]:
+    """The parts of a model.
+
+    Args:
+      path: of the file, for messages.
+      loaded: what ``torch_file.load`` gave.
+      weights: "ema" lays the averaged weights over the others, as the published inference does;
+        "raw" leaves them out.
+      num_heads: of the denoiser, which no tensor tells; 16 in all released files.
+      image_size: S; None takes what the token grid implies, or 256 where the file has none.
+      remap: int [codes of the codebook] -> code id, of a file with a codebook and a remap of its
+        own; None takes a published one where the numbers of codes ask for it.
+
+    Returns:
+      {"denoiser": ..., "autoencoder": ..., "text_encoder": ..., "null_text": ...}, as far as the
+      file has them.
+
+    Raises:
+      UserError: tensors are missing, left over, of another shape or not finite, or the noise
+        schedule is another than the released one.
+    """
+    source = str(path)
+    tensors = dict(loaded["model"])
+    if weights == "ema":
+        if not isinstance(loaded.get("ema"), Mapping):
+            raise UserError(f"{source} has no averaged weights; use --weights=raw")
+        tensors |= {_DIFFUSION + name: tensor for name, tensor in loaded["ema"].items()}
+    names = tables.under(tensors, _DENOISER)
+    codec = tables.under(tensors, _AUTOENCODER)
+    parts, used = {}, set()
+
+    grid = denoiser_keys.text_grid(names)
+    if codec:
+        pixels = taming.downsampling(tables.under(codec, "enc."))
+        side = image_size or (grid * pixels if grid else DEFAULT_IMAGE_SIZE)
+        num_codes = denoiser_keys.num_codes(names, source)
+        config, params, found = taming.read_released(
+            codec, source, image_size=side, num_codes=num_codes, remap=remap
+        )
+        parts["autoencoder"] = Part(config, params, source)
+        grid = config.grid_size
+        used |= {_AUTOENCODER + name for name in found}
+    text = tables.under(tensors, _TEXT)
+    if text:
+        config, params, found = clip.read_text_encoder(text, source)
+        parts["text_encoder"] = Part(config, params, source)
+        used |= {_TEXT + name for name in found}
+    if _NULL_TEXT in tensors:
+        parts["null_text"] = Part(None, _finite(tensors[_NULL_TEXT], source, _NULL_TEXT), source)
+        used.add(_NULL_TEXT)
+
+    config = denoiser_keys.published_config(
+        names,
+        num_heads=num_heads,
+        # Without a tokenizer or a text: the published ones cover 16 pixels a token.
+        image_grid=grid or (image_size or DEFAULT_IMAGE_SIZE) // 16,
+        null_label=IMAGENET_NULL,
+        learned_null="null_text" in parts,
+        source=source,
+    )
+    rows, abstract = denoiser_keys.published_rows(config), denoiser_keys.abstract_params(config)
+    params, found = tables.read(rows, names, abstract, source)
+    parts["denoiser"] = Part(config, params, source)
+    used |= {_DENOISER + name for name in found}
+    _require_released_schedule(tensors, config, source)
+    tables.require_all_used(tensors, used, _IGNORED, source)
+    return parts
+
+
+def _codec(config: AutoencoderConfig, params: Any) -> dict[str, np.ndarray]:
+    """Tensors of the image tokenizer; the codebook is listed under the decoder once more."""
+    params = {name: part for name, part in params.items() if name != "remap"}
+    codec = tables.write(taming.released_rows(config), params)
+    again = {f"dec.{n.removeprefix('enc.')}": x for n, x in codec.items() if ".quantize." in n}
+    return codec | again
+
+
+def _finite(tensor: Any, source: str, name: str) -> np.ndarray:
+    array = np.asarray(tensor).astype(np.float32)
+    if not np.isfinite(array).all():
+        raise UserError(f"{source}: {name} has values that are not finite")
+    return array
+
+
+def _require_released_schedule(tensors, config: DenoiserConfig, source: str) -> None:
+    """The file's cumulative tables must be those of ``schedule.released``."""
+    ours = _schedule_buffers(config)
+    for name in ("log_cumprod_at", "log_cumprod_ct"):
+        if _DIFFUSION + name not in tensors:
+            continue
+        stored = np.asarray(tensors[_DIFFUSION + name])[: config.num_steps]
+        # Float32 logarithms; a schedule that is another one differs by whole units.
+        if stored.shape != (config.num_steps,) or not np.allclose(
+            stored, ours[name][: config.num_steps], atol=1e-3
+        ):
+            raise UserError(
+                f"{source} was trained with another noise schedule than the released one: "
+                f"{_DIFFUSION + name} differs"
+            )
+
+
+def _schedule_buffers(config: DenoiserConfig) -> dict[str, np.ndarray]:
+    """The logarithms that the published code keeps: float32 [T], cumulative ones [T+1].
+
+    Their index t is our time t + 1; the last cumulative entry is the identity, our time 0. In
+    float64, since a step's replacement mass is a difference of nearly equal numbers.
+    """
+    keep = np.append(np.linspace(*schedule.RELEASED_KEEP, config.num_steps), 1.0)
+    mask = np.append(np.linspace(*schedule.RELEASED_MASK, config.num_steps), 0.0)
+    a = keep[:-1] / keep[np.arange(-1, config.num_steps - 1)]
+    masked = 1 - mask
+    c = 1 - masked[:-1] / masked[np.arange(-1, config.num_steps - 1)]
+    tables = {
+        "at": a, "bt": (1 - a - c) / config.num_codes, "ct": c, "1_min_ct": 1 - c,
+        "cumprod_at": keep, "cumprod_bt": (masked - keep) / config.num_codes,
+        "cumprod_ct": mask, "1_min_cumprod_ct": masked,
+    }  # fmt: skip
+    with np.errstate(divide="ignore"):
+        return {f"log_{name}": np.log(x).astype(np.float32) for name, x in tables.items()}
+
+
+def write(path: str, config: ConfigDict, params: Any, tokenizer: ClipTokenizer) -> None:
+    """Writes a file that the published code loads; it appears complete or not at all.
+
+    Args:
+      path: of the ``.pth`` file; a code remap goes into ``..._mapping.pt`` beside it.
+      config: of the model.
+      params: nested dict of NumPy arrays, ``autoencoder`` included.
+      tokenizer: of prompts; the published code has its own, so that it must be CLIP's.
+
+    Raises:
+      UserError: PyTorch is not installed, or the layout has no place for this model.
+      OSError: it cannot be written.
+    """
+    try:
+        import torch
+    except ImportError as error:
+        raise UserError(
+            'writing the published layout needs PyTorch: pip install "vqd_jax[convert]"'
+        ) from error
+    sizes = config_lib.model_config(config).denoiser
+    if config.diffusion.schedule != "released":
+        raise UserError("the published layout holds the 'released' noise schedule alone")
+    if sizes.condition == "class" and sizes.num_classes != IMAGENET_NULL:
+        raise UserError(
+            f"the published layout has {IMAGENET_NULL} classes; this model has {sizes.num_classes}"
+        )
+    rows = denoiser_keys.published_rows(sizes)
+    diffusion = tables.write(tables.prefixed(rows, theirs="transformer."), params["denoiser"])
+    if sizes.condition == "text":
+        length = math.prod(sizes.grid)
+        mask = np.tril(np.ones((1, 1, length, length), np.float32))
+        for layer in range(sizes.num_layers):
+            # Never used, but the published code refuses a file without it when training goes on.
+            diffusion[f"transformer.blocks.{layer}.attn2.mask"] = mask
+        text = tables.write(clip.OPENAI_TEXT, params["text_encoder"])
+        diffusion |= {f"condition_emb.{name}": array for name, array in text.items()}
+    if "null_text" in params:
+        diffusion["empty_text_embed"] = params["null_text"].astype(np.float64)
+    diffusion |= _schedule_buffers(sizes)
+    for name in ("Lt_history", "Lt_count"):
+        diffusion[name] = np.zeros(sizes.num_steps, np.float32)
+    codec = _codec(config_lib.autoencoder_config(config), params["autoencoder"])
+    as_tensor = lambda x: torch.from_numpy(np.ascontiguousarray(x))  # noqa: E731
+    diffusion = {name: as_tensor(x) for name, x in diffusion.items()}
+    model = {_AUTOENCODER + name: as_tensor(x) for name, x in codec.items()}
+    model |= {_DIFFUSION + name: x for name, x in diffusion.items()}
+    scratch = Path(f"{path}.tmp")
+    try:
+        if "remap" in params["autoencoder"]:
+            # The published code reads it from a file of its own.
+            remap = params["autoencoder"]["remap"]["full_to_code"].astype(np.int64)
+            torch.save(torch.from_numpy(remap), f"{path.removesuffix('.pth')}_mapping.pt")
+        torch.save({"last_epoch": 0, "last_iter": 0, "model": model, "ema": diffusion}, scratch)
+        scratch.replace(path)
+    except RuntimeError as error:  # PyTorch's name for a failed write.
+        raise OSError(f"{path} could not be written: {error}") from error
+    finally:
+        scratch.unlink(missing_ok=True)
