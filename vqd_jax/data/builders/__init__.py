@@ -12,12 +12,14 @@ import os
 import shlex
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import tensorflow_datasets as tfds
 from absl import logging
+from etils import epath
 from google.protobuf.json_format import ParseError
 
 from vqd_jax.data.builders import file_set
@@ -90,8 +92,8 @@ def load(
         raise UserError(f"unknown data set {name!r}; there are {', '.join(NAMES)}")
     if base in _GENERATED:
         builder = _create(name, data_dir)
-        _prepare_once(name, Path(builder.data_path), lambda: _prepare(builder))
-        return _open(Path(builder.data_path), lambda: _create(name, data_dir))
+        _prepare_once(name, builder.data_path, lambda: _prepare(builder))
+        return _open(builder.data_path, lambda: _create(name, data_dir))
     if not data_dir:
         raise UserError(
             f"{name} is made from its publisher's files: config.data.dir must name their directory"
@@ -138,14 +140,22 @@ def _load_from_files(
     configs = list(cls.builder_configs)
     config = config or (configs[0] if configs else "")
     tree = Tree(data_dir, cls.ZIPS)
-    facts = cls.facts(tree, config)
+    try:
+        facts = cls.facts(tree, config)
+    except UserError as error:
+        path = Path(prepared_dir or data_dir).expanduser() / base / config / str(cls.VERSION)
+        if not path.exists():
+            raise
+        # A prepared set that was copied without the files it was made from.
+        logging.warning("%s is used as it is, not compared with its files: %s", path, error)
+        return _open(path, lambda: tfds.builder_from_directory(path))
     builder_config = config or None
     if cls is ImageTextFolder:
         # A folder of one's own has no version: another folder or content is another set.
         key = json.dumps([str(tree.root), facts]).encode()
         builder_config = tfds.core.BuilderConfig(name=hashlib.sha256(key).hexdigest()[:12])
     parts = (base, getattr(builder_config, "name", config), str(cls.VERSION))
-    home = _home(data_dir, prepared_dir, Path(*parts))
+    home = epath.Path(_home(data_dir, prepared_dir, Path(*parts)))
     path = home.joinpath(*parts)
 
     def prepare() -> None:
@@ -219,11 +229,18 @@ def _prepare(builder: tfds.core.DatasetBuilder, beam: str = "") -> None:
         download_config.beam_options = _beam_options(beam)
     bars = tfds.core.utils.tqdm_utils
     # TFDS prints to stdout and draws bars; a log file or a pipe wants neither.
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+    with (
+        open(os.devnull, "w") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+        # TFDS wants a directory for downloads, and would leave an empty one beside the set.
+        tempfile.TemporaryDirectory() as downloads,
+    ):
         bars.display_progress_bar(sys.stderr.isatty())
         try:
             builder.download_and_prepare(
-                file_format="array_record", download_config=download_config
+                download_dir=downloads,
+                file_format="array_record",
+                download_config=download_config,
             )
         finally:
             bars.display_progress_bar(True)
@@ -240,7 +257,7 @@ def _beam_options(options: str):
     return PipelineOptions(shlex.split(options))
 
 
-def _prepare_once(name: str, path: Path, prepare: Callable[[], None]) -> None:
+def _prepare_once(name: str, path: epath.Path, prepare: Callable[[], None]) -> None:
     try:
         if path.exists():
             return
@@ -249,9 +266,6 @@ def _prepare_once(name: str, path: Path, prepare: Callable[[], None]) -> None:
             if path.exists():
                 logging.info("%s was prepared by another process meanwhile", name)
                 return
-            # Nobody else prepares this set now, so these are remains of runs that were killed.
-            for remains in path.parent.glob(f"incomplete.*_{path.name}"):
-                shutil.rmtree(remains, ignore_errors=True)
             prepare()
     # A write that fails inside array_record is a RuntimeError.
     except (OSError, RuntimeError) as error:
@@ -270,14 +284,22 @@ def _prepare_once(name: str, path: Path, prepare: Callable[[], None]) -> None:
 
 
 @contextlib.contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """Held by one process at a time; a killed one gives it up."""
+def _lock(path: epath.Path) -> Iterator[None]:
+    """Held by one process at a time; a killed one gives it up, and its remains are removed."""
+    if "://" in os.fspath(path):
+        # Object stores have no locks; there two processes may both prepare, and one wins.
+        yield
+        return
     with open(path.parent / f".{path.name}.lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
+        for remains in path.parent.glob(f"incomplete.*_{path.name}"):
+            shutil.rmtree(remains, ignore_errors=True)
         yield
 
 
-def _open(path: Path, create: Callable[[], tfds.core.DatasetBuilder]) -> tfds.core.DatasetBuilder:
+def _open(
+    path: epath.Path, create: Callable[[], tfds.core.DatasetBuilder]
+) -> tfds.core.DatasetBuilder:
     # A directory without its information is no data set, and TFDS says so in many ways.
     if not (path / "dataset_info.json").exists():
         raise FileNotFoundError(
@@ -285,7 +307,6 @@ def _open(path: Path, create: Callable[[], tfds.core.DatasetBuilder]) -> tfds.co
             "remove that directory and run again"
         )
     try:
-        builder = create()
+        return create()
     except (OSError, ParseError) as error:
         raise OSError(f"{path} is damaged ({error}); remove it and run again") from error
-    return builder

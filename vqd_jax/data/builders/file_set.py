@@ -240,6 +240,7 @@ class FileSet(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         config = self.builder_config.name if self.builder_config else ""
         facts = self.facts(self._tree, config)
         self._items = self.items()
+        self._tell_progress_bars()
         super()._download_and_prepare(dl_manager, download_config)
         folder = Path(self.data_dir)
         if self._beam:
@@ -252,6 +253,15 @@ class FileSet(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         source = {"facts": facts, "good": good, "bad": len(self._bad)}
         (folder / SOURCE).write_text(json.dumps(source, indent=2))
         (folder / BAD_RECORDS).write_text(self.bad_records())
+
+    def _tell_progress_bars(self) -> None:
+        """TFDS takes the length of its bars from what is known of a set before it is prepared."""
+        splits = [
+            tfds.core.SplitInfo(name=split, shard_lengths=[len(items)], num_bytes=0)
+            for split, items in self._items.items()
+            if isinstance(items[0], Item)
+        ]
+        self.info.set_splits(tfds.core.SplitDict(splits))
 
     def bad_records(self) -> str:
         """The bad records met so far, as lines of JSON with `file` and `reason`, by name."""
