@@ -12,8 +12,10 @@ import pytest
 from ml_collections import ConfigDict
 
 from vqd_jax.errors import UserError
-from vqd_jax.training import loop
+from vqd_jax.training import loop, sharding
 from vqd_jax.training.checkpoint import Checkpoints, abstract
+
+MESH = sharding.make_mesh(ConfigDict({"mesh": {"data": 1, "fsdp": 1, "tensor": 1}}))
 
 
 class State(flax.struct.PyTreeNode):
@@ -49,6 +51,8 @@ def fit(directory, num_steps=20, save_every=5, evaluate=None, bad_step=-1):
         directory=str(directory),
         prefix="train",
         config=ConfigDict({"a": 1}),
+        mesh=MESH,
+        placed=sharding.replicated(MESH),
         num_steps=num_steps,
         batch_size=4,
         log_every=2,

@@ -11,6 +11,7 @@ from absl import logging
 from etils import epath
 
 from vqd_jax.errors import UserError
+from vqd_jax.training import distributed
 
 
 class Checkpoints:
@@ -75,8 +76,11 @@ class Checkpoints:
     def restore(self, abstract_state: Any, iterator: grain.DatasetIterator) -> Any:
         """The newest readable state; ``iterator`` is put to its place in the data.
 
+        A checkpoint counts as readable if all processes can read it. It may have been written by
+        another number of them, on another mesh.
+
         Args:
-          abstract_state: pytree of ``jax.ShapeDtypeStruct``.
+          abstract_state: pytree of ``jax.ShapeDtypeStruct``, with shardings.
           iterator: an iterator over the same data set.
 
         Raises:
@@ -84,6 +88,7 @@ class Checkpoints:
         """
         failures = []
         for step in sorted(self._manager.all_steps(), reverse=True):
+            problem = None
             try:
                 restored = self._manager.restore(
                     step,
@@ -94,17 +99,24 @@ class Checkpoints:
                 )
                 iterator.set_state(restored.data)
             except Exception as error:  # Orbax and TensorStore raise many kinds.
-                failures.append((step, error))
-                _warn_damaged(self.directory / str(step), error)
+                problem = error
+            if not distributed.all_agree(problem is None):
+                problem = problem or RuntimeError("another process cannot read it")
+                failures.append((step, problem))
+                _warn_damaged(self.directory / str(step), problem)
                 continue
-            for bad, _ in failures:
-                # What follows is saved under this step again.
-                damaged = self.directory / str(bad)
-                damaged.rename(self.directory / f"{bad}.damaged")
             if failures:
-                self._manager.reload()
+                self._put_aside([bad for bad, _ in failures])
             return restored.state
         raise UserError(_none_readable(self.directory, failures))
+
+    def _put_aside(self, steps: list[int]) -> None:
+        """What follows is saved under these steps again."""
+        if distributed.is_writer():
+            for step in steps:
+                (self.directory / str(step)).rename(self.directory / f"{step}.damaged")
+        distributed.barrier("damaged checkpoints put aside")
+        self._manager.reload()
 
     def close(self) -> None:
         """Waits for the writes and stops the background threads."""

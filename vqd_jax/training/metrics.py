@@ -12,16 +12,21 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tqdm import tqdm
 
+from vqd_jax.training import distributed
+
 
 class MetricWriter:
     """Appends to ``workdir/metrics.jsonl`` (an object a line) and to ``workdir/tensorboard``.
 
-    Lines of later steps than ``step`` are dropped first: the run that is continued from a
-    checkpoint writes them anew. Everything is written at once, so that a full disk is an OSError
-    where it happens.
+    Of several processes, the first one writes. Lines of later steps than ``step`` are dropped
+    first: the run that is continued from a checkpoint writes them anew. Everything is written at
+    once, so that a full disk is an OSError where it happens.
     """
 
     def __init__(self, workdir: str, step: int):
+        self._active = distributed.is_writer()
+        if not self._active:
+            return
         self._path = Path(workdir) / "metrics.jsonl"
         if self._path.exists():
             _drop_after(self._path, step)
@@ -33,6 +38,8 @@ class MetricWriter:
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Writes scalars, by names such as 'train/loss'."""
+        if not self._active:
+            return
         line = json.dumps({"step": step, **{k: float(v) for k, v in values.items()}})
         with open(self._path, "a", encoding="utf-8") as file:
             file.write(line + "\n")
@@ -42,6 +49,8 @@ class MetricWriter:
 
     def image(self, step: int, name: str, image: np.ndarray) -> None:
         """Shows a uint8 [H, W, 3] picture in TensorBoard."""
+        if not self._active:
+            return
         self._add(step, summary=summary.image(name, image, dataformats="HWC"))
         self._events.flush()
 
@@ -50,7 +59,8 @@ class MetricWriter:
 
     def close(self) -> None:
         """Closes the event file."""
-        self._events.close()
+        if self._active:
+            self._events.close()
 
 
 def _drop_after(path: Path, step: int) -> None:
@@ -71,6 +81,7 @@ def progress_bar(name: str, total: int, start: int = 0) -> tqdm:
     """A bar with rate and time left; a line every half minute where there is no terminal."""
     live = sys.stderr.isatty()
     return tqdm(
+        disable=not distributed.is_writer(),
         desc=name,
         total=total,
         initial=start,

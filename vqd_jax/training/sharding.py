@@ -40,8 +40,8 @@ RULES = (
     (r"\.linear\.kernel$", PartitionSpec("fsdp", None)),
     # The number of codes (2887) has no useful divisor.
     (r"\.to_logits\.kernel$", PartitionSpec("fsdp", None)),
-    # A table that is looked up a row of the batch must be whole: what is read off a table divided by
-    # width is divided by width, and the layer after it would exchange rows instead of its kernel.
+    # What is read off a table divided by width is divided by width, and the layer after it would
+    # exchange rows instead of its kernel.
     (r"\.norm_\w+\.embedding\.embedding$", PartitionSpec()),
     (r"embedding$", PartitionSpec("fsdp")),
 )
@@ -81,16 +81,28 @@ def num_row_shards(mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
-def require_divisible(batch_size: int, mesh: Mesh, accumulation: int = 1) -> None:
-    """Raises ``UserError`` unless every device gets the same number of rows of every batch."""
+def require_divisible(key: str, batch_size: int, mesh: Mesh, accumulation: int = 1) -> None:
+    """Raises ``UserError`` unless every device gets the same number of rows of every batch.
+
+    Args:
+      key: of the config, which is named.
+      batch_size: rows of a batch of all processes.
+      mesh: what they are spread over.
+      accumulation: parts that a batch is worked through in.
+    """
     shards = num_row_shards(mesh)
     if batch_size % (shards * accumulation):
         parts = f"{mesh.shape['data']} x {mesh.shape['fsdp']} devices of data and fsdp"
         if accumulation > 1:
             parts += f" times config.training.gradient_accumulation={accumulation}"
         raise UserError(
-            f"config.training.batch_size={batch_size} cannot be divided over {parts}; make it a "
+            f"config.{key}={batch_size} cannot be divided over {parts}; make it a "
             f"multiple of {shards * accumulation}"
+        )
+    if len(local_rows(mesh, batch_size)) * jax.process_count() != batch_size:
+        raise UserError(
+            f"config.mesh.tensor={mesh.shape['tensor']} spans processes, of which each has "
+            f"{jax.local_device_count()} devices; choose a divisor of that"
         )
 
 
@@ -170,12 +182,18 @@ def _aligned(name, shape, spec, mesh) -> PartitionSpec:
 
 
 def with_shardings(abstract: Any, placed: Any) -> Any:
-    """The abstract leaves with these shardings: what a checkpoint is restored into."""
-    return jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        abstract,
-        placed,
-    )
+    """The abstract leaves with these shardings: what a checkpoint is restored into.
+
+    Args:
+      abstract: pytree of ``jax.ShapeDtypeStruct``.
+      placed: shardings of its leaves, or of whole branches of it.
+    """
+
+    def branch(sharding, leaves):
+        place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)  # noqa: E731
+        return jax.tree.map(place, leaves)
+
+    return jax.tree.map(branch, placed, abstract)
 
 
 def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:

@@ -21,7 +21,7 @@ from vqd_jax.errors import UserError
 from vqd_jax.interop import folder
 from vqd_jax.models import autoencoder
 from vqd_jax.training import autoencoder as training
-from vqd_jax.training import loop
+from vqd_jax.training import distributed, loop, sharding
 
 
 def model_folder(workdir: str) -> str:
@@ -37,6 +37,8 @@ def load(config: ConfigDict, directory: str) -> Any:
     """
     wanted = config_lib.autoencoder_config(config)
     found = folder.load_config(directory)
+    # Folders from before these fields have no such choice.
+    found = {"quantizer": "nearest", "codebook_size": None} | found
     for field, value in dataclasses.asdict(wanted).items():
         stored = found.get(field)
         if (list(value) if isinstance(value, tuple) else value) != stored:
@@ -49,6 +51,16 @@ def load(config: ConfigDict, directory: str) -> Any:
     return folder.load_params(directory, abstract)
 
 
+def find(config: ConfigDict, workdir: str) -> str | None:
+    """The model folder of the run's autoencoder, if it need not be trained: the workdir's own, or
+    that in ``config.autoencoder.path``, which may be a workdir too."""
+    if (Path(model_folder(workdir)) / "config.json").exists():
+        return model_folder(workdir)
+    given = config.autoencoder.path
+    is_workdir = (Path(given) / "autoencoder").exists()
+    return (model_folder(given) if is_workdir else given) or None
+
+
 def prepare(config: ConfigDict, workdir: str, builder) -> Any:
     """The autoencoder's parameters: from the workdir, from ``config.autoencoder.path``, or trained.
 
@@ -57,34 +69,39 @@ def prepare(config: ConfigDict, workdir: str, builder) -> Any:
       workdir: of the run.
       builder: the prepared data set, whose train split is learnt from.
     """
-    target = model_folder(workdir)
-    if (Path(target) / "config.json").exists():
+    target, found = model_folder(workdir), find(config, workdir)
+    if found == target:
         return load(config, target)
-    sizes = dataclasses.asdict(config_lib.autoencoder_config(config))
-    if config.autoencoder.path:
-        given = config.autoencoder.path
-        # A workdir will do as well as the model folder in it.
-        is_workdir = (Path(given) / "autoencoder").exists()
-        params = load(config, model_folder(given) if is_workdir else given)
-        folder.save(target, sizes, params)
-        return params
-    params = _train(config, str(Path(workdir) / "autoencoder"), builder)
-    folder.save(target, sizes, params)
+    if found is not None:
+        params = load(config, found)
+    else:
+        params = _train(config, str(Path(workdir) / "autoencoder"), builder)
+    # No process may take what is written here for what was there before.
+    distributed.barrier("autoencoder is there")
+    if distributed.is_writer():
+        folder.save(target, dataclasses.asdict(config_lib.autoencoder_config(config)), params)
     return params
 
 
 def _train(config: ConfigDict, directory: str, builder) -> Any:
     sizes, options = config_lib.autoencoder_config(config), config_lib.autoencoder_options(config)
+    batch_size = config.autoencoder.batch_size
+    mesh = sharding.make_mesh(config)
+    sharding.require_divisible("autoencoder.batch_size", batch_size, mesh)
     dataset = pipeline.image_dataset(
         pipeline.records(builder, "train", decode=False),
         sizes.image_size,
-        config.autoencoder.batch_size,
+        batch_size // jax.process_count(),
         config.seed,
         train=True,
         max_bad_share=config.data.max_bad_share,
     )
+    whole = sharding.replicated(mesh)
     step = jax.jit(
-        functools.partial(training.train_step, config=sizes, options=options), donate_argnums=0
+        functools.partial(training.train_step, config=sizes, options=options),
+        donate_argnums=0,
+        in_shardings=(whole, sharding.batch_sharding(mesh)),
+        out_shardings=whole,
     )
     state = loop.fit(
         "autoencoder",
@@ -94,14 +111,18 @@ def _train(config: ConfigDict, directory: str, builder) -> Any:
         directory=directory,
         prefix="autoencoder",
         config=config,
+        mesh=mesh,
+        placed=whole,
         num_steps=config.autoencoder.num_steps,
-        batch_size=config.autoencoder.batch_size,
+        batch_size=batch_size,
         log_every=config.training.log_every,
         save_every=config.training.save_every,
         keep_checkpoints=config.training.keep_checkpoints,
     )
-    _report(state, sizes, builder, directory)
-    return jax.tree.map(np.asarray, training.with_codebook(state.params, state.codebook.codebook))
+    params, codebook = jax.tree.map(np.asarray, (state.params, state.codebook.codebook))
+    if distributed.is_writer():
+        _report(params, codebook, sizes, builder, directory)
+    return training.with_codebook(params, codebook)
 
 
 def _key(config: ConfigDict) -> jax.Array:
@@ -109,9 +130,11 @@ def _key(config: ConfigDict) -> jax.Array:
     return jax.random.fold_in(jax.random.key(config.seed), 1)
 
 
-def _report(state, sizes, builder, directory: str) -> None:
+def _report(params, codebook, sizes, builder, directory: str) -> None:
     """Logs the PSNR on validation pictures and draws some beside their reconstructions."""
-    read = pipeline.CheckedReader(pipeline.records(builder, "validation"), 1.0)
+    read = pipeline.CheckedReader(
+        pipeline.records(builder, "validation"), 1.0, needs_captions=False
+    )
     records = [
         r
         for r in map(read, range(min(64, builder.info.splits["validation"].num_examples)))
@@ -119,7 +142,7 @@ def _report(state, sizes, builder, directory: str) -> None:
     ]
     crops = np.stack([images.center_crop(r["image"], sizes.image_size) for r in records])
     evaluate = jax.jit(functools.partial(training.eval_reconstruction, config=sizes))
-    result = evaluate(state.params, state.codebook.codebook, crops)
+    result = evaluate(params, codebook, crops)
     psnr, used = float(result["psnr"].mean()), int(result["codes_used"])
     path = f"{directory}/reconstructions.png"
     logging.info(

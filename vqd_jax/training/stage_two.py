@@ -19,21 +19,31 @@ from vqd_jax.errors import UserError
 from vqd_jax.evaluation.likelihood import caption_likelihood
 from vqd_jax.models import text_to_image
 from vqd_jax.pipeline import VQDiffusion
-from vqd_jax.training import cache, loop, sharding, stage_one
+from vqd_jax.training import cache, distributed, loop, sharding, stage_one
 from vqd_jax.training import state as state_lib
 
-# Divides the 176 validation pictures of emoji_text.
-LIKELIHOOD_BATCH = 44
+LIKELIHOOD_BATCH = 64
 
 
 @contextlib.contextmanager
 def claim_workdir(config: ConfigDict, workdir: str) -> Iterator[None]:
-    """Holds the workdir for this process, with the config that belongs to it written there.
+    """Holds the workdir for this run, with the config that belongs to it written there.
+
+    Of several processes the first one holds it; the others wait until it does.
 
     Raises:
-      UserError: another process works in it, or it was made with another config.
+      UserError: another run works in it, or it was made with another config.
       OSError: it cannot be written.
     """
+    with contextlib.ExitStack() as stack:
+        if distributed.is_writer():
+            stack.enter_context(_claimed(config, workdir))
+        distributed.barrier("workdir claimed")
+        yield
+
+
+@contextlib.contextmanager
+def _claimed(config: ConfigDict, workdir: str) -> Iterator[None]:
     path = Path(workdir)
     path.mkdir(parents=True, exist_ok=True)
     with open(path / ".lock", "w", encoding="utf-8") as lock:
@@ -86,10 +96,13 @@ def train(config: ConfigDict, workdir: str) -> None:
 
 def _train(config, workdir, splits, autoencoder_params) -> None:
     c = config.training
+    mesh = sharding.make_mesh(config)
+    sharding.require_divisible("training.batch_size", c.batch_size, mesh, c.gradient_accumulation)
+    rows = c.batch_size // jax.process_count()
     dataset = pipeline.code_dataset(
-        splits["train"], c.batch_size, config.seed, c.null_text_rate, train=True
+        splits["train"], rows, config.seed, c.null_text_rate, train=True
     )
-    evaluation = Evaluation(config, workdir, splits, autoencoder_params)
+    evaluation = Evaluation(config, workdir, splits, autoencoder_params, mesh)
 
     def evaluate(step, state, writer):
         if step == c.num_steps:
@@ -100,11 +113,15 @@ def _train(config, workdir, splits, autoencoder_params) -> None:
     loop.fit(
         "training",
         functools.partial(state_lib.create_state, config),
-        state_lib.jit_train_step(config, sharding.make_mesh(config)),
+        state_lib.jit_train_step(config, mesh),
         dataset,
         directory=workdir,
         prefix="train",
         config=config,
+        mesh=mesh,
+        placed=state_lib.state_shardings(config, mesh),
+        steps_per_call=c.steps_per_call,
+        profile_steps=c.profile_steps,
         num_steps=c.num_steps,
         batch_size=c.batch_size,
         log_every=c.log_every,
@@ -116,9 +133,13 @@ def _train(config, workdir, splits, autoencoder_params) -> None:
 
 
 class Evaluation:
-    """Likelihoods and pictures of the averaged parameters; compiles each function once."""
+    """Likelihoods and pictures of the averaged parameters; compiles each function once.
 
-    def __init__(self, config, workdir, splits, autoencoder_params):
+    All devices share in the likelihoods. Of several processes, the first one draws the pictures.
+    """
+
+    def __init__(self, config, workdir, splits, autoencoder_params, mesh):
+        self._mesh = mesh
         self._config = config
         self._workdir = workdir
         self._pipeline = VQDiffusion(config, None, autoencoder_params)
@@ -134,16 +155,28 @@ class Evaluation:
         model_config = config_lib.model_config(config)
         schedule = config_lib.noise_schedule(config)
 
-        def bits(params, key, codes, text_ids):
+        def bits(params, key_data, codes, text_ids):
+            key = jax.random.wrap_key_data(key_data)
             model = text_to_image.bind(model_config, params)
-            text = model.text_encoder(text_ids)
-            predict = lambda tokens, time: jax.nn.log_softmax(  # noqa: E731
-                model.denoiser(tokens, time, text)
-            )
-            draws = min(config.evaluation.num_draws, schedule.num_steps)
-            return objective.likelihood(key, predict, codes, schedule, draws)
+            with sharding.rows_apart(mesh):
+                context = model.context(text_ids)
+                predict = lambda tokens, time: model.denoiser.denoise(  # noqa: E731
+                    tokens, model.denoiser.modulations(time), context
+                )
+                draws = min(config.evaluation.num_draws, schedule.num_steps)
+                return objective.likelihood(key, predict, codes, schedule, draws)
 
-        self._bits = jax.jit(bits)
+        self._compiled_bits = jax.jit(bits, out_shardings=sharding.replicated(mesh))
+
+    def _bits(self, params, key, codes, text_ids):
+        rows = sharding.put_rows((codes, text_ids), self._mesh)
+        key_data = np.asarray(jax.random.key_data(key))
+        return self._compiled_bits(params, key_data, *rows)
+
+    def _batch_size(self) -> int:
+        """The same on all usual meshes, and with it the noise that the pictures meet."""
+        shards = sharding.num_row_shards(self._mesh)
+        return -(-LIKELIHOOD_BATCH // shards) * shards
 
     def run(self, step, state, writer, splits, grid_path=None) -> None:
         """Writes likelihoods of the splits, and a grid of the config's prompts."""
@@ -155,7 +188,7 @@ class Evaluation:
                 codes,
                 ids,
                 seed=0,
-                batch_size=LIKELIHOOD_BATCH,
+                batch_size=self._batch_size(),
             )
             values |= {
                 f"{split}/bits_per_token": result.right,
@@ -170,11 +203,19 @@ class Evaluation:
                 result.shuffled / result.right, result.difference_in_standard_errors,
             )  # fmt: skip
         writer.write(step, values)
+        params = state.ema_params
+        if jax.process_count() > 1:
+            # A leaf at a time: no device holds the whole model.
+            params = jax.tree.map(lambda x: sharding.fetch(x, self._mesh), params)
+        if distributed.is_writer():
+            self._draw(step, params, writer, grid_path)
+
+    def _draw(self, step, params, writer, grid_path) -> None:
         sampling = self._config.sampling
-        made = self._pipeline.with_params(state.ema_params).generate(
+        made = self._pipeline.with_params(params).generate(
             sampling.prompts, num_images=sampling.images_per_prompt, seed=self._config.seed
         )
-        picture = pictures.grid(made.images, sampling.prompts)
+        picture = pictures.grid(made.pixels, sampling.prompts)
         path = grid_path or f"{self._workdir}/samples/step_{step:07d}.png"
         pictures.save(path, picture)
         writer.image(step, "samples", np.asarray(picture))

@@ -80,6 +80,11 @@ def abstract_state(config: ConfigDict, mesh: Mesh) -> TrainState:
     return sharding.with_shardings(abstract, sharding.shardings(abstract, mesh))
 
 
+def state_shardings(config: ConfigDict, mesh: Mesh) -> TrainState:
+    """The places of the leaves of the state."""
+    return jax.tree.map(lambda x: x.sharding, abstract_state(config, mesh))
+
+
 def train_step(
     state: TrainState, batch: dict[str, jax.Array], *, config: ConfigDict
 ) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -176,7 +181,7 @@ def jit_train_step(config: ConfigDict, mesh: Mesh) -> Callable:
     With ``config.training.steps_per_call`` S > 1 it is S steps: the leaves of the batch have S as
     an axis before their rows, and so have the metrics.
     """
-    placed = jax.tree.map(lambda x: x.sharding, abstract_state(config, mesh))
+    placed = state_shardings(config, mesh)
 
     def step(state, batch):
         with sharding.rows_apart(mesh):

@@ -1,0 +1,138 @@
+"""Several processes as one program: how it begins, agrees, and ends.
+
+Every process runs the same steps. The first one writes what is written once. An error in any of
+them ends all of them, with a message that names it; so does a process that dies.
+"""
+
+import atexit
+import contextlib
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+
+import jax
+from absl import logging
+from jax._src import distributed as runtime  # The key-value store has no public name.
+from jax.experimental import multihost_utils
+
+# A process that says nothing for so long is dead, and the others stop.
+HEARTBEAT_SECONDS = 20
+_POLL_SECONDS = 2.0
+_FAILED = "vqd_jax/failed"
+
+
+@contextlib.contextmanager
+def session(distributed: bool) -> Iterator[None]:
+    """What a command runs in; with ``distributed`` it is one of several processes.
+
+    The address of the first process and the number of this one come from the environment: Cloud
+    TPU, GKE, SLURM and Open MPI are recognised; elsewhere set ``JAX_COORDINATOR_ADDRESS``,
+    ``JAX_NUM_PROCESSES`` and ``JAX_PROCESS_ID``. Errors of the start are not caught: a process that
+    does not find the others must not train alone.
+    """
+    _keep_compiled_programs()
+    if not distributed:
+        yield
+        return
+    count, index = (os.environ.get(f"JAX_{key}") for key in ("NUM_PROCESSES", "PROCESS_ID"))
+    jax.distributed.initialize(
+        num_processes=int(count) if count else None,
+        process_id=int(index) if index else None,
+        heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+        shutdown_timeout_seconds=60,
+    )
+    logging.info(
+        "process %d of %d, %d devices here and %d in all", jax.process_index(),
+        jax.process_count(), jax.local_device_count(), jax.device_count(),
+    )  # fmt: skip
+    if not is_writer():
+        # One of them tells how the run goes; the others speak when something is wrong.
+        logging.set_verbosity(logging.WARNING)
+    watch = _Watch()
+    try:
+        yield
+    except SystemExit:
+        raise
+    except BaseException as error:
+        watch.stop()
+        _fail_together(error)
+        raise
+    watch.stop()
+
+
+def _keep_compiled_programs() -> None:
+    """Compiled programs are kept on disk, so that a second start is a quick one."""
+    if not jax.config.jax_compilation_cache_dir:
+        home = os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache"))
+        jax.config.update("jax_compilation_cache_dir", f"{home}/vqd_jax/compiled")
+
+
+def is_writer() -> bool:
+    """Whether this is the process that writes logs, pictures and models."""
+    return jax.process_index() == 0
+
+
+def barrier(name: str) -> None:
+    """Returns when all processes are here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def all_agree(good: bool) -> bool:
+    """Whether ``good`` holds in every process; all of them must ask."""
+    if jax.process_count() == 1:
+        return good
+    return bool(multihost_utils.process_allgather(jax.numpy.asarray(good)).all())
+
+
+class _Watch:
+    """Ends this process when another one says that it failed."""
+
+    def __init__(self):
+        self._client = runtime.global_state.client
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self):
+        while not self._stopped.wait(_POLL_SECONDS):
+            try:
+                found = self._client.key_value_try_get(_FAILED)
+            # Nothing there yet; that the first process is gone, JAX itself reports.
+            except jax.errors.JaxRuntimeError:
+                continue
+            _leave(f"this process stops, because {found}")
+
+    def stop(self) -> None:
+        """No more watching."""
+        self._stopped.set()
+        self._thread.join()
+
+
+def _fail_together(error: BaseException) -> None:
+    """Tells the other processes, and sees to it that this one need not wait for them."""
+    if isinstance(error, jax.errors.JaxRuntimeError):
+        # Most likely another process is gone. JAX finds out which, says so and ends this one;
+        # until then the error here would only mislead.
+        logging.warning("an exchange with other processes broke off; finding out which one is gone")
+        time.sleep(HEARTBEAT_SECONDS + 10)
+    reason = " ".join(f"{type(error).__name__}: {error}".split())[:1000]
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+        runtime.global_state.client.key_value_set(
+            _FAILED, f"process {jax.process_index()} failed ({reason})", allow_overwrite=False
+        )
+    if is_writer():
+        # The messages are kept in this process.
+        time.sleep(2 * _POLL_SECONDS)
+    # Runs before JAX's own farewell, which would wait for the others.
+    atexit.register(_leave, None)
+
+
+def _leave(message: str | None) -> None:
+    if message:
+        print(f"error: {message}", file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
