@@ -64,7 +64,8 @@ def convert(
             remap=table,
         )  # fmt: skip
         if autoencoder is not None:
-            parts["autoencoder"] = read_autoencoder(autoencoder, image_size, table)
+            codes = parts["denoiser"].config.num_codes
+            parts["autoencoder"] = read_autoencoder(autoencoder, image_size, table, codes)
         if clip is not None:
             found = clip_keys.open_weights(clip)
             config, params, _ = clip_keys.read_text_encoder(found, clip)
@@ -82,8 +83,19 @@ def _may_replace(target: Path) -> bool:
     return target.is_dir() and ((target / "config.json").exists() or not any(target.iterdir()))
 
 
-def read_autoencoder(path: str, image_size: int | None, remap: np.ndarray | None) -> Part:
-    """The image tokenizer in a file, or in a folder of this project."""
+def read_autoencoder(
+    path: str,
+    image_size: int | None = None,
+    remap: np.ndarray | None = None,
+    num_codes: int | None = None,
+) -> Part:
+    """The image tokenizer in a file, or in a folder of this project.
+
+    Args:
+      path: of the file or folder.
+      image_size, remap: as of ``convert``.
+      num_codes: K of the denoiser that it is for, which may tell the remap; None is any.
+    """
     if Path(path).is_dir():
         described = folder.load_config(path)
         described.pop("kind", None)
@@ -93,7 +105,11 @@ def read_autoencoder(path: str, image_size: int | None, remap: np.ndarray | None
     if not taming.is_autoencoder(loaded):
         raise UserError(f"{path} holds no image tokenizer that is known here")
     config, params = taming.read(
-        loaded, path, image_size=image_size or published.DEFAULT_IMAGE_SIZE, remap=remap
+        loaded,
+        path,
+        image_size=image_size or published.DEFAULT_IMAGE_SIZE,
+        num_codes=num_codes,
+        remap=remap,
     )
     return Part(config, params, path)
 

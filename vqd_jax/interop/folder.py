@@ -32,7 +32,7 @@ def flatten(params: Any, prefix: str = "") -> dict[str, np.ndarray]:
         if isinstance(value, dict):
             flat |= flatten(value, name + ".")
         else:
-            flat[name] = np.ascontiguousarray(value)
+            flat[name] = np.asarray(value, order="C")
     return flat
 
 

@@ -216,7 +216,7 @@ def write(path: str, config: ConfigDict, params: Any, tokenizer: ClipTokenizer) 
     for name in ("Lt_history", "Lt_count"):
         diffusion[name] = np.zeros(sizes.num_steps, np.float32)
     codec = _codec(config_lib.autoencoder_config(config), params["autoencoder"])
-    as_tensor = lambda x: torch.from_numpy(np.ascontiguousarray(x))  # noqa: E731
+    as_tensor = lambda x: torch.from_numpy(np.require(x, requirements="CW"))  # noqa: E731
     diffusion = {name: as_tensor(x) for name, x in diffusion.items()}
     model = {_AUTOENCODER + name: as_tensor(x) for name, x in codec.items()}
     model |= {_DIFFUSION + name: x for name, x in diffusion.items()}
