@@ -37,11 +37,6 @@ def test_the_manifest_tells_of_codebook_and_quality(make_cache, tmp_path):
     assert remap.tolist() == [*range(1, 41)] + [0] * 216
 
 
-def test_remap_numbers_used_codes_from_one():
-    used = np.array([True, False, True, True, False])
-    assert encode.build_remap(used).tolist() == [1, 0, 2, 3, 0]
-
-
 def test_psnr_is_that_of_the_pixels(make_cache, tmp_path):
     # A gradient comes back as its first pixel: known squared error.
     ramp = np.zeros((8, 8, 3), np.uint8)
@@ -150,3 +145,10 @@ def test_a_label_outside_the_classes_is_a_bad_record(make_cache, tmp_path):
 def test_nothing_good_is_an_error(make_cache, tmp_path):
     with pytest.raises(UserError, match="nothing could be encoded"):
         make_cache(tmp_path, 4, bad=range(4), max_bad_share=1.0)
+
+
+def test_captions_that_are_cut_are_counted(make_cache, tmp_path):
+    source = [{**row, "captions": ["a " * r, "b"]} for r, row in enumerate(pictures(12), 1)]
+    make_cache(tmp_path, 12, source=source)
+    # Start and end mark leave room for six words.
+    assert codes.read_json(tmp_path / codes.MANIFEST)["captions_truncated"] == 6

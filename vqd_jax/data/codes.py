@@ -174,6 +174,7 @@ class CodesSource:
         self.context_length: int = layout["context_length"]
         self.feature_width: int = layout["feature_width"]
         self.num_classes: int = layout["num_classes"]
+        self.null_text_ids = np.array(layout["null_text_ids"], np.int32)
         self._readers = [_open(folder / shard["file"]) for shard in manifest["shards"]]
         self._ends = np.cumsum([shard["records"] for shard in manifest["shards"]])
         self.null_features = np.load(folder / NULL_FEATURES) if self.feature_width else None

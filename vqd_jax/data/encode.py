@@ -26,6 +26,7 @@ from vqd_jax.data.codes import CachedRecord
 from vqd_jax.data.pipeline import CheckedReader, Crop
 from vqd_jax.data.text import ClipTokenizer
 from vqd_jax.errors import UserError
+from vqd_jax.models import quantizer
 
 ORIGIN = "origin.json"
 REMAP = "remap.npy"
@@ -100,7 +101,7 @@ def encode_split(
 
     Args:
       directory: of this split alone; see ``codes`` for what is written. ``remap.npy`` in it, int32
-        [K], numbers the codes that occur from 1 in increasing order, and the others 0.
+        [K], leaves out the codes that do not occur (see ``models.quantizer.build_remap``).
       source: R random-access records with ``image``, bytes or pixels.
       codec: the autoencoder.
       origin: JSON values that the codes depend on, such as ``data``, ``split`` and ``autoencoder``
@@ -128,13 +129,19 @@ def encode_split(
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     plan = _Plan(folder, len(source), records_per_shard)
+    if content.tokenizer is not None and content.tokenizer.vocab_size > 2**16:
+        raise UserError(
+            f"the tokenizer has {content.tokenizer.vocab_size} ids; at most 65536 can be cached"
+        )
     origin = full_origin(origin, crop, num_crops, seed, content) | {
         "records_per_shard": records_per_shard
     }
     _claim(folder, origin)
     if (folder / codes.MANIFEST).exists() and not plan.missing():
         return codes.read_json(folder / codes.MANIFEST)
-    read = CheckedReader(source, max_bad_share, str(folder / BAD_LOG))
+    read = CheckedReader(
+        source, max_bad_share, str(folder / BAD_LOG), needs_captions=content.tokenizer is not None
+    )
     encoder = _ShardEncoder(read, codec, crop, num_crops, seed, content, batch_size, num_threads)
     mine = [shard for shard in plan.missing() if shard % count == index]
     total = sum(len(plan.records(shard)) for shard in range(index, plan.num_shards, count))
@@ -164,11 +171,6 @@ def full_origin(
         "context_length": content.tokenizer.context_length if content.tokenizer else 0,
         "num_classes": content.num_classes,
     }
-
-
-def build_remap(used: np.ndarray) -> np.ndarray:
-    """bool [K] -> int32 [K]: the used codes numbered from 1 in increasing order, the others 0."""
-    return np.where(used, np.cumsum(used), 0).astype(np.int32)
 
 
 class _Plan(NamedTuple):
@@ -220,12 +222,13 @@ class _ShardEncoder:
         self._num_crops, self._seed, self._content = num_crops, seed, content
         self._batch_records = max(1, batch_size // num_crops)
         self._num_threads = num_threads
+        self._truncated: dict[int, int] = {}
 
     def write(self, records: range, path: Path, bar: tqdm) -> None:
         """Writes a shard and its counts, both complete or not at all."""
         scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         usage = np.zeros(self._codec.num_codes, np.int64)
-        counts = {"file": path.name, "records": 0, "captions": 0}
+        counts = {"file": path.name, "records": 0, "captions": 0, "truncated": 0}
         try:
             writer = array_record_module.ArrayRecordWriter(
                 str(scratch), "group_size:1,uncompressed"
@@ -234,6 +237,7 @@ class _ShardEncoder:
                 writer.write(record.to_bytes())
                 counts["records"] += 1
                 counts["captions"] += len(record.text_ids)
+                counts["truncated"] += self._truncated.pop(record.id, 0)
                 usage += np.bincount(record.codes.ravel(), minlength=len(usage))
             writer.close()
             with open(scratch, "rb") as file:
@@ -282,11 +286,11 @@ class _ShardEncoder:
         def crops(record):
             keys = range(index * self._num_crops, (index + 1) * self._num_crops)
             crops = np.stack([self._crop(record, self._seed, key) for key in keys])
-            return self._ids(record) | {"id": index, "crops": crops}
+            return self._ids(record, index) | {"id": index, "crops": crops}
 
         return self._read(index, crops)
 
-    def _ids(self, record: dict) -> dict:
+    def _ids(self, record: dict, index: int) -> dict:
         tokenizer, num_classes = self._content.tokenizer, self._content.num_classes
         label, ids = 0, np.zeros((0, 0), np.int32)
         if num_classes:
@@ -294,7 +298,10 @@ class _ShardEncoder:
             if not 0 <= label < num_classes:
                 raise ValueError(f"label {label} is outside 0..{num_classes - 1}")
         if tokenizer is not None:
-            ids = tokenizer.encode_batch(list(record["captions"]))
+            captions = list(record["captions"])
+            ids = tokenizer.encode_batch(captions, warn=False)
+            lengths = [tokenizer.num_ids(caption) for caption in captions]
+            self._truncated[index] = sum(n > tokenizer.context_length for n in lengths)
         return {"label": label, "text_ids": ids}
 
     def _padded(self, batch: list[dict]) -> np.ndarray:
@@ -357,24 +364,26 @@ def _finish(
     share = usage[usage > 0] / usage.sum()
     psnr_images = sum(shard.get("psnr_images", 0) for shard in shards)
     psnr = sum(shard.get("psnr_sum", 0.0) for shard in shards) / psnr_images
-    features = content.text_features
+    features, tokenizer = content.text_features, content.tokenizer
+    empty = tokenizer.encode_batch([""]) if tokenizer else np.zeros((1, 0), np.int32)
     if features is not None:
-        empty = content.tokenizer.encode_batch([""])
         _save_array(folder / codes.NULL_FEATURES, text_features(features, empty, 1)[0])
-    _save_array(folder / REMAP, build_remap(usage > 0))
+    _save_array(folder / REMAP, quantizer.build_remap(usage))
     manifest = {
         "format": codes.FORMAT,
         "origin": origin,
         "layout": {
             "num_tokens": codec.num_tokens,
             "num_crops": num_crops,
-            "context_length": content.tokenizer.context_length if content.tokenizer else 0,
+            "context_length": tokenizer.context_length if tokenizer else 0,
             "feature_width": features.width if features else 0,
+            "null_text_ids": empty[0].tolist(),
             "num_classes": content.num_classes,
         },
         "records": records,
         "bad_records": bad,
         "captions": sum(shard["captions"] for shard in shards),
+        "captions_truncated": sum(shard["truncated"] for shard in shards),
         "num_codes": codec.num_codes,
         "codes_used": int((usage > 0).sum()),
         "perplexity": float(np.exp(-np.sum(share * np.log(share)))),
@@ -384,9 +393,10 @@ def _finish(
     }
     codes.write_json(folder / codes.MANIFEST, manifest)
     logging.info(
-        "%s: %d records (%d bad ones left out); %d of %d codes in use, perplexity %.1f; PSNR %.2f "
-        "dB of %d reconstructions",
-        folder, records, bad, manifest["codes_used"], codec.num_codes, manifest["perplexity"],
+        "%s: %d records (%d bad ones left out), %d of %d captions cut to fit; %d of %d codes in "
+        "use, perplexity %.1f; PSNR %.2f dB of %d reconstructions",
+        folder, records, bad, manifest["captions_truncated"], manifest["captions"],
+        manifest["codes_used"], codec.num_codes, manifest["perplexity"],
         psnr, psnr_images,
     )  # fmt: skip
     return manifest

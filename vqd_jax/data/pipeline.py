@@ -21,7 +21,6 @@ from absl import logging
 
 from vqd_jax.data import images, stream
 from vqd_jax.data.codes import CodesSource
-from vqd_jax.data.text import END_ID, PAD_ID, START_ID
 from vqd_jax.errors import UserError
 
 # Streams of random numbers beside the one that chooses captions.
@@ -119,21 +118,27 @@ class Crop:
 class CheckedReader:
     """Reads records by index; bad ones are counted, named in a log and given as None.
 
-    A record is bad when reading it raises, or when it has an empty list of captions or an empty
-    caption. Safe to call from several threads; several processes share ``bad_log``.
+    A record is bad when reading it raises, or when captions are needed and it has none or an empty
+    one. Safe to call from several threads; several processes share ``bad_log``.
 
     Args:
       source: random-access records.
       max_bad_share: bad records tolerated, as a share of all records, 0 to 1.
       bad_log: a file that gets a line ``{"record": index, "reason": text}`` for every bad record;
         what it holds already counts.
+      needs_captions: whether a record without a caption is a bad one.
     """
 
     def __init__(
-        self, source: Sequence[dict], max_bad_share: float = 0.01, bad_log: str | None = None
+        self,
+        source: Sequence[dict],
+        max_bad_share: float = 0.01,
+        bad_log: str | None = None,
+        needs_captions: bool = True,
     ):
         self.bad: dict[int, str] = {}
         self._source = source
+        self._needs_captions = needs_captions
         self._max_bad_share = max_bad_share
         self._bad_log = Path(bad_log) if bad_log else None
         self._lock = threading.Lock()
@@ -156,9 +161,8 @@ class CheckedReader:
         """
         try:
             record = self._source[index]
-            captions = record.get("captions", ["none needed"])
-            if len(captions) == 0 or not all(str(c).strip() for c in captions):
-                raise ValueError(f"{record.get('file', 'record')}: empty caption")
+            if self._needs_captions:
+                _require_captions(record)
             return record if transform is None else transform(record)
         except Exception as error:
             self._report(index, f"{type(error).__name__}: {error}")
@@ -202,6 +206,12 @@ class CheckedReader:
             os.close(file)
 
 
+def _require_captions(record: dict) -> None:
+    captions = record["captions"]
+    if len(captions) == 0 or not all(str(c).strip() for c in captions):
+        raise ValueError(f"{record.get('file', 'record')}: empty caption")
+
+
 def image_dataset(
     source: Sequence[dict],
     image_size: int,
@@ -240,7 +250,7 @@ def image_dataset(
       UserError: fewer records than one batch; while iterating, too many bad records.
     """
     crop = crop or Crop(image_size)
-    read = CheckedReader(source, max_bad_share, bad_log)
+    read = CheckedReader(source, max_bad_share, bad_log, needs_captions=False)
     places = stream.shuffled([len(source)], seed) if train else grain.MapDataset.range(len(source))
 
     def image(key):
@@ -312,7 +322,7 @@ def code_dataset(
         sources[0].require_same_layout(other)
     if train:
         places = stream.shuffled([len(source) for source in sources], seed, weights)
-        choose = _TrainingChoice(sources, seed, null_text_rate)
+        choose = TrainingChoice(sources, seed, null_text_rate)
         count = sum(map(len, sources))
     else:
         if len(sources) > 1:
@@ -332,7 +342,7 @@ def code_dataset(
     return stream.Batches(places, make, count, batch_size, process_index, process_count)
 
 
-class _Choice(NamedTuple):
+class Choice(NamedTuple):
     """What a batch takes: arrays [B].
 
     Attributes:
@@ -348,13 +358,19 @@ class _Choice(NamedTuple):
     null: np.ndarray
 
 
-class _TrainingChoice:
-    """Elements of ``stream.shuffled`` -> choices that are functions of (seed, set, key)."""
+class TrainingChoice:
+    """Elements of ``stream.shuffled`` -> choices that are functions of (seed, set, key).
+
+    Args:
+      sources: the sets.
+      seed: of the run.
+      null_text_rate: probability of the empty caption or label.
+    """
 
     def __init__(self, sources, seed, null_text_rate):
         self._sources, self._seed, self._null_text_rate = sources, seed, null_text_rate
 
-    def __call__(self, elements: np.ndarray) -> _Choice:
+    def __call__(self, elements: np.ndarray) -> Choice:
         sets, keys = stream.split_keys(elements, len(self._sources))
         rows, numbers = np.empty_like(keys), np.empty((3, len(keys)))
         for s, source in enumerate(self._sources):
@@ -362,7 +378,7 @@ class _TrainingChoice:
             rows[mine] = keys[mine] % len(source)
             numbers[:2, mine] = stream.uniforms((self._seed, s) if s else self._seed, keys[mine])
             numbers[2, mine] = stream.uniforms((self._seed, s, VIEW_STREAM), keys[mine], 1)
-        return _Choice(sets, rows, numbers[2], numbers[0], numbers[1] < self._null_text_rate)
+        return Choice(sets, rows, numbers[2], numbers[0], numbers[1] < self._null_text_rate)
 
 
 class _EvaluationChoice:
@@ -375,17 +391,17 @@ class _EvaluationChoice:
             self._starts = np.cumsum(self._counts) - self._counts
         self.count = len(source) if self._counts is None else int(self._counts.sum())
 
-    def __call__(self, elements: np.ndarray) -> _Choice:
+    def __call__(self, elements: np.ndarray) -> Choice:
         rows, caption = elements, np.zeros(len(elements))
         if self._counts is not None:
             rows = np.searchsorted(self._starts, elements, side="right") - 1
             # Into the middle of the caption's share of [0, 1), so that rounding cannot miss it.
             caption = (elements - self._starts[rows] + 0.5) / self._counts[rows]
         zeros = np.zeros(len(elements))
-        return _Choice(np.zeros_like(elements), rows, zeros, caption, zeros.astype(bool))
+        return Choice(np.zeros_like(elements), rows, zeros, caption, zeros.astype(bool))
 
 
-def _gather(sources: list[CodesSource], choice: _Choice, with_ids: bool) -> dict[str, np.ndarray]:
+def _gather(sources: list[CodesSource], choice: Choice, with_ids: bool) -> dict[str, np.ndarray]:
     layout, size = sources[0], len(choice.rows)
     batch = {"codes": np.empty((size, layout.num_tokens), np.int32)}
     if layout.context_length:
@@ -418,8 +434,7 @@ def _gather(sources: list[CodesSource], choice: _Choice, with_ids: bool) -> dict
 def _empty(batch: dict[str, np.ndarray], null: np.ndarray, layout: CodesSource) -> None:
     """Replaces the conditions of the rows ``null``, bool [B], by those of no condition."""
     if layout.context_length:
-        batch["text_ids"][null] = PAD_ID
-        batch["text_ids"][null, :2] = START_ID, END_ID
+        batch["text_ids"][null] = layout.null_text_ids
     if layout.feature_width:
         batch["text_features"][null] = layout.null_features
     if layout.num_classes:

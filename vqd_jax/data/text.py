@@ -160,32 +160,38 @@ class ClipTokenizer:
         """The number of ids of a caption before any cut, start and end mark included."""
         return len(self._ids(caption))
 
-    def encode(self, caption: str) -> np.ndarray:
+    def encode(self, caption: str, warn: bool = True) -> np.ndarray:
         """Encodes one caption.
 
         Args:
           caption: any text; "" gives ``[start, end, 0, ...]``.
+          warn: log a warning where a caption is cut.
 
         Returns:
           int32 [L]. A caption of more than L ids keeps the first L with the last one replaced by
-          the end mark, and a warning is logged.
+          the end mark.
         """
         ids = self._ids(caption)
         length = self.context_length
         if len(ids) > length:
-            logging.warning(
-                "caption of %d ids is cut to the limit of %d: %r...", len(ids), length, caption[:60]
-            )
+            if warn:
+                logging.warning(
+                    "caption of %d ids is cut to the limit of %d: %r...",
+                    len(ids), length, caption[:60],
+                )  # fmt: skip
             ids = [*ids[: length - 1], self.end_id]
         row = np.full(length, PAD_ID, np.int32)
         row[: len(ids)] = ids
         return row
 
-    def encode_batch(self, captions: list[str]) -> np.ndarray:
-        """Encodes B captions; see `encode`. Returns int32 [B, L]."""
+    def encode_batch(self, captions: list[str], warn: bool = True) -> np.ndarray:
+        """Encodes B captions; see `encode`. Returns int32 [B, L].
+
+        ``warn=False`` is for data sets, where who calls counts the captions that are cut.
+        """
         rows = np.empty((len(captions), self.context_length), np.int32)
         for row, caption in zip(rows, captions, strict=True):
-            row[:] = self.encode(caption)
+            row[:] = self.encode(caption, warn)
         return rows
 
     def decode(self, ids) -> str:

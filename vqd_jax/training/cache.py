@@ -93,13 +93,18 @@ def content(config: ConfigDict) -> encode.Content:
     return encode.Content()
 
 
+def directory(config: ConfigDict, workdir: str) -> str:
+    """Where the codes of a run are: each split has a folder in it."""
+    return config.data.get("codes", "") or str(Path(workdir) / "codes")
+
+
 def make(
-    config: ConfigDict, directory: str, builder: tfds.core.DatasetBuilder, split: str, params: Any
+    config: ConfigDict, where: str, builder: tfds.core.DatasetBuilder, split: str, params: Any
 ) -> dict[str, Any] | None:
-    """Encodes what is missing of ``directory/split``; see ``encode.encode_split``."""
+    """Encodes what is missing of ``where/split``; see ``encode.encode_split``."""
     codec = Codec(config_lib.autoencoder_config(config), params)
     return encode.encode_split(
-        str(Path(directory) / split),
+        str(Path(where) / split),
         pipeline.records(builder, split, decode=False),
         codec,
         {"data": builder.info.full_name, "split": split, "autoencoder": _fingerprint(params)},
@@ -127,10 +132,20 @@ def open_or_make(
     Raises:
       UserError: codes that another autoencoder or other settings made, or damaged ones.
     """
-    given = config.data.get("codes", "")
-    directory = given or str(Path(workdir) / "codes")
-    if not given:
-        make(config, directory, builder, split, params)
+    where = directory(config, workdir)
+    if not config.data.get("codes", ""):
+        make(config, where, builder, split, params)
+    return open_split(config, where, split, params)
+
+
+def open_split(config: ConfigDict, where: str, split: str, params: Any) -> codes.CodesSource:
+    """The codes in ``where/split``, if they are what ``config`` and ``params`` ask for.
+
+    The data set is left open: another one will do, if its codes are of the same autoencoder.
+
+    Raises:
+      UserError: see ``open_or_make``.
+    """
     made_with = content(config)
     wanted = {
         "split": split,
@@ -139,7 +154,7 @@ def open_or_make(
         "num_classes": made_with.num_classes,
         "context_length": made_with.tokenizer.context_length if made_with.tokenizer else 0,
     }
-    return codes.open_split(str(Path(directory) / split), wanted)
+    return codes.open_split(str(Path(where) / split), wanted)
 
 
 def _fingerprint(params: Any) -> str:
