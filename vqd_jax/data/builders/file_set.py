@@ -197,7 +197,6 @@ class FileSet(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         return {name: make(name, items) for name, items in self._items.items()}
 
     def _generate_examples(self, split: str, items: Sequence[Any]) -> Iterator[tuple[str, dict]]:
-        del split
         results = itertools.chain.from_iterable(self.read(self._tree, item) for item in items)
         good = 0
         check_one = functools.partial(check, needs_captions=self.NEEDS_CAPTIONS)
@@ -209,7 +208,7 @@ class FileSet(tfds.core.GeneratorBasedBuilder, skip_registration=True):
                 good += 1
                 yield _example(result)
         if not good:
-            self._check_share(0)
+            raise UserError(f"{self.info.full_name}: no record of the split {split!r} can be used")
 
     def _beam_examples(self, split: str, items: Sequence[Any]):
         import apache_beam as beam
@@ -241,7 +240,15 @@ class FileSet(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         facts = self.facts(self._tree, config)
         self._items = self.items()
         self._tell_progress_bars()
-        super()._download_and_prepare(dl_manager, download_config)
+        try:
+            super()._download_and_prepare(dl_manager, download_config)
+        except (OSError, UserError):
+            raise
+        # Beam raises what its workers raised, with where it happened in the message.
+        except Exception as error:
+            if not self._beam:
+                raise
+            raise UserError(f"Apache Beam could not prepare {self.name}: {error}") from error
         folder = Path(self.data_dir)
         if self._beam:
             for split in self._items:
