@@ -88,6 +88,7 @@ def default_config() -> ConfigDict:
     config.diffusion.num_steps = 100  # T
 
     config.training = ConfigDict()
+    config.training.init_from = ""  # a model folder to go on from (fine-tuning); '' is nothing
     config.training.num_steps = 1000
     config.training.batch_size = 32
     config.training.learning_rate = 1e-3

@@ -22,7 +22,7 @@ from vqd_jax.data import images as image_lib
 from vqd_jax.data.text import ClipTokenizer
 from vqd_jax.diffusion import rules, sampler
 from vqd_jax.errors import UserError
-from vqd_jax.interop import folder
+from vqd_jax.interop import diffusers, folder, published
 from vqd_jax.models import autoencoder, text_to_image
 from vqd_jax.training import checkpoint, stage_one
 from vqd_jax.training.state import create_state
@@ -38,6 +38,10 @@ RULES: dict[str, Callable[[tuple[int, int]], Callable]] = {
     "halton": rules.Halton,
     "remask": lambda grid: rules.Remask(),
 }
+
+
+# Layouts of other programs that a model can be written in.
+WRITERS = {"diffusers": diffusers.write, "published": published.write}
 
 
 class Generation(NamedTuple):
@@ -164,11 +168,8 @@ class VQDiffusion:
             files = self.tokenizer.files("tokenizer")
             folder.save(directory, described, params, dtype=dtype, files=files)
             return
-        from vqd_jax.interop import diffusers, published
-
-        writers = {"diffusers": diffusers.write, "published": published.write}
-        _require(format in writers, f"format={format!r}: vqd_jax, {' or '.join(writers)}")
-        writers[format](directory, self.config, params, self.tokenizer)
+        _require(format in WRITERS, f"format={format!r}: vqd_jax, {' or '.join(WRITERS)}")
+        WRITERS[format](directory, self.config, params, self.tokenizer)
 
     def with_params(self, params: Any) -> "VQDiffusion":
         """The same model with other parameters; compiled functions are shared."""

@@ -173,8 +173,10 @@ def read_shards(directory: Path, stem: str) -> dict[str, tensors.Tensor]:
     return found
 
 
-def load_params(directory: str | Path, abstract_params: Any) -> Any:
+def load_params(directory: str | Path, abstract_params: Any, part: str = "") -> Any:
     """The parameters of a model folder, as a nested dict like ``abstract_params``.
+
+    ``part`` names a part of the model ("autoencoder"); the tensors of the others are left alone.
 
     Raises:
       UserError: a file is missing or damaged, or a tensor is missing, left over, of another
@@ -182,7 +184,9 @@ def load_params(directory: str | Path, abstract_params: Any) -> Any:
     """
     directory = Path(directory)
     flat = read_shards(directory, "model")
-    params = _take(abstract_params, flat, directory)
+    prefix = f"{part}." if part else ""
+    flat = {name: tensor for name, tensor in flat.items() if name.startswith(prefix)}
+    params = _take(abstract_params, flat, directory, prefix)
     if flat:
         raise UserError(f"{directory} has a tensor that the model lacks: {sorted(flat)[0]}")
     return params

@@ -6,6 +6,7 @@ sampling needs.
 
 import dataclasses
 import functools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,11 @@ def load(config: ConfigDict, directory: str) -> Any:
       UserError: it cannot be read, or has other sizes than ``config.autoencoder`` says.
     """
     wanted = config_lib.autoencoder_config(config)
-    found = folder.load_config(directory)
+    found, part = folder.load_config(directory), ""
+    if found.get("kind") == config_lib.MODEL_KIND:
+        whole = config_lib.load(str(Path(directory) / "config.json"))
+        found, part = dataclasses.asdict(config_lib.autoencoder_config(whole)), "autoencoder"
+        found = json.loads(json.dumps(found))
     # Folders from before these fields have no such choice.
     found = {"quantizer": "nearest", "codebook_size": None} | found
     for field, value in dataclasses.asdict(wanted).items():
@@ -48,7 +53,7 @@ def load(config: ConfigDict, directory: str) -> Any:
                 "set the config to what the autoencoder has"
             )
     abstract = jax.eval_shape(lambda: autoencoder.init_params(wanted, jax.random.key(0)))
-    return folder.load_params(directory, abstract)
+    return folder.load_params(directory, abstract, part)
 
 
 def find(config: ConfigDict, workdir: str) -> str | None:

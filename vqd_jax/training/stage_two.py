@@ -19,7 +19,7 @@ from vqd_jax.errors import UserError
 from vqd_jax.evaluation.likelihood import caption_likelihood
 from vqd_jax.models import text_to_image
 from vqd_jax.pipeline import VQDiffusion
-from vqd_jax.training import cache, distributed, loop, sharding, stage_one
+from vqd_jax.training import cache, distributed, loop, pretrained, sharding, stage_one
 from vqd_jax.training import state as state_lib
 
 LIKELIHOOD_BATCH = 64
@@ -120,6 +120,7 @@ def _train(config, workdir, splits, autoencoder_params) -> None:
         config=config,
         mesh=mesh,
         placed=state_lib.state_shardings(config, mesh),
+        prepare=functools.partial(pretrained.adopt, config),
         steps_per_call=c.steps_per_call,
         profile_steps=c.profile_steps,
         num_steps=c.num_steps,
