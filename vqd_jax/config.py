@@ -22,7 +22,20 @@ from vqd_jax.training.autoencoder import AutoencoderOptions
 VOCAB_SIZE = 49408
 # What ``config.json`` of a model folder says of itself, beside the fields below.
 MODEL_KIND = "vqd_jax"
-DATA_SETS = ("emoji_text", "shapes_text", "shapes_text/64px")
+DATA_SETS = (
+    "emoji_text",
+    "shapes_text",
+    "coco_text",
+    "cub_text",
+    "oxford102_text",
+    "imagenet_class",
+    "ffhq_images",
+    "image_text_folder",
+    "shapes_text/32px",
+    "shapes_text/64px",
+    "cub_text/official",
+    "cub_text/published",
+)
 SCHEDULES = {"released": schedule.released, "paper": schedule.paper}
 
 

@@ -1,4 +1,4 @@
-"""What a run begins with besides random numbers: a pretrained text encoder, a model to fine-tune."""
+"""What a run begins with besides random numbers: a pretrained text encoder, a whole model."""
 
 from pathlib import Path
 from typing import Any

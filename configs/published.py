@@ -1,0 +1,86 @@
+"""The published sizes, which several configs share: image tokenizers, text tower, denoisers.
+
+Sizes and training settings are those of VQ-Diffusion (arXiv:2111.14822) and Improved VQ-Diffusion
+(arXiv:2205.16007); docs/weights.md tells which released file has which.
+"""
+
+from vqd_jax.config import default_config
+
+# The averages were moved by 0.99 every 25 steps.
+EMA_DECAY = 0.99 ** (1 / 25)
+
+
+def base():
+    """What all published runs share."""
+    config = default_config()
+    config.data.image_size = 256
+    config.autoencoder.norm_groups = 32
+    config.autoencoder.num_res_blocks = 2
+    config.autoencoder.latent_channels = 256
+    config.autoencoder.codebook_dim = 256
+    config.denoiser.num_heads = 16
+    config.denoiser.dtype = "bfloat16"
+    config.denoiser.remat = "dots"
+    config.training.batch_size = 32
+    config.training.warmup_steps = 1000
+    config.training.clip_norm = 0.5
+    config.training.ema_decay = EMA_DECAY
+    config.training.null_text_rate = 0.1
+    config.training.log_every = 100
+    config.training.eval_every = 10_000
+    config.training.save_every = 2_000
+    config.sampling.guidance_scale = 3.0
+    config.sampling.truncation = 1.0
+    return config
+
+
+def clip_text(config):
+    """The text tower of CLIP ViT-B/32; ``text_encoder.path`` is to name a converted one."""
+    config.text_encoder.width = 512
+    config.text_encoder.num_layers = 12
+    config.text_encoder.num_heads = 8
+    config.text_encoder.normalize = True
+
+
+def openimages_f8(config):
+    """The Gumbel tokenizer of OpenImages, 32x32 codes of which 2887 of 8192 are in use."""
+    config.autoencoder.channels = 128
+    config.autoencoder.channel_multipliers = (1, 1, 2, 4)
+    config.autoencoder.attention_resolutions = (32,)
+    config.autoencoder.quantizer = "gumbel"
+    config.autoencoder.codebook_size = 8192
+    config.autoencoder.num_codes = 2887
+
+
+def f16(config):
+    """The tokenizers of ImageNet and FFHQ but for their codebooks: 16x16 codes."""
+    config.autoencoder.channels = 128
+    config.autoencoder.channel_multipliers = (1, 1, 2, 2, 4)
+    config.autoencoder.attention_resolutions = (16,)
+    # The position table was made for 32x32 codes and cut (see ``DenoiserConfig``).
+    config.denoiser.position_table = (32, 32)
+    config.denoiser.width = 512
+    config.denoiser.mlp = "conv"
+    config.training.auxiliary_weight = 1e-3
+
+
+def text_base():
+    """VQ-Diffusion-B and -F: 389 M parameters in the denoiser."""
+    config = base()
+    clip_text(config)
+    openimages_f8(config)
+    config.denoiser.width = 1024
+    config.denoiser.num_layers = 19
+    config.denoiser.learned_null = True
+    return config
+
+
+def text_small():
+    """VQ-Diffusion-S: 36 M parameters in the denoiser."""
+    config = text_base()
+    config.denoiser.width = 192
+    config.denoiser.num_layers = 18
+    config.denoiser.mlp = "conv"
+    config.denoiser.mlp_ratio = 2
+    config.denoiser.remat = "none"
+    return config
