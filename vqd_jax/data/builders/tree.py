@@ -31,7 +31,7 @@ class Tree:
       UserError: no such directory, or a zip that is damaged.
     """
 
-    def __init__(self, root: str, zips: tuple[str, ...] = ()):
+    def __init__(self, root: str | os.PathLike, zips: tuple[str, ...] = ()):
         self.root = Path(root).expanduser().absolute()
         if not self.root.is_dir():
             raise UserError(f"there is no directory {self.root}; config.data.dir must name one")
