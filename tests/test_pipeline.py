@@ -1,12 +1,14 @@
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from configs import tiny
 from vqd_jax import config as config_lib
+from vqd_jax.diffusion import rules
 from vqd_jax.errors import UserError
 from vqd_jax.models import autoencoder, text_to_image
-from vqd_jax.pipeline import VQDiffusion
+from vqd_jax.pipeline import RULES, VQDiffusion
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -101,3 +103,112 @@ def test_impossible_requests_are_named(model, options, message):
 def test_no_prompt_is_an_error(model):
     with pytest.raises(UserError, match="at least one prompt"):
         model.generate([])
+
+
+def test_only_the_masked_part_is_painted(model):
+    image = np.random.default_rng(1).integers(0, 256, (16, 16, 3)).astype(np.uint8)
+    known = model.encode_images(image[None])[0].reshape(4, 4)
+    mask = np.zeros((16, 16), bool)
+    # Three pixels, which lie in two of the 4x4 cells.
+    mask[5, 6:9] = True
+    made = model.inpaint(image, mask, "a cat", num_images=3, seed=2, trajectory=True)
+    painted = np.zeros((4, 4), bool)
+    painted[1, 1:3] = True
+    for step in made.trajectory[:, 0]:
+        for tokens in step:
+            np.testing.assert_array_equal(tokens.reshape(4, 4)[~painted], known[~painted])
+    np.testing.assert_array_equal(made.codes[0], made.trajectory[-1, 0])
+    assert len(np.unique(made.codes[0], axis=0)) > 1
+    as_pictures = model.inpaint(
+        Image.fromarray(image), Image.fromarray(mask.astype(np.uint8) * 255), "a cat",
+        num_images=3, seed=2,
+    )  # fmt: skip
+    np.testing.assert_array_equal(as_pictures.codes, made.codes)
+
+
+def test_a_mask_of_a_picture_that_is_cut_is_cut_alike(model):
+    image = np.zeros((20, 40, 3), np.uint8)
+    mask = np.zeros((20, 40), bool)
+    mask[:, :10] = True
+    # The crop keeps the middle twenty columns, which the mask leaves out.
+    with pytest.raises(UserError, match="the mask is empty"):
+        model.inpaint(image, mask, "a cat")
+    mask[0, 10] = True
+    made = model.inpaint(image, mask, "a cat")
+    changed = made.codes[0, 0] != model.encode_images(image[None])[0]
+    assert not changed[1:].any()
+
+
+def test_editing_keeps_more_of_the_picture_at_low_strength(model):
+    image = np.random.default_rng(1).integers(0, 256, (16, 16, 3)).astype(np.uint8)
+    codes = model.encode_images(image[None])[0]
+    kept = []
+    for strength in (0.3, 0.6, 1.0):
+        made = model.edit(image, "a cat", strength=strength, num_images=8, trajectory=True)
+        # After the first step; the last one draws all codes from what the network says.
+        kept.append((made.trajectory[0] == codes).mean())
+    # About 1 - strength of the codes are not masked, and most of those stay.
+    assert kept[0] > 0.5
+    assert kept[0] > kept[1] + 0.1 > kept[2] + 0.2
+    assert kept[2] < 0.1
+
+
+def test_the_parts_are_the_whole(model):
+    features = model.encode_text(["red heart", ""])
+    assert features.shape == (2, 16, 16)
+    codes = np.full((2, 16), 32)
+    log_x0 = model.predict_log_x0(codes, features, np.array([10, 1]))
+    assert log_x0.shape == (2, 16, 32)
+    np.testing.assert_allclose(np.exp(log_x0).sum(-1), 1, rtol=1e-5)
+    with pytest.raises(UserError, match=r"codes lie in 0\.\.32; the model knows 0\.\.31"):
+        model.decode_codes(np.array([[0] * 15 + [32]]))
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_every_rule_ends_without_masks(model, rule):
+    made = model.generate(["red heart"], num_images=2, num_steps=4, rule=rule)
+    assert made.codes.max() < 32
+
+
+def test_a_rule_may_be_given_with_its_numbers(model):
+    plain = model.generate(["red heart"], num_steps=4, rule="purity")
+    given = model.generate(["red heart"], num_steps=4, rule=rules.Purity(1.0))
+    np.testing.assert_array_equal(plain.codes, given.codes)
+    with pytest.raises(UserError, match="rule='best': must be one of ordinary"):
+        model.generate(["x"], rule="best")
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m: m.edit(np.zeros((16, 16, 3)), "x"), "must be uint8"),
+        (lambda m: m.edit(np.zeros((16, 16, 3), np.uint8), "x", strength=0), "strength=0"),
+        (
+            lambda m: m.inpaint(np.zeros((16, 16, 3), np.uint8), np.ones((8, 16)), "x"),
+            r"the mask is \[8, 16\], the picture \[16, 16\]",
+        ),
+        (lambda m: m.generate([3]), "prompt 3: must be a text"),
+    ],
+)
+def test_impossible_pictures_are_named(model, call, message):
+    with pytest.raises(UserError, match=message):
+        call(model)
+
+
+def test_a_model_comes_back_from_its_folder(model, made, tmp_path):
+    model.save_pretrained(str(tmp_path / "model"))
+    again = VQDiffusion.from_pretrained(str(tmp_path / "model"))
+    same = again.generate(PROMPTS, num_images=2, seed=3)
+    np.testing.assert_array_equal(same.codes, made.codes)
+    np.testing.assert_array_equal(same.pixels, made.pixels)
+
+
+def test_folders_of_other_things_are_named(model, tmp_path):
+    with pytest.raises(UserError, match="is not a model folder"):
+        VQDiffusion.from_pretrained(str(tmp_path))
+    (tmp_path / "config.json").write_text('{"kind": "clip"}')
+    with pytest.raises(UserError, match="holds a model of kind 'clip'"):
+        VQDiffusion.from_pretrained(str(tmp_path))
+    (tmp_path / "model_index.json").write_text("{}")
+    with pytest.raises(UserError, match="convert it first"):
+        VQDiffusion.from_pretrained(str(tmp_path))
