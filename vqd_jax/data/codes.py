@@ -14,12 +14,14 @@ each with a ``.json`` of its counts. A record is a row of little-endian 16-bit w
     text features                          n L D words, float16, where they are cached
 """
 
+import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from array_record.python import array_record_module
@@ -71,17 +73,28 @@ def fingerprint(params: Mapping[str, np.ndarray]) -> str:
     return digest.hexdigest()
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Writes a file that appears complete or not at all."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+@contextlib.contextmanager
+def appearing(path: Path) -> Iterator[BinaryIO]:
+    """A file to write, which then appears complete; after an error it does not appear.
+
+    Several processes may write the same file at once: each has a scratch file of its own.
+    """
+    number, scratch = tempfile.mkstemp(".tmp", f".{path.name}.", path.parent)
     try:
-        with open(scratch, "w", encoding="utf-8") as file:
-            json.dump(value, file, indent=1)
+        with open(number, "wb") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
+        os.chmod(scratch, 0o644)
         os.replace(scratch, path)
     finally:
-        scratch.unlink(missing_ok=True)
+        Path(scratch).unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a JSON file that appears complete or not at all."""
+    with appearing(path) as file:
+        file.write(json.dumps(value, indent=1).encode())
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -222,7 +235,7 @@ class CodesSource:
             words[features:].view("<f2").reshape(count, length, width),
         )
 
-    def __iter__(self) -> Iterable[CachedRecord]:
+    def __iter__(self) -> Iterator[CachedRecord]:
         for start in range(0, len(self), 1024):
             yield from self.read(np.arange(start, min(start + 1024, len(self))))
 

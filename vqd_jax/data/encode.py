@@ -137,24 +137,28 @@ def encode_split(
         "records_per_shard": records_per_shard
     }
     _claim(folder, origin)
-    if (folder / codes.MANIFEST).exists() and not plan.missing():
-        return codes.read_json(folder / codes.MANIFEST)
     read = CheckedReader(
         source, max_bad_share, str(folder / BAD_LOG), needs_captions=content.tokenizer is not None
     )
     encoder = _ShardEncoder(read, codec, crop, num_crops, seed, content, batch_size, num_threads)
     mine = [shard for shard in plan.missing() if shard % count == index]
-    total = sum(len(plan.records(shard)) for shard in range(index, plan.num_shards, count))
-    done = total - sum(len(plan.records(shard)) for shard in mine)
-    bar = tqdm(
-        total=total, initial=done, desc=f"encoding {folder.name}", unit="image", mininterval=1
-    )
-    with bar:
-        for shard in mine:
-            encoder.write(plan.records(shard), plan.path(shard), bar)
+    if mine:
+        total = sum(len(plan.records(shard)) for shard in range(index, plan.num_shards, count))
+        done = total - sum(len(plan.records(shard)) for shard in mine)
+        with _bar(folder.name, total, done) as bar:
+            for shard in mine:
+                encoder.write(plan.records(shard), plan.path(shard), bar)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(f"encoded {folder}")
-    return None if plan.missing() else _finish(plan, origin, codec, num_crops, content)
+    if plan.missing():
+        return None
+    if (folder / codes.MANIFEST).exists():
+        return codes.read_json(folder / codes.MANIFEST)
+    return _finish(plan, origin, codec, num_crops, content)
+
+
+def _bar(name: str, total: int, done: int) -> tqdm:
+    return tqdm(total=total, initial=done, desc=f"encoding {name}", unit="image", mininterval=1)
 
 
 def full_origin(
@@ -226,7 +230,9 @@ class _ShardEncoder:
 
     def write(self, records: range, path: Path, bar: tqdm) -> None:
         """Writes a shard and its counts, both complete or not at all."""
-        scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        for remains in path.parent.glob(f".{path.stem}.*.tmp"):
+            remains.unlink()
+        scratch = path.with_name(f".{path.name}.tmp")
         usage = np.zeros(self._codec.num_codes, np.int64)
         counts = {"file": path.name, "records": 0, "captions": 0, "truncated": 0}
         try:
@@ -403,10 +409,5 @@ def _finish(
 
 
 def _save_array(path: Path, array: np.ndarray) -> None:
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(scratch, "wb") as file:
-            np.save(file, array)
-        os.replace(scratch, path)
-    finally:
-        scratch.unlink(missing_ok=True)
+    with codes.appearing(path) as file:
+        np.save(file, array)

@@ -99,7 +99,12 @@ def directory(config: ConfigDict, workdir: str) -> str:
 
 
 def make(
-    config: ConfigDict, where: str, builder: tfds.core.DatasetBuilder, split: str, params: Any
+    config: ConfigDict,
+    where: str,
+    builder: tfds.core.DatasetBuilder,
+    split: str,
+    params: Any,
+    records_per_shard: int = 4096,
 ) -> dict[str, Any] | None:
     """Encodes what is missing of ``where/split``; see ``encode.encode_split``."""
     codec = Codec(config_lib.autoencoder_config(config), params)
@@ -114,6 +119,7 @@ def make(
         content=content(config),
         batch_size=codec.batch_size,
         max_bad_share=config.data.max_bad_share,
+        records_per_shard=records_per_shard,
     )
 
 
