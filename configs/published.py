@@ -14,6 +14,7 @@ def base():
     """What all published runs share."""
     config = default_config()
     config.data.image_size = 256
+    config.data.random_crop = True
     config.autoencoder.norm_groups = 32
     config.autoencoder.num_res_blocks = 2
     config.autoencoder.latent_channels = 256

@@ -45,8 +45,13 @@ def default_config() -> ConfigDict:
     config.seed = 0
 
     config.data = ConfigDict()
-    config.data.name = "emoji_text"  # 'emoji_text' or 'shapes_text'
-    config.data.dir = ""  # where prepared data sets live; '' is TFDS's own default
+    config.data.name = "emoji_text"  # one of DATA_SETS
+    config.data.dir = ""  # the publisher's files; of emoji and shapes, where they are prepared
+    config.data.prepared_dir = ""  # where sets made from files are prepared; '' is data.dir
+    config.data.codes = ""  # codes cached by --mode=encode; '' is in the workdir
+    config.data.random_crop = False  # the published jitter, when codes are cached for training
+    config.data.flip = False  # mirror half of the crops; not where captions say left or right
+    config.data.num_crops = 1  # crops of a training picture that are cached
     config.data.image_size = 32  # pixels a side
     config.data.max_bad_share = 0.01  # share of unreadable records that stops a run
 
@@ -146,6 +151,8 @@ def default_config() -> ConfigDict:
 # (Another number of steps or learning rate bends the schedule from there on.)
 MAY_CHANGE = (
     "data.dir",
+    "data.prepared_dir",
+    "data.codes",
     "data.max_bad_share",
     "autoencoder.path",
     "autoencoder.learning_rate",
@@ -320,6 +327,7 @@ def validate(config: ConfigDict) -> None:
     """Raises ``UserError`` that names the key of the first impossible value."""
     at_least = {
         "data.image_size": 1,
+        "data.num_crops": 1,
         "text_encoder.context_length": 3,
         "text_encoder.width": 1,
         "text_encoder.num_layers": 1,

@@ -13,10 +13,12 @@ from vqd_jax import console
 from vqd_jax.errors import UserError
 
 FLAGS = flags.FLAGS
-TRAINING = ("train", "train_autoencoder")
+# Tasks on a config, by the function that does them.
+ON_CONFIG = ("train", "train_autoencoder", "prepare", "encode", "inspect")
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file; fields as --config.a.b=1.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, samples.")
-_MODE = flags.DEFINE_enum("mode", "train", [*TRAINING, "sample", "convert", "export"], "The task.")
+_MODE = flags.DEFINE_enum("mode", "train", [*ON_CONFIG, "sample", "convert", "export"], "The task.")
+_DISTRIBUTED = flags.DEFINE_bool("distributed", False, "This is one of several processes.")
 
 _MODEL = flags.DEFINE_string("model", None, "sample, export: model folder; or give --workdir.")
 _PROMPT = flags.DEFINE_multi_string("prompt", None, "sample: a text; may be given several times.")
@@ -51,35 +53,54 @@ def main(argv: list[str]) -> None:
     """Runs the task that the flags name."""
     if len(argv) > 1:
         raise UserError(f"unexpected argument {argv[1]!r}; every option begins with --")
-    mode = _MODE.value
-    if mode == "convert":
+    if _MODE.value == "convert":
+        source, target = _require(_SOURCE), _require(_TARGET)
+        # After the flags, so that --help and mistakes in them need not wait for JAX.
         from vqd_jax.interop import convert
 
-        convert.convert(_require(_SOURCE), _require(_TARGET), **_values(_CONVERSION))
-        return
-    model_dir = _MODEL.value or _WORKDIR.value
+        convert.convert(source, target, **_values(_CONVERSION))
+    elif _MODE.value in ("sample", "export"):
+        _use_model(_MODEL.value or _WORKDIR.value)
+    else:
+        _use_config(_MODE.value)
+
+
+def _use_model(model_dir: str | None) -> None:
     if not model_dir:
-        other = "" if mode in TRAINING else ", or --model=MODEL"
-        raise UserError(f"--workdir is missing: the folder of the run{other}")
-    # After the flags, so that --help and mistakes in them need not wait for JAX.
+        raise UserError("--model=MODEL is missing, or --workdir: the folder of a run")
     from vqd_jax import config as config_lib
     from vqd_jax import tasks
+    from vqd_jax.training import distributed
 
-    if mode == "export":
+    if _MODE.value == "export":
         tasks.export(model_dir, _require(_TARGET), _FORMAT.value)
         return
     if _CONFIG.value is not None:
         config_lib.validate(_CONFIG.value)
-    if mode == "sample":
-        options = _values(_SAMPLING) | {"config": _CONFIG.value, "output": _OUTPUT.value}
+    options = _values(_SAMPLING) | {"config": _CONFIG.value, "output": _OUTPUT.value}
+    with distributed.session(_DISTRIBUTED.value):
         tasks.sample(model_dir, _PROMPT.value, **options)
-        return
-    if _CONFIG.value is None:
+
+
+def _use_config(mode: str) -> None:
+    workdir = None if mode == "prepare" else _require(_WORKDIR)
+    config = _CONFIG.value
+    if config is None:
         raise UserError("--config is missing: a file such as configs/emoji.py")
     if _PROMPT.value:
         raise UserError("--prompt belongs to --mode=sample; --config.sampling.prompts to training")
-    train = tasks.train if mode == "train" else tasks.train_autoencoder
-    train(_CONFIG.value, _require(_WORKDIR))
+    from vqd_jax import config as config_lib
+    from vqd_jax import data_tasks, tasks
+    from vqd_jax.training import distributed
+
+    config_lib.validate(config)
+    with distributed.session(_DISTRIBUTED.value):
+        if mode == "prepare":
+            data_tasks.prepare(config)
+        elif mode in ("encode", "inspect"):
+            getattr(data_tasks, mode)(config, workdir)
+        else:
+            getattr(tasks, mode)(config, workdir)
 
 
 def _require(flag: flags.FlagHolder) -> str:
