@@ -95,15 +95,23 @@ def by_kind(found: Iterable[Collective]) -> dict[str, tuple[int, int]]:
 
 
 def gathered_activations(
-    found: Iterable[Collective], parameter_shapes: Iterable[tuple[int, ...]]
+    found: Iterable[Collective], parameter_shapes: Iterable[tuple[int, ...]], stream: int
 ) -> list[Collective]:
-    """All-gathers whose result has not the size of a parameter, or of one layer or part of it.
+    """All-gathers of activations: of arrays of the size of a stream, but not of a parameter.
 
-    Arrays of less than 2^16 elements, such as the labels of a batch, do not count.
+    Args:
+      found: of ``collectives``.
+      parameter_shapes: of all parameters; a stack of layers, or one of them, may be gathered.
+      stream: elements [N, D] of the stream of one image. What is gathered of as many devices counts
+        as activations where it holds as many streams; a vector an image, as its time, does not.
     """
     sizes = {math.prod(part) for shape in parameter_shapes for part in (shape, shape[1:])}
-    gathered = lambda s: math.prod(s) >= 2**16 and math.prod(s) not in sizes  # noqa: E731
-    return [c for c in found if c.kind == "all-gather" and any(map(gathered, c.shapes))]
+    return [
+        c
+        for c in found
+        if c.kind == "all-gather"
+        and any(math.prod(s) >= c.group * stream and math.prod(s) not in sizes for s in c.shapes)
+    ]
 
 
 def _computations(hlo: str) -> tuple[dict[str, list[str]], str]:

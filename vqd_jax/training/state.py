@@ -85,6 +85,21 @@ def state_shardings(config: ConfigDict, mesh: Mesh) -> TrainState:
     return jax.tree.map(lambda x: x.sharding, abstract_state(config, mesh))
 
 
+def abstract_batch(config: ConfigDict, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes, dtypes and places on the mesh of one batch; see ``train_step``."""
+    size, placed = config.training.batch_size, sharding.batch_sharding(mesh)
+    grid = config_lib.model_config(config).denoiser.grid
+    shapes = {
+        "codes": (size, grid[0] * grid[1]),
+        "text_ids": (size, config.text_encoder.context_length),
+        "label": (size,),
+    }
+    wanted = "codes", CONDITION_KEYS[config.denoiser.condition]
+    return {
+        key: jax.ShapeDtypeStruct(shapes[key], jnp.int32, sharding=placed) for key in wanted if key
+    }
+
+
 def train_step(
     state: TrainState, batch: dict[str, jax.Array], *, config: ConfigDict
 ) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -194,3 +209,12 @@ def jit_train_step(config: ConfigDict, mesh: Mesh) -> Callable:
         in_shardings=(placed, sharding.batch_sharding(mesh, leading=int(several))),
         out_shardings=(placed, sharding.replicated(mesh)),
     )
+
+
+def lower_train_step(config: ConfigDict, mesh: Mesh) -> jax.stages.Lowered:
+    """The step, ready to be compiled for devices that need not be there; nothing is allocated."""
+    config = config.copy_and_resolve_references()
+    with config.unlocked():
+        config.training.steps_per_call = 1
+    step = jit_train_step(config, mesh)
+    return step.lower(abstract_state(config, mesh), abstract_batch(config, mesh))

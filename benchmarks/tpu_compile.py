@@ -1,0 +1,196 @@
+"""Compiles train steps and samplers for TPU slices that are not there, and prints what they take.
+
+pip install -e '.[tpu]'
+python benchmarks/tpu_compile.py --config=configs/coco.py --topology=v5e:4x4 --fsdp=4
+python benchmarks/tpu_compile.py --all --json=tpu_compile.jsonl
+
+By the compiler of the real chips; no TPU is needed. Of every program: GiB on a chip (arguments,
+temporaries, outputs), what a chip receives from others in a run of it, and how long the compilation
+took. ``--all`` is the table of docs/scaling.md: two hours on two cores; programs that the file has
+already are left out.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import jax.numpy as jnp
+
+from vqd_jax import config as config_lib
+from vqd_jax import pipeline, plan
+from vqd_jax.diffusion import sampler
+from vqd_jax.models import text_to_image
+from vqd_jax.training import program, sharding
+from vqd_jax.training import state as state_lib
+
+GIB, MIB = 2**30, 2**20
+
+# (config, rows of the batch a chip, topologies with the fsdp axis used there).
+V5E = (("v5e:1", 1), ("v5e:4x4", 16), ("v5e:8x8", 16), ("v5e:16x16", 16))
+OTHERS = (("v5p:2x2x4", 16), ("v6e:4x4", 16))
+TABLE = (
+    ("configs/coco.py", 8, V5E + OTHERS),
+    ("configs/cub_small.py", 8, (("v5e:1", 1), ("v5e:4x4", 4))),
+    ("configs/imagenet.py", 16, (("v5e:1", 1), ("v5e:4x4", 16))),
+    ("configs/ffhq.py", 16, (("v5e:1", 1), ("v5e:4x4", 16))),
+    ("configs/ithq.py", 4, V5E[1:] + OTHERS),
+)
+
+
+def load_config(path: str, rows: int, num_chips: int, fsdp: int):
+    """The config of a file, with a batch of ``rows`` a chip and pretrained text features."""
+    # Configs of published sizes import what they share from their folder.
+    sys.path.insert(0, str(Path(path).resolve().parents[1]))
+    spec = importlib.util.spec_from_file_location("benchmarked", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = module.get_config()
+    if config.denoiser.condition == "text":
+        # Named, not read: a pretrained text encoder has neither gradients nor moments.
+        config.text_encoder.path = "pretrained"
+    config.training.batch_size = rows * num_chips
+    config.mesh.fsdp = fsdp
+    config.denoiser.remat = "full"
+    return config
+
+
+def lower_sampler(config, mesh, rows: int) -> jax.stages.Lowered:
+    """The sampler with guidance and truncation, T network calls; ``rows`` images of all chips."""
+    model_config = config_lib.model_config(config)
+    schedule = config_lib.noise_schedule(config)
+    params = jax.eval_shape(lambda: text_to_image.init_params(model_config, jax.random.key(0)))
+    params = sharding.with_shardings(params, sharding.shardings(params, mesh))
+    placed, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows))
+    condition = (rows, config.text_encoder.context_length)
+    if config.denoiser.condition != "text":
+        condition = (rows,)
+    struct = jax.ShapeDtypeStruct
+    guidance = None if config.denoiser.condition == "none" else struct((), jnp.float32)
+    settings = sampler.Settings(guidance=guidance, truncation=struct((), jnp.float32))
+
+    def sample(params, keys, condition, null, settings):
+        with sharding.rows_apart(mesh):
+            return pipeline._sample(
+                params, keys, condition, null, settings,
+                model_config=model_config, schedule=schedule,
+            ).codes  # fmt: skip
+
+    return jax.jit(sample, out_shardings=placed).lower(
+        params,
+        struct(keys.shape, keys.dtype, sharding=placed),
+        struct(condition, jnp.int32, sharding=placed),
+        struct((1, *condition[1:]), jnp.int32, sharding=whole),
+        settings,
+    )
+
+
+def measure(kind: str, config, mesh, rows: int, hlo_path: str | None = None) -> dict:
+    """Compiles one program and reads off what it takes of a chip."""
+    start = time.perf_counter()
+    if kind == "train":
+        lowered = state_lib.lower_train_step(config, mesh)
+    else:
+        lowered = lower_sampler(config, mesh, rows * mesh.size)
+    lowered_at = time.perf_counter()
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        reason = str(error).split("RESOURCE_EXHAUSTED:")[-1].strip().splitlines()[0]
+        return {"does_not_fit": reason[:300]}
+    seconds = time.perf_counter() - lowered_at
+    hlo = compiled.as_text()
+    if hlo_path:
+        with open(hlo_path, "w", encoding="utf-8") as file:
+            file.write(hlo)
+    found = program.collectives(hlo)
+    params = state_lib.abstract_state(config, mesh).params
+    grid = config_lib.model_config(config).denoiser.grid
+    stream = grid[0] * grid[1] * config.denoiser.width
+    gathered = program.gathered_activations(
+        found, [x.shape for x in jax.tree.leaves(params)], stream
+    )
+    return {
+        **program.memory(compiled)._asdict(),
+        "exchanged": program.by_kind(found),
+        "gathered_activations": [c._asdict() for c in gathered],
+        "flops": (compiled.cost_analysis() or {}).get("flops"),
+        "trace_seconds": lowered_at - start,
+        "compile_seconds": seconds,
+    }
+
+
+def row(result: dict) -> str:
+    """One line of the table."""
+    name = "{program:6} {config:22} {topology:10} fsdp {fsdp:<3} {rows:2} rows a chip: ".format(
+        **result
+    )
+    if "does_not_fit" in result:
+        return name + "does not fit, " + result["does_not_fit"]
+    exchanged = ", ".join(
+        f"{kind} {number} x {moved / MIB:.0f} MiB"
+        for kind, (number, moved) in result["exchanged"].items()
+    )
+    return name + (
+        "{:.2f} + {:.2f} + {:.2f} GiB; ".format(
+            *(result[key] / GIB for key in ("arguments", "temporaries", "outputs"))
+        )
+        + f"{exchanged or 'nothing exchanged'}; activations gathered: "
+        f"{len(result['gathered_activations'])}; {result['compile_seconds']:.0f} s"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--config", default="configs/coco.py")
+    parser.add_argument("--topology", default="v5e:4x4")
+    parser.add_argument("--fsdp", type=int, default=16)
+    parser.add_argument("--rows", type=int, default=8, help="of the batch, a chip")
+    parser.add_argument("--program", choices=("train", "sample"), default="train")
+    parser.add_argument("--all", action="store_true", help="the table of docs/scaling.md")
+    parser.add_argument("--json", help="file to which a line a program is appended")
+    parser.add_argument("--hlo", help="file for the text of the compiled program")
+    flags = parser.parse_args()
+    jobs = [(flags.program, flags.config, flags.rows, flags.topology, flags.fsdp)]
+    if flags.all:
+        jobs = [
+            (kind, config, rows, *topology)
+            for config, rows, topologies in TABLE
+            for topology in topologies
+            for kind in ("train", "sample")
+        ]
+    done = set()
+    if flags.json and os.path.exists(flags.json):
+        with open(flags.json, encoding="utf-8") as file:
+            done = {tuple(json.loads(line)["job"]) for line in file}
+    for job in jobs:
+        if job in done:
+            continue
+        kind, path, rows, topology, fsdp = job
+        devices = plan.topology(topology)
+        config = load_config(path, rows, len(devices), fsdp)
+        result = {
+            "job": job, "program": kind, "config": path, "topology": topology, "fsdp": fsdp,
+            "rows": rows, "chips": len(devices),
+        }  # fmt: skip
+        mesh = sharding.make_mesh(config, devices)
+        result |= measure(kind, config, mesh, rows, flags.hlo)
+        print(row(result), flush=True)
+        for found in result.get("gathered_activations", ()):
+            print("  gathered:", found, file=sys.stderr)
+        if flags.json:
+            with open(flags.json, "a", encoding="utf-8") as file:
+                file.write(json.dumps(result) + "\n")
+
+
+if __name__ == "__main__":
+    main()
