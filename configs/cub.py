@@ -12,7 +12,7 @@ from configs import published
 
 def get_config():
     config = published.text_base()
-    config.data.name = "cub_text"
+    config.data.name = "cub_text/published"
     config.training.learning_rate = 4.5e-4
     # 400 passes over 8,855 pictures.
     config.training.num_steps = 110_000

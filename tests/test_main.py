@@ -1,9 +1,12 @@
 """The command line as a user meets it: what it does, and what it says when something is wrong."""
 
 import json
+import os
+import pickle
 import resource
 import shutil
 import time
+import zipfile
 
 import numpy as np
 import pytest
@@ -90,7 +93,7 @@ def test_a_long_prompt_is_cut_with_a_warning(run, tiny_run, tmp_path):
         ([TINY, "--workdir=W", "--config.data.name=mnist"], "config.data.name='mnist'"),
         ([TINY, "--workdir=W", "--config.data.image_size=18"], "must be a multiple of 4"),
         ([TINY, "--workdir=W", "--config.autoencoder.path=none"], "none"),
-        (["--mode=sample", "--workdir=W", "--prompt=x"], "nothing was trained there"),
+        (["--mode=sample", "--workdir=W", "--prompt=x"], "is no model folder and no workdir"),
         (["--mode=sample", "--workdir=RUN"], "give at least one --prompt"),
         (["--mode=sample", "--workdir=RUN", "--prompt=x", "--num_images=0"], "num_images=0"),
         (["--mode=sample", "--workdir=RUN", "--prompt=x", "--num_steps=11"], "num_steps=11"),
@@ -143,7 +146,7 @@ def test_damage_to_a_workdir_is_named(run, tiny_run, tmp_path):
     (workdir / "config.json").write_text("{")
     status, output = run(*sample)
     assert status == 1
-    assert f"{workdir}/config.json is not a config" in output
+    assert f"{workdir}/config.json is not JSON" in output
     assert "Traceback" not in output
 
 
@@ -195,3 +198,53 @@ def test_two_runs_do_not_share_a_workdir(start, run, tmp_path):
     process.communicate()
     assert status == 1
     assert "another run is at work" in output
+
+
+GOLDEN = "tests/golden"
+
+
+def test_a_published_file_is_converted_sampled_and_given_back(run, tmp_path):
+    model = tmp_path / "model"
+    convert = ("--mode=convert", f"--target={model}")
+    status, output = run(*convert, f"--source={GOLDEN}/diffusers_pipeline")
+    assert status == 0, output
+    # A line a part: what, how large, from where.
+    (line,) = [x for x in output.splitlines() if "denoiser" in x]
+    assert "45,043 parameters" in line
+    assert "tests/golden/diffusers_pipeline/transformer" in line
+    pictures = f"--output={tmp_path}/pictures"
+    sample = ("--mode=sample", f"--model={model}", "--prompt=the red boat", pictures)
+    status, output = run(*sample, "--num_images=2", "--num_steps=3", "--rule=purity")
+    assert status == 0, output
+    with Image.open(tmp_path / "pictures" / "000_the-red-boat_seed0_01.png") as picture:
+        assert picture.size == (8, 8)
+    image = f"--image={tmp_path}/pictures/000_the-red-boat_seed0_01.png"
+    status, output = run(*sample, image, f"--mask={tmp_path}/none.png")
+    assert status == 1
+    assert f"{tmp_path}/none.png cannot be read as a picture" in output
+    status, output = run(*sample, image, "--strength=0.5", "--seed=1", "--num_images=1")
+    assert status == 0, output
+    assert (tmp_path / "pictures" / "grid_seed1.png").exists()
+    status, output = run("--mode=export", f"--model={model}", f"--target={tmp_path}/back")
+    assert status == 0, output
+    status, output = run(
+        "--mode=convert", f"--source={tmp_path}/back", f"--target={tmp_path}/again"
+    )
+    assert status == 0, output
+    weights = [(tmp_path / x / "model.safetensors").read_bytes() for x in ("model", "again")]
+    assert weights[0] == weights[1]
+
+
+def test_a_hostile_file_is_refused_by_name(run, tmp_path):
+    class Payload:
+        def __reduce__(self):
+            return os.system, ("touch " + str(tmp_path / "executed"),)
+
+    with zipfile.ZipFile(tmp_path / "evil.pth", "w") as archive:
+        archive.writestr("archive/data.pkl", pickle.dumps({"model": Payload()}, protocol=2))
+    source, target = f"--source={tmp_path}/evil.pth", f"--target={tmp_path}/model"
+    status, output = run("--mode=convert", source, target)
+    assert status == 1
+    assert "posix.system, which could run code" in output
+    assert "Traceback" not in output
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["evil.pth"]

@@ -204,7 +204,7 @@ def test_a_model_comes_back_from_its_folder(model, made, tmp_path):
 
 
 def test_folders_of_other_things_are_named(model, tmp_path):
-    with pytest.raises(UserError, match="is not a model folder"):
+    with pytest.raises(UserError, match="is no model folder and no workdir"):
         VQDiffusion.from_pretrained(str(tmp_path))
     (tmp_path / "config.json").write_text('{"kind": "clip"}')
     with pytest.raises(UserError, match="holds a model of kind 'clip'"):

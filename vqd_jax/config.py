@@ -48,6 +48,7 @@ def default_config() -> ConfigDict:
     config.data.name = "emoji_text"  # one of DATA_SETS
     config.data.dir = ""  # the publisher's files; of emoji and shapes, where they are prepared
     config.data.prepared_dir = ""  # where sets made from files are prepared; '' is data.dir
+    config.data.beam = ""  # options of the Apache Beam pipeline that prepares the set; '' is none
     config.data.codes = ""  # codes cached by --mode=encode; '' is in the workdir
     config.data.random_crop = False  # the published jitter, when codes are cached for training
     config.data.flip = False  # mirror half of the crops; not where captions say left or right
@@ -153,6 +154,7 @@ MAY_CHANGE = (
     "data.dir",
     "data.prepared_dir",
     "data.codes",
+    "data.beam",
     "data.max_bad_share",
     "autoencoder.path",
     "autoencoder.learning_rate",

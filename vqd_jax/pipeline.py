@@ -122,18 +122,22 @@ class VQDiffusion:
           UserError: there is no model, or it is damaged or of another kind.
         """
         path = Path(directory)
-        if (path / "checkpoints").is_dir():
-            return cls.from_workdir(directory)
         if (path / "model_index.json").exists():
             raise UserError(
                 f"{path} is a folder of diffusers; convert it first: "
                 f"--mode=convert --source={path} --target=DIR"
             )
+        if not (path / "config.json").exists():
+            raise UserError(
+                f"{path} is no model folder and no workdir of a run: it has no config.json"
+            )
         kind = folder.load_config(path).get("kind")
+        if kind is None:
+            return cls.from_workdir(directory)
         if kind != config_lib.MODEL_KIND:
             raise UserError(
-                f"{path} holds {f'a model of kind {kind!r}' if kind else 'no text-to-image model'}"
-                "; pictures need a whole one: denoiser and autoencoder"
+                f"{path} holds a model of kind {kind!r}; pictures need a whole one: denoiser and "
+                "autoencoder"
             )
         config = config_lib.load(str(path / "config.json"))
         abstract = jax.eval_shape(functools.partial(_init, config))
