@@ -214,7 +214,9 @@ def put_batch(batch: Any, mesh: Mesh, leading: int = 0) -> Any:
       leading: axes before that of the rows.
     """
     placed = batch_sharding(mesh, leading)
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(placed, x), batch)
+    # The one transfer of a step, and meant, where a guard looks for others.
+    with jax.transfer_guard_host_to_device("allow"):
+        return jax.tree.map(lambda x: jax.make_array_from_process_local_data(placed, x), batch)
 
 
 def put_rows(tree: Any, mesh: Mesh) -> Any:
