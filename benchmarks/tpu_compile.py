@@ -6,8 +6,8 @@ python benchmarks/tpu_compile.py --all --json=tpu_compile.jsonl
 
 By the compiler of the real chips; no TPU is needed. Of every program: GiB on a chip (arguments,
 temporaries, outputs), what a chip receives from others in a run of it, and how long the compilation
-took. ``--all`` is the table of docs/scaling.md: an hour and more on two cores; programs that the file has
-already are left out.
+took. ``--all`` is the table of docs/scaling.md: an hour and more on two cores; programs that the
+file has already are left out.
 """
 
 import argparse
@@ -35,8 +35,8 @@ GIB, MIB = 2**30, 2**20
 COCO, CUB_S, IMAGENET, FFHQ, ITHQ = (
     f"configs/{name}.py" for name in ("coco", "cub_small", "imagenet", "ffhq", "ithq")
 )
-# (program, config, rows of the batch a chip, topology, fsdp). Samplers keep the model whole on every
-# chip: they need no gradients and no moments, and would gather it anew in every step.
+# (program, config, rows of the batch a chip, topology, fsdp). Samplers keep the model whole on
+# every chip: they need no gradients and no moments, and would gather it anew in every step.
 TABLE = (
     ("train", COCO, 8, "v5e:4x4", 16),
     ("train", COCO, 8, "v5e:8x8", 16),

@@ -1,0 +1,191 @@
+"""Real processes on virtual CPU devices: the same run on any mesh, and an end when one ends."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+WORKER = Path(__file__).with_name("worker.py")
+ROOT = WORKER.parents[2]
+RUN = {"training.num_steps": 20, "training.log_every": 1, "training.save_every": 10}
+ALL_AXES = {"mesh.fsdp": 2, "mesh.tensor": 2}
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def launch(environment):
+    """launch(processes, devices of each, workdir, options) -> the processes."""
+
+    def launch(count, devices, workdir, **options):
+        options["config"] = RUN | options.get("config", {})
+        env = environment | {"PYTHONPATH": str(ROOT)}
+        if count > 1:
+            address = f"127.0.0.1:{free_port()}"
+            env |= {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(count)}
+        return [
+            subprocess.Popen(
+                [sys.executable, WORKER, str(devices), str(workdir), json.dumps(options)],
+                env=env | {"JAX_PROCESS_ID": str(index)},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            for index in range(count)
+        ]
+
+    return launch
+
+
+@pytest.fixture(scope="module")
+def run(launch):
+    """run(...) -> outputs of processes that all ended well."""
+
+    def run(*args, **options):
+        processes = launch(*args, **options)
+        outputs = [process.communicate(timeout=600)[0] for process in processes]
+        for process, output in zip(processes, outputs, strict=True):
+            assert process.returncode == 0, output
+        return outputs
+
+    return run
+
+
+def losses(workdir):
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert [row["step"] for row in rows] == list(range(1, 21))
+    return [row["train/loss"] for row in rows]
+
+
+def codes(workdir):
+    return json.loads((workdir / "codes.json").read_text())
+
+
+def assert_same(workdir, reference):
+    assert losses(workdir) == pytest.approx(losses(reference), rel=1e-5)
+    assert codes(workdir) == codes(reference)
+
+
+def from_step_10(workdir, target):
+    """A copy of the workdir as it was when step 10 was saved."""
+    shutil.copytree(workdir, target)
+    shutil.rmtree(target / "checkpoints" / "20")
+    (target / "codes.json").unlink()
+    return target
+
+
+@pytest.fixture(scope="module")
+def one(run, tmp_path_factory):
+    """A run on one device."""
+    workdir = tmp_path_factory.mktemp("one")
+    run(1, 1, workdir)
+    assert len({tuple(image) for image in codes(workdir)}) == 16
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def eight(run, tmp_path_factory):
+    """A run on eight devices of one process, on all three axes."""
+    workdir = tmp_path_factory.mktemp("eight")
+    run(1, 8, workdir, config=ALL_AXES)
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def two(run, tmp_path_factory):
+    """A run of two processes with four devices each."""
+    workdir = tmp_path_factory.mktemp("two")
+    outputs = run(2, 4, workdir, config=ALL_AXES)
+    # One of them shows the progress.
+    assert ["training: 100%" in output for output in outputs] == [True, False]
+    return workdir
+
+
+def test_eight_devices_make_the_same_run_as_one(one, eight):
+    assert_same(eight, one)
+
+
+def test_two_processes_make_the_same_run_as_one(one, two):
+    assert_same(two, one)
+    assert len(list((two / "tensorboard").iterdir())) == 1
+
+
+def test_a_run_goes_on_from_eight_devices_on_four(run, one, eight, tmp_path):
+    workdir = from_step_10(eight, tmp_path / "run")
+    run(1, 4, workdir, config={"mesh.fsdp": 4})
+    assert_same(workdir, one)
+
+
+def test_a_run_goes_on_from_two_processes_on_one_and_back(run, one, two, tmp_path):
+    workdir = from_step_10(two, tmp_path / "alone")
+    run(1, 1, workdir)
+    assert_same(workdir, one)
+    workdir = from_step_10(one, tmp_path / "together")
+    run(2, 1, workdir)
+    assert_same(workdir, one)
+
+
+def outputs_within(processes, seconds):
+    start = time.monotonic()
+    try:
+        outputs = [process.communicate(timeout=seconds)[0] for process in processes]
+    except subprocess.TimeoutExpired:
+        for process in processes:
+            process.kill()
+        raise
+    return outputs, time.monotonic() - start
+
+
+def test_a_process_that_dies_ends_the_others_and_is_named(launch, two, tmp_path):
+    processes = launch(2, 1, tmp_path, kill_at=5, config={"training.num_steps": 10_000})
+    processes[1].wait(timeout=300)
+    assert processes[1].returncode == -signal.SIGKILL
+    (output,), _ = outputs_within(processes[:1], 60)
+    assert processes[0].returncode != 0
+    # The words are JAX's.
+    assert "tasks are unhealthy (stopped sending heartbeats):\n1" in output
+
+
+def test_an_error_in_one_process_ends_the_others_and_is_told(launch, two, tmp_path):
+    processes = launch(2, 1, tmp_path, fail_at=5, config={"training.num_steps": 10_000})
+    processes[1].wait(timeout=300)
+    (output, failed), _ = outputs_within(processes, 60)
+    assert "ValueError: a broken record" in failed
+    assert "because process 1 failed (ValueError: a broken record)" in output
+    assert [process.returncode for process in processes] == [1, 1]
+
+
+def test_sigterm_to_one_process_saves_and_ends_all(launch, run, one, tmp_path):
+    options = {"config": {"training.save_every": 1000}}
+    processes = launch(2, 1, tmp_path, signal_at=8, **options)
+    (first, second), _ = outputs_within(processes, 300)
+    assert [process.returncode for process in processes] == [143, 143], first + second
+    (saved,) = [int(path.name) for path in (tmp_path / "checkpoints").iterdir()]
+    assert 8 <= saved < 20
+    for output in (first, second):
+        assert f"stopped by SIGTERM at step {saved}" in output
+    run(2, 1, tmp_path)
+    assert_same(tmp_path, one)
+
+
+def test_several_steps_a_call_and_a_trace(run, one, tmp_path):
+    options = {"training.steps_per_call": 5, "training.profile_steps": 5}
+    run(1, 2, tmp_path, config=options | {"training.log_every": 5})
+    rows = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    found = {row["step"]: row["train/loss"] for row in rows}
+    expected = dict(enumerate(losses(one), start=1))
+    assert found == pytest.approx({step: expected[step] for step in (5, 10, 15, 20)}, rel=1e-5)
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["10", "20"]
+    assert os.path.getsize(next((tmp_path / "profile").rglob("*.xplane.pb"))) > 1000
