@@ -400,8 +400,8 @@ def validate(config: ConfigDict) -> None:
     for axis in ("data", "fsdp", "tensor"):
         if flat[f"mesh.{axis}"] == 0 or flat[f"mesh.{axis}"] < -1:
             raise UserError(
-                f"config.mesh.{axis}={flat[f'mesh.{axis}']}: must be at least 1, or -1 for what the "
-                "other axes leave"
+                f"config.mesh.{axis}={flat[f'mesh.{axis}']}: must be at least 1, or -1 for "
+                "what the other axes leave"
             )
     if config.seed >= 2**32:
         raise UserError(f"config.seed={config.seed}: must lie in 0..2**32-1")

@@ -7,13 +7,13 @@ from ml_collections import ConfigDict
 
 from vqd_jax import config as config_lib
 from vqd_jax import pictures
-from vqd_jax.data import builders, codes, inspection, pipeline
+from vqd_jax.data import codes, inspection, pipeline
 from vqd_jax.training import cache, stage_one, stage_two
 
 
 def prepare(config: ConfigDict) -> None:
     """Makes the prepared data set of the config, or finds it made."""
-    builder = builders.load(config.data.name, config.data.dir)
+    builder = cache.data_set(config)
     sizes = ", ".join(f"{name} {s.num_examples:,}" for name, s in builder.info.splits.items())
     logging.info("%s in %s: %s", builder.info.full_name, builder.data_path, sizes)
 
@@ -25,7 +25,7 @@ def encode(config: ConfigDict, workdir: str) -> None:
     process takes its share of the shards; an interrupted encoding goes on where it was.
     """
     with stage_two.claim_workdir(config, workdir):
-        builder = builders.load(config.data.name, config.data.dir)
+        builder = cache.data_set(config)
         params = stage_one.prepare(config, workdir, builder)
         for split in builder.info.splits:
             cache.make(config, cache.directory(config, workdir), builder, split, params)
@@ -44,7 +44,7 @@ def inspect(config: ConfigDict, workdir: str, *, num_samples: int = 32) -> None:
     """
     folder = Path(workdir) / "inspect"
     folder.mkdir(parents=True, exist_ok=True)
-    builder = builders.load(config.data.name, config.data.dir)
+    builder = cache.data_set(config)
     content = cache.content(config)
     samples = _samples(config, workdir, builder, content, num_samples)
     if samples:

@@ -36,7 +36,7 @@ def derangement(count: int, seed: int) -> np.ndarray:
 def caption_likelihood(
     bits: Callable[[jax.Array, np.ndarray, np.ndarray], jax.Array],
     codes: np.ndarray,
-    text_ids: np.ndarray,
+    conditions: np.ndarray,
     *,
     seed: int,
     batch_size: int,
@@ -44,21 +44,21 @@ def caption_likelihood(
     """Bounds the likelihood of pictures with right and with shuffled captions.
 
     Args:
-      bits: (key, codes [B, N], text ids [B, L]) -> bits a token [B]; compiled.
+      bits: (key, codes [B, N], conditions [B, ...]) -> bits a token [B]; compiled.
       codes: int32 [R, N].
-      text_ids: int32 [R, L], the caption of each picture.
+      conditions: int32 [R, L] or [R], the caption or the class of each picture.
       seed: decides the noise and the shuffling; the same for every call that is to be compared.
       batch_size: B.
     """
-    other = text_ids[derangement(len(codes), seed)]
+    other = conditions[derangement(len(codes), seed)]
     right, shuffled = [], []
     for batch, start in enumerate(range(0, len(codes), batch_size)):
         rows = slice(start, start + batch_size)
         key = jax.random.fold_in(jax.random.key(seed), batch)
         count = len(codes[rows])
         pad = lambda x, n=batch_size - count: np.concatenate([x, x[:1].repeat(n, 0)])  # noqa: E731
-        for results, ids in ((right, text_ids[rows]), (shuffled, other[rows])):
-            results.append(np.asarray(bits(key, pad(codes[rows]), pad(ids)))[:count])
+        for results, given in ((right, conditions[rows]), (shuffled, other[rows])):
+            results.append(np.asarray(bits(key, pad(codes[rows]), pad(given)))[:count])
     right, shuffled = np.concatenate(right), np.concatenate(shuffled)
     difference = shuffled - right
     error = difference.std(ddof=1) / np.sqrt(len(difference))

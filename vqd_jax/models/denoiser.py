@@ -22,7 +22,6 @@ from flax import nnx
 
 from vqd_jax.models import attention
 
-
 CONDITIONS = ("text", "class", "none")
 
 

@@ -46,8 +46,9 @@ class TextToImageConfig:
 class TextToImage(nnx.Module):
     """The two networks.
 
-    The null condition of guidance is the empty caption; where the null text is learned, its feature
-    is a parameter instead of what the text encoder makes of it (Improved VQ-Diffusion, section 3.1).
+    The null condition of guidance is the empty caption; where the null text is learned, its
+    features are a parameter instead of what the text encoder makes of it (Improved VQ-Diffusion,
+    section 3.1).
     """
 
     def __init__(self, config: TextToImageConfig, *, rngs: nnx.Rngs):
@@ -61,7 +62,7 @@ class TextToImage(nnx.Module):
             self.null_text = nnx.Param(jax.random.normal(rngs.params(), shape))
 
     def text_features(self, text_ids: jax.Array) -> jax.Array:
-        """Features [B, L, text_width] of ids int32 [B, L]; of the empty caption the learned ones."""
+        """Features [B, L, text_width] of ids int32 [B, L]; the learned ones of empty captions."""
         features = self.text_encoder(text_ids)
         if self.config.freeze_text_encoder:
             features = jax.lax.stop_gradient(features)

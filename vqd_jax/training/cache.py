@@ -12,7 +12,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from vqd_jax import config as config_lib
-from vqd_jax.data import codes, encode, pipeline
+from vqd_jax.data import builders, codes, encode, pipeline
 from vqd_jax.data.text import ClipTokenizer
 from vqd_jax.interop import folder
 from vqd_jax.models import autoencoder
@@ -68,6 +68,12 @@ def _decode(params, tokens, *, config):
     return autoencoder.to_pixels(autoencoder.bind(config, params).decode(tokens))
 
 
+def data_set(config: ConfigDict) -> tfds.core.DatasetBuilder:
+    """The data set of the config, prepared if it is not yet; see ``builders.load``."""
+    c = config.data
+    return builders.load(c.name, c.dir, c.prepared_dir, c.max_bad_share, c.beam)
+
+
 def crop(config: ConfigDict, split: str) -> pipeline.Crop:
     """From the images of a split to what the autoencoder sees."""
     size = config.data.image_size
@@ -112,7 +118,11 @@ def make(
         str(Path(where) / split),
         pipeline.records(builder, split, decode=False),
         codec,
-        {"data": builder.info.full_name, "split": split, "autoencoder": _fingerprint(params)},
+        {
+            "data": builders.source_fingerprint(builder),
+            "split": split,
+            "autoencoder": _fingerprint(params),
+        },
         crop=crop(config, split),
         num_crops=num_crops(config, split),
         seed=config.seed,

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from vqd_jax import config as config_lib
 from vqd_jax import pictures
-from vqd_jax.data import images, pipeline
+from vqd_jax.data import builders, images, pipeline
 from vqd_jax.errors import UserError
 from vqd_jax.interop import folder
 from vqd_jax.models import autoencoder
@@ -137,12 +137,13 @@ def _key(config: ConfigDict) -> jax.Array:
 
 def _report(params, codebook, sizes, builder, directory: str) -> None:
     """Logs the PSNR on validation pictures and draws some beside their reconstructions."""
+    split = builders.evaluation_split(builder)
     read = pipeline.CheckedReader(
-        pipeline.records(builder, "validation"), 1.0, needs_captions=False
+        pipeline.records(builder, split), 1.0, needs_captions=False
     )
     records = [
         r
-        for r in map(read, range(min(64, builder.info.splits["validation"].num_examples)))
+        for r in map(read, range(min(64, builder.info.splits[split].num_examples)))
         if r is not None
     ]
     crops = np.stack([images.center_crop(r["image"], sizes.image_size) for r in records])

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from vqd_jax import config as config_lib
 from vqd_jax import pictures
 from vqd_jax.data import builders, pipeline
+from vqd_jax.data.codes import CachedRecord
 from vqd_jax.diffusion import objective
 from vqd_jax.errors import UserError
 from vqd_jax.evaluation.likelihood import caption_likelihood
@@ -79,17 +80,18 @@ def _sections_in_use(workdir: Path) -> tuple[str, ...]:
 def train_autoencoder(config: ConfigDict, workdir: str) -> None:
     """Stage one alone."""
     with claim_workdir(config, workdir):
-        stage_one.prepare(config, workdir, builders.load(config.data.name, config.data.dir))
+        stage_one.prepare(config, workdir, cache.data_set(config))
 
 
 def train(config: ConfigDict, workdir: str) -> None:
     """Both stages, or what is left of them; ends with likelihoods and a grid of pictures."""
     with claim_workdir(config, workdir):
-        builder = builders.load(config.data.name, config.data.dir)
+        builder = cache.data_set(config)
         autoencoder_params = stage_one.prepare(config, workdir, builder)
+        names = {"train": "train", "validation": builders.evaluation_split(builder)}
         splits = {
-            split: cache.open_or_make(config, workdir, builder, split, autoencoder_params)
-            for split in ("train", "validation")
+            name: cache.open_or_make(config, workdir, builder, split, autoencoder_params)
+            for name, split in names.items()
         }
         _train(config, workdir, splits, autoencoder_params)
 
@@ -133,6 +135,13 @@ def _train(config, workdir, splits, autoencoder_params) -> None:
     )
 
 
+def _condition(record: CachedRecord, config: ConfigDict) -> np.ndarray:
+    """The first caption's ids [L], or the label [], or 0 where there is no condition."""
+    if config.denoiser.condition == "text":
+        return record.text_ids[0]
+    return np.int32(record.label if config.denoiser.condition == "class" else 0)
+
+
 class Evaluation:
     """Likelihoods and pictures of the averaged parameters; compiles each function once.
 
@@ -151,16 +160,16 @@ class Evaluation:
             records = cached.read(rows)
             self._sets[split] = (
                 np.stack([record.codes[0] for record in records]).astype(np.int32),
-                np.stack([record.text_ids[0] for record in records]).astype(np.int32),
+                np.stack([_condition(record, config) for record in records]).astype(np.int32),
             )
         model_config = config_lib.model_config(config)
         schedule = config_lib.noise_schedule(config)
 
-        def bits(params, key_data, codes, text_ids):
+        def bits(params, key_data, codes, conditions):
             key = jax.random.wrap_key_data(key_data)
             model = text_to_image.bind(model_config, params)
             with sharding.rows_apart(mesh):
-                context = model.context(text_ids)
+                context = model.context(conditions)
                 predict = lambda tokens, time: model.denoiser.denoise(  # noqa: E731
                     tokens, model.denoiser.modulations(time), context
                 )
@@ -169,8 +178,8 @@ class Evaluation:
 
         self._compiled_bits = jax.jit(bits, out_shardings=sharding.replicated(mesh))
 
-    def _bits(self, params, key, codes, text_ids):
-        rows = sharding.put_rows((codes, text_ids), self._mesh)
+    def _bits(self, params, key, codes, conditions):
+        rows = sharding.put_rows((codes, conditions), self._mesh)
         key_data = np.asarray(jax.random.key_data(key))
         return self._compiled_bits(params, key_data, *rows)
 
@@ -183,25 +192,33 @@ class Evaluation:
         """Writes likelihoods of the splits, and a grid of the config's prompts."""
         values = {}
         for split in splits:
-            codes, ids = self._sets[split]
+            codes, conditions = self._sets[split]
             result = caption_likelihood(
                 functools.partial(self._bits, state.ema_params),
                 codes,
-                ids,
+                conditions,
                 seed=0,
                 batch_size=self._batch_size(),
             )
+            values[f"{split}/bits_per_token"] = result.right
+            if self._config.denoiser.condition == "none":
+                logging.info(
+                    "step %d, %d %s pictures: %.3f bits a token",
+                    step, len(codes), split, result.right,
+                )  # fmt: skip
+                continue
             values |= {
-                f"{split}/bits_per_token": result.right,
                 f"{split}/bits_per_token_shuffled": result.shuffled,
                 f"{split}/shuffled_over_right": result.shuffled / result.right,
                 f"{split}/difference_in_standard_errors": result.difference_in_standard_errors,
             }
             logging.info(
-                "step %d, %d %s pictures: %.3f bits a token with right captions, %.3f with "
+                "step %d, %d %s pictures: %.3f bits a token with right %s, %.3f with "
                 "shuffled ones (%.2f times; the difference is %.1f standard errors)",
-                step, len(codes), split, result.right, result.shuffled,
-                result.shuffled / result.right, result.difference_in_standard_errors,
+                step, len(codes), split, result.right,
+                "classes" if self._config.denoiser.condition == "class" else "captions",
+                result.shuffled, result.shuffled / result.right,
+                result.difference_in_standard_errors,
             )  # fmt: skip
         writer.write(step, values)
         params = state.ema_params

@@ -1,0 +1,128 @@
+"""Both stages for models of a class and of nothing, on tiny sets in the publishers' layouts."""
+
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from configs import tiny
+from vqd_jax import config as config_lib
+from vqd_jax.interop import folder
+from vqd_jax.models import text_to_image
+from vqd_jax.pipeline import VQDiffusion
+from vqd_jax.training import pretrained, stage_two, state
+
+LAYOUTS = Path(__file__).parents[1] / "data" / "layouts"
+
+
+def make_config(tmp_path, source, condition):
+    shutil.copytree(LAYOUTS / source, tmp_path / "files")
+    config = tiny.get_config()
+    config.data.dir = str(tmp_path / "files")
+    config.autoencoder.num_steps = 2
+    config.autoencoder.warmup_steps = 1
+    config.autoencoder.batch_size = 2
+    config.denoiser.condition = condition
+    config.training.num_steps = 3
+    config.training.batch_size = 2
+    config.training.warmup_steps = 1
+    config.training.eval_every = 3
+    config.training.log_every = 3
+    config.evaluation.num_images = 2
+    return config
+
+
+def last_metrics(workdir):
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return {key: value for row in rows for key, value in row.items()}
+
+
+def test_a_class_conditional_model_is_trained_and_sampled(tmp_path):
+    config = make_config(tmp_path, "imagenet", "class")
+    config.data.name = "imagenet_class"
+    config.denoiser.num_classes = 1000
+    config.denoiser.learned_null = True
+    config.denoiser.mlp = "conv"
+    config.sampling.prompts = ("3", "")
+    stage_two.train(config, str(tmp_path / "run"))
+    metrics = last_metrics(tmp_path / "run")
+    # Of 32 codes: five bits, and what an untrained network believes of noised ones.
+    assert 4 < metrics["validation/bits_per_token"] < 20
+    assert "validation/bits_per_token_shuffled" in metrics
+    model = VQDiffusion.from_workdir(str(tmp_path / "run"))
+    assert model.generate([3, 4], num_images=2).pixels.shape == (2, 2, 16, 16, 3)
+
+
+def test_an_unconditional_model_is_trained_and_sampled(tmp_path):
+    config = make_config(tmp_path, "ffhq", "none")
+    config.data.name = "ffhq_images"
+    config.data.max_bad_share = 0.5
+    config.sampling.prompts = ("",)
+    config.training.batch_size = 1
+    config.autoencoder.batch_size = 1
+    config.evaluation.num_images = 2
+    stage_two.train(config, str(tmp_path / "run"))
+    metrics = last_metrics(tmp_path / "run")
+    assert 4 < metrics["validation/bits_per_token"] < 20
+    assert "validation/bits_per_token_shuffled" not in metrics
+    model = VQDiffusion.from_workdir(str(tmp_path / "run"))
+    assert model.generate(num_images=3).pixels.shape == (1, 3, 16, 16, 3)
+
+
+@pytest.fixture
+def parts():
+    """Config, and parameters that it could have been trained to."""
+    config = tiny.get_config()
+    config.denoiser.learned_null = True
+    sizes = config_lib.model_config(config)
+    params = jax.jit(lambda: text_to_image.init_params(sizes, jax.random.key(5)))()
+    return config, jax.tree.map(np.asarray, params)
+
+
+def start(config):
+    return jax.jit(lambda: state.create_state(config))()
+
+
+def assert_equal(tree, other):
+    jax.tree.map(np.testing.assert_array_equal, tree, other)
+
+
+def test_a_run_begins_from_a_model_folder(parts, tmp_path):
+    config, params = parts
+    described = {"kind": config_lib.MODEL_KIND, **config.to_dict()}
+    folder.save(tmp_path / "whole", described, params)
+    config.training.init_from = str(tmp_path / "whole")
+    begun = pretrained.adopt(config, start(config))
+    assert_equal(begun.params, params)
+    assert_equal(begun.ema_params, params)
+    # Without a learned null of its own, that one is learnt from the start.
+    without = {name: part for name, part in params.items() if name != "null_text"}
+    folder.save(tmp_path / "whole", described, without)
+    fresh = start(config)
+    begun = pretrained.adopt(config, fresh)
+    assert_equal(begun.params["denoiser"], params["denoiser"])
+    assert_equal(begun.params["null_text"], fresh.params["null_text"])
+
+
+def test_a_pretrained_text_encoder_stays_as_it_is(parts, tmp_path):
+    config, params = parts
+    folder.save(tmp_path / "clip", {"kind": "clip"}, {"text": params["text_encoder"]})
+    config.text_encoder.path = str(tmp_path / "clip")
+    fresh = start(config)
+    begun = pretrained.adopt(config, fresh)
+    assert_equal(begun.params["text_encoder"], params["text_encoder"])
+    assert_equal(begun.params["denoiser"], fresh.params["denoiser"])
+    batch = {
+        "codes": np.zeros((2, 16), np.int32),
+        "text_ids": np.array([[49406, 320, 49407] + [0] * 13] * 2, np.int32),
+    }
+    step = jax.jit(lambda s, b: state.train_step(s, b, config=config))
+    moved, _ = step(begun, batch)
+    moved, _ = step(moved, batch)
+    assert_equal(moved.params["text_encoder"], params["text_encoder"])
+    assert_equal(moved.ema_params["text_encoder"], params["text_encoder"])
+    kernel = lambda s: s.params["denoiser"]["to_logits"]["kernel"]  # noqa: E731
+    assert np.abs(kernel(moved) - kernel(begun)).max() > 0
