@@ -9,6 +9,7 @@ any number of processes. What a checkpoint keeps is one number: records consumed
 """
 
 import collections
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -34,13 +35,18 @@ def uniforms(seed: int | Sequence[int], keys: np.ndarray, count: int = 2) -> np.
       float64 [count, B].
     """
     gamma = np.uint64(0x9E3779B97F4A7C15)
-    start = np.uint64(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0])
+    start = _start(seed if isinstance(seed, int) else tuple(seed))
     steps = np.arange(1, count + 1, dtype=np.uint64)[:, None]
     z = start + gamma * (np.uint64(count) * keys.astype(np.uint64) + steps)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     z = z ^ (z >> np.uint64(31))
     return (z >> np.uint64(11)) * 2.0**-53
+
+
+@functools.lru_cache(maxsize=64)
+def _start(seed: int | tuple[int, ...]) -> np.uint64:
+    return np.uint64(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0])
 
 
 def shuffled(
