@@ -122,19 +122,31 @@ def test_two_processes_make_the_same_run_as_one(one, two):
     assert len(list((two / "tensorboard").iterdir())) == 1
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_eight_devices_on_four(run, one, eight, tmp_path):
     workdir = from_step_10(eight, tmp_path / "run")
     run(1, 4, workdir, config={"mesh.fsdp": 4})
     assert_same(workdir, one)
 
 
-def test_a_run_goes_on_from_two_processes_on_one_and_back(run, one, two, tmp_path):
+def test_a_run_goes_on_from_two_processes_on_one(run, one, two, tmp_path):
     workdir = from_step_10(two, tmp_path / "alone")
     run(1, 1, workdir)
     assert_same(workdir, one)
-    workdir = from_step_10(one, tmp_path / "together")
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_from_one_process_on_two_past_a_damaged_checkpoint(run, one, tmp_path):
+    workdir = tmp_path / "together"
+    shutil.copytree(one, workdir)
+    for path in (workdir / "checkpoints" / "20" / "state").rglob("*"):
+        if path.is_file():
+            path.write_bytes(b"")
+    (workdir / "codes.json").unlink()
     run(2, 1, workdir)
     assert_same(workdir, one)
+    names = sorted(path.name for path in (workdir / "checkpoints").iterdir())
+    assert names == ["10", "20", "20.damaged"]
 
 
 def outputs_within(processes, seconds):
@@ -148,7 +160,7 @@ def outputs_within(processes, seconds):
     return outputs, time.monotonic() - start
 
 
-def test_a_process_that_dies_ends_the_others_and_is_named(launch, two, tmp_path):
+def test_a_process_that_dies_ends_the_others_and_is_named(launch, tmp_path):
     processes = launch(2, 1, tmp_path, kill_at=5, config={"training.num_steps": 10_000})
     processes[1].wait(timeout=300)
     assert processes[1].returncode == -signal.SIGKILL
@@ -158,7 +170,7 @@ def test_a_process_that_dies_ends_the_others_and_is_named(launch, two, tmp_path)
     assert "tasks are unhealthy (stopped sending heartbeats):\n1" in output
 
 
-def test_an_error_in_one_process_ends_the_others_and_is_told(launch, two, tmp_path):
+def test_an_error_in_one_process_ends_the_others_and_is_told(launch, tmp_path):
     processes = launch(2, 1, tmp_path, fail_at=5, config={"training.num_steps": 10_000})
     processes[1].wait(timeout=300)
     (output, failed), _ = outputs_within(processes, 60)
@@ -180,6 +192,7 @@ def test_sigterm_to_one_process_saves_and_ends_all(launch, run, one, tmp_path):
     assert_same(tmp_path, one)
 
 
+@pytest.mark.slow
 def test_several_steps_a_call_and_a_trace(run, one, tmp_path):
     options = {"training.steps_per_call": 5, "training.profile_steps": 5}
     run(1, 2, tmp_path, config=options | {"training.log_every": 5})

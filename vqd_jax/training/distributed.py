@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 
 import jax
+import numpy as np
 from absl import logging
 from jax._src import distributed as runtime  # The key-value store has no public name.
 from jax.experimental import multihost_utils
@@ -84,7 +85,8 @@ def all_agree(good: bool) -> bool:
     """Whether ``good`` holds in every process; all of them must ask."""
     if jax.process_count() == 1:
         return good
-    return bool(multihost_utils.process_allgather(jax.numpy.asarray(good)).all())
+    with jax.transfer_guard("allow"):
+        return bool(multihost_utils.process_allgather(np.asarray(good)).all())
 
 
 class _Watch:
