@@ -4,7 +4,6 @@ import grain
 import jax
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from vqd_jax.data import stream
 from vqd_jax.errors import UserError
@@ -80,12 +79,14 @@ def test_a_single_pass_ends_together_on_all_processes():
     assert sorted(np.concatenate(parts, axis=None)) == list(range(48))
 
 
+def put(iterator):
+    return jax.device_put(next(iterator))
+
+
 def test_batches_on_device_are_the_batches_and_count_what_was_handed_out():
-    mesh = jax.make_mesh((1,), ("data",), (AxisType.Auto,))
-    sharding = NamedSharding(mesh, PartitionSpec("data"))
     places = stream.shuffled([50], 1)
     expected = take(iter(batches(places, 50, 10)), 9)
-    there = iter(stream.OnDevice(batches(places, 50, 10), sharding, ahead=3))
+    there = iter(stream.Ahead(batches(places, 50, 10), put, ahead=3))
     first = take(there, 4)
     assert all(isinstance(batch, jax.Array) for batch in first)
     state = there.get_state()
@@ -96,7 +97,5 @@ def test_batches_on_device_are_the_batches_and_count_what_was_handed_out():
 
 
 def test_a_single_pass_on_device_ends():
-    mesh = jax.make_mesh((1,), ("data",), (AxisType.Auto,))
-    sharding = NamedSharding(mesh, PartitionSpec("data"))
-    made = list(stream.OnDevice(batches(grain.MapDataset.range(10), 10, 5), sharding, ahead=4))
+    made = list(stream.Ahead(batches(grain.MapDataset.range(10), 10, 5), put, ahead=4))
     assert np.array(made).tolist() == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]]

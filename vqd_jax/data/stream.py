@@ -170,48 +170,53 @@ class BatchIterator(grain.DatasetIterator):
         self._inner = None
 
 
-class OnDevice(grain.IterDataset):
-    """Batches that are on the devices before they are asked for.
+class Ahead(grain.IterDataset):
+    """Batches that are on the devices, or on their way, before they are asked for.
 
     Args:
-      batches: of host arrays [B, ...], as a nested dict.
-      sharding: of the global arrays [P B, ...]; their rows are those of process 0, then 1, ...
-      ahead: batches that are being transferred while one is used.
+      batches: host batches; any data set whose iterators have ``get_state`` and ``set_state``.
+      fetch: takes a batch, or several, from an iterator and begins their transfer.
+      ahead: results that wait while one is used.
     """
 
-    def __init__(self, batches: grain.IterDataset, sharding: jax.sharding.Sharding, ahead: int = 2):
+    def __init__(
+        self,
+        batches: grain.IterDataset,
+        fetch: Callable[[grain.DatasetIterator], Any],
+        ahead: int = 2,
+    ):
         super().__init__()
-        self._batches, self._sharding, self._ahead = batches, sharding, ahead
+        self._batches, self._fetch, self._ahead = batches, fetch, ahead
 
-    def __iter__(self) -> "OnDeviceIterator":
-        return OnDeviceIterator(iter(self._batches), self._sharding, self._ahead)
+    def __iter__(self) -> "AheadIterator":
+        return AheadIterator(iter(self._batches), self._fetch, self._ahead)
 
 
-class OnDeviceIterator(grain.DatasetIterator):
-    """Iterator of ``OnDevice``; its state counts what was handed out, not what was fetched."""
+class AheadIterator(grain.DatasetIterator):
+    """Iterator of ``Ahead``; its state is that of what was handed out, not of what was fetched."""
 
-    def __init__(self, inner: grain.DatasetIterator, sharding: jax.sharding.Sharding, ahead: int):
+    def __init__(
+        self,
+        inner: grain.DatasetIterator,
+        fetch: Callable[[grain.DatasetIterator], Any],
+        ahead: int,
+    ):
         super().__init__()
-        self._inner, self._sharding, self._ahead = inner, sharding, ahead
+        self._inner, self._fetch, self._ahead = inner, fetch, ahead
         self._waiting = collections.deque()
         self._state = inner.get_state()
 
     def __next__(self) -> Any:
-        while len(self._waiting) <= self._ahead and self._fetch():
-            pass
+        while len(self._waiting) <= self._ahead:
+            try:
+                batch = self._fetch(self._inner)
+            except StopIteration:
+                break
+            self._waiting.append((batch, self._inner.get_state()))
         if not self._waiting:
             raise StopIteration
         batch, self._state = self._waiting.popleft()
         return batch
-
-    def _fetch(self) -> bool:
-        batch = next(self._inner, None)
-        if batch is None:
-            return False
-        # The transfer goes on after the call returns.
-        put = lambda x: jax.make_array_from_process_local_data(self._sharding, x)  # noqa: E731
-        self._waiting.append((jax.tree.map(put, batch), self._inner.get_state()))
-        return True
 
     def get_state(self) -> dict[str, Any]:
         """The place of the next batch."""

@@ -19,6 +19,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from vqd_jax.data import stream
 from vqd_jax.errors import UserError
 from vqd_jax.training import sharding
 from vqd_jax.training.checkpoint import Checkpoints
@@ -115,7 +116,8 @@ def fit(
         checkpoints = Checkpoints(f"{directory}/checkpoints", keep_checkpoints)
         # Whatever ends the run, a write that has begun is completed.
         stack.callback(checkpoints.close)
-        iterator = iter(dataset)
+        fetch = functools.partial(_next_batches, mesh=mesh, count=steps_per_call)
+        iterator = iter(stream.Ahead(dataset, fetch))
         if checkpoints.latest_step is None:
             # Made where it lives: no device and no host ever holds the whole of it.
             state = jax.jit(create_state, out_shardings=placed)()
@@ -146,7 +148,7 @@ def fit(
         speed = _Speed(batch_size)
         last = None
         while step < num_steps and not sigterm.raised:
-            state, metrics = train_step(state, _next_batches(iterator, mesh, steps_per_call))
+            state, metrics = train_step(state, next(iterator))
             before, step = step, step + steps_per_call
             sigterm.after_call()
             profiler.after_call(metrics)
