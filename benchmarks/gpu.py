@@ -4,8 +4,8 @@ python benchmarks/gpu.py --json=gpu.json
 python benchmarks/gpu.py --sizes=tiny --steps=3          # a rehearsal on a CPU
 
 Needs jax with CUDA and flax; PyTorch where it is to be compared (else --no-torch). Nothing of the
-data chain is imported: no grain, no tensorflow-datasets, no ml_collections. Text features are given,
-as those of a frozen text encoder are.
+data chain is imported: no grain, no tensorflow-datasets, no ml_collections. Text features are
+given, as those of a frozen text encoder are.
 
 It prints, for every size: train-step time and model FLOPs utilisation (the FLOPs of the formulas,
 forward and twice that backward, rematerialisation not counted, over a measured matrix-multiply

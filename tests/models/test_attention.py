@@ -18,6 +18,31 @@ def test_attend_is_the_formula():
     np.testing.assert_allclose(attention.attend(q, k, v), exact, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "dtype, head_width, capability, applies",
+    [
+        (jnp.bfloat16, 64, 9.0, True),
+        (jnp.bfloat16, 88, 8.0, True),
+        (jnp.float16, 128, 8.6, True),
+        # VQ-Diffusion-S has 16 heads of 12.
+        (jnp.bfloat16, 12, 9.0, False),
+        (jnp.bfloat16, 136, 9.0, False),
+        (jnp.float32, 64, 9.0, False),
+        (jnp.bfloat16, 64, 7.5, False),
+        (jnp.bfloat16, 64, 0.0, False),
+    ],
+)
+def test_cudnn_is_asked_only_for_what_it_has(dtype, head_width, capability, applies):
+    assert attention.cudnn_applies(jnp.dtype(dtype), head_width, capability) == applies
+
+
+def test_the_softmax_is_in_float32_under_bfloat16():
+    # Of 2048 equal scores every weight is 2^-11; a sum of them in bfloat16 would stop at 2^-3.
+    q, k = jnp.zeros((1, 1, 1, 8), jnp.bfloat16), jnp.zeros((1, 2048, 1, 8), jnp.bfloat16)
+    v = jnp.ones((1, 2048, 1, 8), jnp.bfloat16)
+    np.testing.assert_allclose(attention.attend(q, k, v).astype(jnp.float32), 1.0, rtol=1e-2)
+
+
 def test_causal_attention_ignores_later_keys():
     rng = np.random.default_rng(1)
     q, k, v = (jnp.asarray(rng.normal(size=(1, 6, 2, 4)), jnp.float32) for _ in range(3))

@@ -6,7 +6,7 @@ import pytest
 
 from configs import tiny
 from vqd_jax.data.text import ClipTokenizer
-from vqd_jax.training import optimizer, state
+from vqd_jax.training import optimizer, sharding, state
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -80,6 +80,59 @@ def test_a_step_is_a_function_of_state_and_batch(config, batch, steps):
     states, _ = steps
     again, _ = jax.jit(lambda s, b: state.train_step(s, b, config=config))(states[5], batch)
     jax.tree.map(np.testing.assert_array_equal, again.params, states[6].params)
+
+
+def changed(config, **training):
+    config = config.copy_and_resolve_references()
+    config.training.update(training)
+    return config
+
+
+def test_accumulated_gradients_are_the_mean_of_the_parts(config, batch, steps):
+    before = steps[0][5]
+    key = jax.random.fold_in(before.key, before.step)
+    statistics, parts = before.time_statistics, []
+    for part in range(4):
+        rows = jax.tree.map(lambda x, part=part: x[part::4], batch)
+        part_key = jax.random.fold_in(key, part)
+        gradients, statistics, values = state._gradients(
+            before.params, statistics, part_key, rows, config
+        )
+        parts.append((gradients, values))
+    expected = jax.tree.map(lambda *x: sum(x) / 4, *parts)
+    made, made_statistics, values = jax.jit(lambda s, k, b: state._accumulate(s, k, b, config, 4))(
+        before, key, batch
+    )
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5, rtol=1e-3),
+        (made, values),
+        expected,
+    )
+    np.testing.assert_allclose(made_statistics.visits, statistics.visits)
+
+
+def test_several_steps_of_one_call_are_the_steps_one_by_one(config, batch, steps):
+    mesh = sharding.make_mesh(config)
+    several = state.jit_train_step(changed(config, steps_per_call=3), mesh)
+    batches = jax.tree.map(lambda x: np.stack([x] * 3), batch)
+    start = jax.jit(lambda: state.create_state(config))()
+    after, metrics = several(start, sharding.put_batch(batches, mesh, leading=1))
+    losses = [values["loss"] for values in steps[1][:3]]
+    np.testing.assert_allclose(metrics["loss"], losses, rtol=1e-5)
+    assert int(after.step) == 3
+
+
+def test_frozen_parameters_neither_move_nor_have_moments():
+    transform = optimizer.adamw(
+        lambda _: 1.0, b1=0.9, b2=0.9, weight_decay=0.1, clip_norm=1.0, frozen=("text",)
+    )
+    params = {"text": {"w": jnp.ones(3)}, "denoiser": {"w": jnp.ones(3)}}
+    moments = transform.init(params)
+    assert sum(x.size for x in jax.tree.leaves(moments)) < 3 * 3
+    gradients = {"text": {"w": jnp.zeros(3)}, "denoiser": {"w": jnp.ones(3)}}
+    updates, _ = transform.update(gradients, moments, params)
+    np.testing.assert_array_equal(updates["text"]["w"], 0.0)
+    assert np.all(np.asarray(updates["denoiser"]["w"]) < -1.0)
 
 
 def test_learning_rate_warms_up_and_decays():

@@ -57,8 +57,9 @@ def session(distributed: bool) -> Iterator[None]:
     except SystemExit:
         raise
     except BaseException as error:
-        watch.stop()
+        # The watch goes on meanwhile: it knows better where the failure began.
         _fail_together(error)
+        watch.stop()
         raise
     watch.stop()
 
@@ -116,8 +117,8 @@ class _Watch:
 def _fail_together(error: BaseException) -> None:
     """Tells the other processes, and sees to it that this one need not wait for them."""
     if isinstance(error, jax.errors.JaxRuntimeError):
-        # Most likely another process is gone. JAX finds out which, says so and ends this one;
-        # until then the error here would only mislead.
+        # Most likely another process failed or is gone. The watch, or JAX itself, finds out which,
+        # says so and ends this one; until then the error here would only mislead.
         logging.warning("an exchange with other processes broke off; finding out which one is gone")
         time.sleep(HEARTBEAT_SECONDS + 10)
     reason = " ".join(f"{type(error).__name__}: {error}".split())[:1000]
