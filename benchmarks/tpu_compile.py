@@ -31,6 +31,9 @@ from vqd_jax.training import program, sharding
 from vqd_jax.training import state as state_lib
 
 GIB, MIB = 2**30, 2**20
+# Published bfloat16 FLOP/s, and bytes/s that a chip receives over the two links of one axis of the
+# torus: half of the published bandwidth of its links, v5p with a third of six.
+CHIPS = {"v5e": (197e12, 100e9), "v5p": (459e12, 200e9), "v6e": (918e12, 200e9)}
 
 COCO, CUB_S, IMAGENET, FFHQ, ITHQ = (
     f"configs/{name}.py" for name in ("coco", "cub_small", "imagenet", "ffhq", "ithq")
@@ -77,6 +80,62 @@ def load_config(path: str, rows: int, num_chips: int, fsdp: int):
     config.mesh.fsdp = fsdp
     config.denoiser.remat = "full"
     return config
+
+
+def forward_flops(config) -> int:
+    """FLOPs of one image through the denoiser, two a multiply and add; matrix products only."""
+    c, sizes = config.denoiser, config_lib.model_config(config).denoiser
+    n, d, length = sizes.grid[0] * sizes.grid[1], c.width, config.text_encoder.context_length
+    layer = 4 * n * d * d + 2 * n * n * d
+    layer += (9 if c.mlp == "conv" else 1) * 2 * n * d * d * c.mlp_ratio
+    if c.condition == "text":
+        layer += 2 * n * d * d + 2 * length * sizes.text_width * d + 2 * n * length * d
+    return 2 * (c.num_layers * layer + n * d * sizes.num_codes)
+
+
+def predicted(result: dict) -> tuple[float, float]:
+    """Seconds of one step on paper: matrix products at the published peak, exchanges by the links.
+
+    A training step is a pass forward, one again for what was not kept, and two backward; a step of
+    the sampler is two passes with guidance and one without.
+    """
+    peak, link = CHIPS[result["topology"].split(":")[0]]
+    config = load_config(result["config"], result["rows"], result["chips"], result["fsdp"])
+    moved = sum(size for _, size in result["exchanged"].values())
+    passes, steps = 4, 1
+    if result["program"] == "sample":
+        passes, steps = (
+            (1 if config.denoiser.condition == "none" else 2),
+            config.diffusion.num_steps,
+        )
+    return passes * forward_flops(config) * result["rows"] / peak, moved / steps / link
+
+
+def show(path: str) -> None:
+    """Prints the programs of a file as a Markdown table."""
+    print(
+        "| program | config | slice | fsdp | rows a chip | arguments + temporaries, GiB | received "
+        "a chip and step, MiB | products, ms | links, ms | compiled in, s |"
+    )
+    print("|" + "---|" * 10)
+    with open(path, encoding="utf-8") as file:
+        results = [json.loads(line) for line in file]
+    for r in results:
+        start = "| {program} | {name} | {topology} | {fsdp} | {rows} | ".format(
+            name=Path(r["config"]).stem, **r
+        )
+        if "does_not_fit" in r:
+            print(f"{start}does not fit | | | | |")
+            continue
+        products, links = predicted(r)
+        steps = 100 if r["program"] == "sample" else 1
+        moved = ", ".join(
+            f"{kind} {size / steps / MIB:.0f}" for kind, (_, size) in r["exchanged"].items()
+        )
+        print(
+            f"{start}{r['arguments'] / GIB:.2f} + {r['temporaries'] / GIB:.2f} | "
+            f"{moved or 'nothing'} | {products * 1e3:.1f} | {links * 1e3:.1f} | {r['compile_seconds']:.0f} |"
+        )
 
 
 def lower_sampler(config, mesh, rows: int) -> jax.stages.Lowered:
@@ -176,8 +235,12 @@ def main() -> None:
     parser.add_argument("--program", choices=("train", "sample"), default="train")
     parser.add_argument("--all", action="store_true", help="the table of docs/scaling.md")
     parser.add_argument("--json", help="file to which a line a program is appended")
+    parser.add_argument("--show", help="print the table of such a file, and compile nothing")
     parser.add_argument("--hlo", help="file for the text of the compiled program")
     flags = parser.parse_args()
+    if flags.show:
+        show(flags.show)
+        return
     jobs = [(flags.program, flags.config, flags.rows, flags.topology, flags.fsdp)]
     if flags.all:
         jobs = TABLE

@@ -1,0 +1,88 @@
+"""Time from the start of a process to the end of its first train steps, cold and warm.
+
+python benchmarks/startup.py --config=configs/coco.py --batch_size=1
+
+Starts itself twice with an empty compilation cache between: the first process compiles, the second
+one reads what the first has left. Codes and text ids are random; a step is that of training.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PARTS = ("imports", "state made", "first step", "second step")
+
+
+def child(path: str, batch_size: int) -> None:
+    """Prints the seconds of every part."""
+    times = [time.perf_counter()]
+    mark = lambda: times.append(time.perf_counter())  # noqa: E731
+    sys.path.insert(0, str(ROOT))
+
+    import importlib.util
+
+    import jax
+    import numpy as np
+
+    from vqd_jax.training import sharding
+    from vqd_jax.training import state as state_lib
+
+    spec = importlib.util.spec_from_file_location("measured", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = module.get_config()
+    config.training.batch_size = batch_size
+    if config.denoiser.condition == "text":
+        config.text_encoder.path = "pretrained"
+    mark()
+    mesh = sharding.make_mesh(config)
+    placed = state_lib.state_shardings(config, mesh)
+    state = jax.jit(lambda: state_lib.create_state(config), out_shardings=placed)()
+    jax.block_until_ready(state)
+    mark()
+    step = state_lib.jit_train_step(config, mesh)
+    shapes = state_lib.abstract_batch(config, mesh)
+    batch = {key: np.ones(x.shape, np.int32) for key, x in shapes.items()}
+    for _ in range(2):
+        state, metrics = step(state, sharding.put_batch(batch, mesh))
+        jax.block_until_ready((state, metrics))
+        mark()
+    print(json.dumps([b - a for a, b in zip(times, times[1:], strict=False)]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--config", default=str(ROOT / "configs" / "coco.py"))
+    parser.add_argument("--batch_size", type=int, default=1)
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    flags = parser.parse_args()
+    if flags.child:
+        child(flags.config, flags.batch_size)
+        return
+    with tempfile.TemporaryDirectory() as cache:
+        env = os.environ | {
+            "JAX_COMPILATION_CACHE_DIR": cache,
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        }
+        command = [sys.executable, __file__, "--child", f"--config={flags.config}"]
+        command.append(f"--batch_size={flags.batch_size}")
+        for name in ("cold", "warm"):
+            start = time.perf_counter()
+            done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+            total = time.perf_counter() - start
+            if done.returncode:
+                sys.exit(done.stderr)
+            parts = json.loads(done.stdout.splitlines()[-1])
+            listed = ", ".join(f"{p} {s:.1f} s" for p, s in zip(PARTS, parts, strict=True))
+            to_first = total - parts[-1]
+            print(f"{name}: first step done after {to_first:.1f} s ({listed})", flush=True)
+
+
+if __name__ == "__main__":
+    main()
