@@ -23,13 +23,17 @@ def environment(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def start(environment):
-    """start('--mode=sample', ...) -> a running ``python -m vqd_jax.main`` with those flags."""
+    """start('--mode=sample', ...) -> a running ``python -m vqd_jax.main`` with those flags.
 
-    def start(*flags, **kwargs):
+    ``devices`` is the number of CPU devices that it sees.
+    """
+
+    def start(*flags, devices=1, **kwargs):
+        count = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
         return subprocess.Popen(
             [sys.executable, "-m", "vqd_jax.main", *flags],
             cwd=kwargs.pop("cwd", ROOT),
-            env=environment,
+            env=environment | (count if devices > 1 else {}),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -22,14 +22,18 @@ _DISTRIBUTED = flags.DEFINE_bool("distributed", False, "This is one of several p
 
 _MODEL = flags.DEFINE_string("model", None, "sample, export: model folder; or give --workdir.")
 _PROMPT = flags.DEFINE_multi_string("prompt", None, "sample: a text; may be given several times.")
+_PROMPTS = flags.DEFINE_string("prompts", None, "sample: file with a prompt a line, for many.")
+_IMAGES = flags.DEFINE_enum("images", "png", ["png", "array_record"], "sample --prompts: files.")
 _OUTPUT = flags.DEFINE_string("output", None, "sample: folder of the pictures; MODEL/samples.")
 _SAMPLING = [
-    flags.DEFINE_integer("num_images", 4, "sample: pictures of every prompt."),
+    flags.DEFINE_integer("num_images", None, "sample: of every prompt, 4; with --prompts in all."),
     flags.DEFINE_integer("seed", 0, "sample: decides the pictures."),
     flags.DEFINE_integer("num_steps", None, "sample: network calls; the config's if unset."),
     flags.DEFINE_float("guidance_scale", None, "sample: 1 is none; the config's if unset."),
     flags.DEFINE_float("truncation", None, "sample: 1 is none; the config's if unset."),
     flags.DEFINE_string("rule", None, "sample: ordinary, high_quality, purity, confidence, ..."),
+]
+_PICTURES = [
     flags.DEFINE_bool("animate", False, "sample: write the denoising as animations too."),
     flags.DEFINE_string("image", None, "sample: a picture to begin from."),
     flags.DEFINE_string("mask", None, "sample: white where to paint in --image; the rest stays."),
@@ -79,7 +83,10 @@ def _use_model(model_dir: str | None) -> None:
         config_lib.validate(_CONFIG.value)
     options = _values(_SAMPLING) | {"config": _CONFIG.value, "output": _OUTPUT.value}
     with distributed.session(_DISTRIBUTED.value):
-        tasks.sample(model_dir, _PROMPT.value, **options)
+        if _PROMPTS.value:
+            tasks.sample_file(model_dir, _PROMPTS.value, format=_IMAGES.value, **options)
+        else:
+            tasks.sample(model_dir, _PROMPT.value, **_values(_PICTURES), **options)
 
 
 def _use_config(mode: str) -> None:

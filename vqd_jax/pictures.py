@@ -1,6 +1,6 @@
-"""Grids and animations to look at.
+"""Grids and animations to look at, and pictures that a user brings.
 
-Letters: P prompts, J images a prompt, S image side, F frames.
+Letters: P prompts, J images a prompt, S image side, F frames, N image tokens.
 """
 
 import os
@@ -9,6 +9,11 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+from vqd_jax.data import images
+from vqd_jax.errors import UserError
+
+Picture = Image.Image | np.ndarray
 
 MARGIN = 8
 # Small pictures are enlarged to about this many pixels, by whole factors.
@@ -87,3 +92,46 @@ def _atomically(path: str, write) -> None:
         os.replace(scratch, target)
     finally:
         scratch.unlink(missing_ok=True)
+
+
+def square(image: Picture, side: int) -> np.ndarray:
+    """uint8 [S, S, 3]: the largest centred square of a picture, resized.
+
+    Raises:
+      UserError: it is neither a Pillow image nor uint8 [H, W, 3].
+    """
+    pixels = np.asarray(image.convert("RGB") if isinstance(image, Image.Image) else image)
+    if pixels.ndim != 3 or pixels.shape[-1] != 3 or pixels.dtype != np.uint8:
+        raise UserError(
+            f"a picture must be uint8 [H, W, 3], this one is {pixels.dtype} {list(pixels.shape)}"
+        )
+    return pixels if pixels.shape[:2] == (side, side) else images.center_crop(pixels, side)
+
+
+def token_mask(mask: Picture, image: Picture, grid: tuple[int, int]) -> np.ndarray:
+    """bool [N]: the tokens that have a masked pixel, after the crop of ``square``.
+
+    Args:
+      mask: bool or numbers up to 255 [H, W] or [H, W, C], or a Pillow image; masked above 127.
+      image: the picture it belongs to.
+      grid: rows and columns of the tokens.
+
+    Raises:
+      UserError: the two are of different sizes.
+    """
+    mask = np.asarray(mask.convert("L") if isinstance(mask, Image.Image) else mask)
+    size = image.size[::-1] if isinstance(image, Image.Image) else image.shape[:2]
+    if mask.ndim not in (2, 3) or mask.shape[:2] != tuple(size):
+        raise UserError(
+            f"the mask is {list(mask.shape)}, the picture {list(size)}: they must be of one size"
+        )
+    mask = mask if mask.ndim == 2 else mask.max(axis=-1)
+    paint = mask if mask.dtype == bool else mask > 127
+    side = min(paint.shape)
+    top, left = ((length - side) // 2 for length in paint.shape)
+    paint = paint[top : top + side, left : left + side]
+    # The cell of every pixel; a square smaller than the grid has no pixel in some cells.
+    rows, columns = (np.arange(side) * cells // side for cells in grid)
+    cells = np.zeros(grid, bool)
+    np.logical_or.at(cells, (rows[:, None], columns[None]), paint)
+    return cells.reshape(-1)

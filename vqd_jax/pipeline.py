@@ -14,20 +14,19 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from PIL import Image
 
 from vqd_jax import config as config_lib
-from vqd_jax.data import images as image_lib
+from vqd_jax import pictures, programs
 from vqd_jax.data.text import ClipTokenizer
 from vqd_jax.diffusion import rules, sampler
 from vqd_jax.errors import UserError
 from vqd_jax.interop import diffusers, folder, published
-from vqd_jax.models import autoencoder, text_to_image
-from vqd_jax.training import checkpoint, stage_one
+from vqd_jax.pictures import Picture
+from vqd_jax.training import checkpoint, sharding, stage_one
 from vqd_jax.training.state import create_state
-
-Picture = Image.Image | np.ndarray
 
 # What a step of the sampler does, by the name that configs and the command line use.
 RULES: dict[str, Callable[[tuple[int, int]], Callable]] = {
@@ -81,18 +80,19 @@ class VQDiffusion:
         self.tokenizer = tokenizer or ClipTokenizer(config.text_encoder.context_length)
         self._params = params
         self._autoencoder_params = autoencoder_params
+        self._mesh: Mesh | None = None
         sizes = config_lib.model_config(config)
         self._sizes = sizes
         self._sample = jax.jit(
             functools.partial(
-                _sample, model_config=sizes, schedule=config_lib.noise_schedule(config)
+                programs.sample, model_config=sizes, schedule=config_lib.noise_schedule(config)
             )
         )
-        self._encode_text = jax.jit(functools.partial(_encode_text, config=sizes))
-        self._log_x0 = jax.jit(functools.partial(_log_x0, config=sizes))
+        self._encode_text = jax.jit(functools.partial(programs.encode_text, config=sizes))
+        self._log_x0 = jax.jit(functools.partial(programs.log_x0, config=sizes))
         codec = config_lib.autoencoder_config(config)
-        self._encode = jax.jit(functools.partial(_encode, config=codec))
-        self._decode = jax.jit(functools.partial(_decode, config=codec))
+        self._encode = jax.jit(functools.partial(programs.encode, config=codec))
+        self._decode = jax.jit(functools.partial(programs.decode, config=codec))
 
     @classmethod
     def from_workdir(cls, workdir: str) -> "VQDiffusion":
@@ -140,8 +140,8 @@ class VQDiffusion:
                 "autoencoder"
             )
         config = config_lib.load(str(path / "config.json"))
-        abstract = jax.eval_shape(functools.partial(_init, config))
-        params = jax.tree.map(jnp.asarray, folder.load_params(path, abstract))
+        abstract = jax.eval_shape(functools.partial(programs.init, config))
+        params = folder.load_params(path, abstract, place=jnp.asarray)
         codec = params.pop("autoencoder")
         tokenizer = None
         if (path / "tokenizer").is_dir():
@@ -179,6 +179,18 @@ class VQDiffusion:
         """The same model with other parameters; compiled functions are shared."""
         other = object.__new__(VQDiffusion)
         other.__dict__.update(self.__dict__, _params=params)
+        return other
+
+    def on_mesh(self, mesh: Mesh) -> "VQDiffusion":
+        """The same model on several devices: parameters divided by ``training.sharding.RULES``, the
+        images of a batch spread over ``data`` and ``fsdp``. Images do not depend on the mesh."""
+        other = self.with_params(
+            jax.device_put(self._params, sharding.shardings(self._params, mesh))
+        )
+        other._autoencoder_params = jax.device_put(
+            self._autoencoder_params, sharding.replicated(mesh)
+        )
+        other._mesh = mesh
         return other
 
     def generate(
@@ -235,8 +247,9 @@ class VQDiffusion:
           prompt: text, label or None, as ``generate`` takes them; P is 1.
           **options: of ``generate``.
         """
-        codes = self.encode_images(self._square(image)[None])[0]
-        tokens = np.where(self._token_mask(image, mask), self._num_codes, codes).astype(np.int32)
+        codes = self.encode_images([image])[0]
+        painted = pictures.token_mask(mask, image, self._sizes.denoiser.grid)
+        tokens = np.where(painted, self._num_codes, codes).astype(np.int32)
         _require((tokens == self._num_codes).any(), "the mask is empty: nothing is to be painted")
         return self._generate(None if prompt is None else [prompt], {"known": tokens}, **options)
 
@@ -257,7 +270,7 @@ class VQDiffusion:
           **options: of ``generate``.
         """
         _require(0 < strength <= 1, f"strength={strength}: must lie above 0 and up to 1")
-        codes = self.encode_images(self._square(image)[None])[0]
+        codes = self.encode_images([image])[0]
         start = {"initial": codes, "strength": jnp.float32(strength)}
         return self._generate(None if prompt is None else [prompt], start, **options)
 
@@ -266,13 +279,14 @@ class VQDiffusion:
         _require(self._kind == "text", f"a model with condition {self._kind!r} reads no text")
         return self._encode_text(self._params, self._text_ids(texts))
 
-    def encode_images(self, images: np.ndarray, batch_size: int = 32) -> np.ndarray:
-        """Codes int32 [B, N] of pictures uint8 [B, H, W, 3]; the largest code of a Gumbel codec.
+    def encode_images(self, images: Sequence[Picture], batch_size: int = 32) -> np.ndarray:
+        """Codes int32 [B, N] of B pictures, uint8 [H, W, 3] each; the likeliest of a Gumbel codec.
 
         Pictures of another size than S are cut to a square and resized.
         """
-        images = np.stack([self._square(image) for image in images])
-        run = functools.partial(self._encode, self._autoencoder_params)
+        side = self.config.data.image_size
+        images = np.stack([pictures.square(image, side) for image in images])
+        run = lambda rows: self._encode(self._autoencoder_params, self._put(rows))  # noqa: E731
         return _in_batches(run, images, batch_size)
 
     def decode_codes(self, codes: np.ndarray, batch_size: int = 32) -> np.ndarray:
@@ -283,9 +297,8 @@ class VQDiffusion:
                 f"codes lie in {codes.min()}..{codes.max()}; the model knows "
                 f"0..{self._num_codes - 1}"
             )
-        return _in_batches(
-            functools.partial(self._decode, self._autoencoder_params), codes, batch_size
-        )
+        run = lambda rows: self._decode(self._autoencoder_params, self._put(rows))  # noqa: E731
+        return _in_batches(run, codes, batch_size)
 
     def reconstruct(self, images: np.ndarray, batch_size: int = 32) -> np.ndarray:
         """Pictures through their codes and back: uint8 [B, H, W, 3] -> uint8 [B, S, S, 3]."""
@@ -339,39 +352,18 @@ class VQDiffusion:
             trajectory=trajectory,
         )
 
-    def _generate(
-        self, prompts, start, *, num_images=1, seed=0, batch_size=16, **options
-    ) -> Generation:
+    def _generate(self, prompts, start, *, num_images=1, **options) -> Generation:
         """``start``: settings of what to begin from; codes int32 [N] are for every image."""
-        settings = self._settings(**options)
         _require(num_images >= 1, f"num_images={num_images}: must be at least 1")
-        _require(0 <= seed < 2**32, f"seed={seed}: must lie in 0..2**32-1")
-        conditions, null = self._conditions(prompts)
-        pairs = [(i, j) for i in range(len(conditions)) for j in range(num_images)]
-        conditions = conditions.repeat(num_images, axis=0)
-        keys = _image_keys(seed, np.array(pairs, np.uint32))
-
-        # Batches of about equal size: 20 images are two tens, not sixteen and four.
-        batch_size = math.ceil(len(pairs) / math.ceil(len(pairs) / batch_size))
-        of_all = lambda x: jnp.tile(x, (batch_size, 1)) if x.ndim else x  # noqa: E731
-        settings = settings.replace(**jax.tree.map(of_all, start))
-        codes, tokens = [], []
-        for first in range(0, len(pairs), batch_size):
-            # The last batch overlaps the one before, so that there is one shape.
-            rows = slice(min(first, len(pairs) - batch_size), None)
-            new = first - rows.start
-            take = slice(rows.start, rows.start + batch_size)
-            sample = self._sample(self._params, keys[take], conditions[take], null, settings)
-            codes.append(np.asarray(sample.codes)[new:])
-            if settings.trajectory:
-                tokens.append(np.asarray(sample.trajectory)[:, new:])
-        codes = np.concatenate(codes)
-        pixels = self.decode_codes(codes, batch_size)
-        shape = (len(pairs) // num_images, num_images)
-        trajectory = None
-        if settings.trajectory:
-            trajectory = np.concatenate(tokens, axis=1)
-            trajectory = trajectory.reshape(trajectory.shape[0], *shape, trajectory.shape[-1])
+        if prompts is None and self._kind == "none":
+            prompts = [""]
+        _require(prompts is not None and len(prompts) > 0, "generate needs at least one prompt")
+        pairs = [(i, j) for i in range(len(prompts)) for j in range(num_images)]
+        codes, trajectory = self._draw([prompts[i] for i, _ in pairs], pairs, start, **options)
+        pixels = self.decode_codes(codes)
+        shape = (len(prompts), num_images)
+        if trajectory is not None:
+            trajectory = trajectory.reshape(trajectory.shape[0], *shape, -1)
         return Generation(
             [Image.fromarray(p) for p in pixels],
             pixels.reshape(*shape, *pixels.shape[1:]),
@@ -379,13 +371,57 @@ class VQDiffusion:
             trajectory,
         )
 
+    def sample_codes(
+        self, prompts: Sequence[str] | Sequence[int], pairs: Sequence[tuple[int, int]], **options
+    ) -> np.ndarray:
+        """Codes int32 [B, N] of single images out of a large ``generate``.
+
+        Args:
+          prompts: B texts or labels, one an image.
+          pairs: B times (i, j): the image is the j-th of the i-th prompt.
+          **options: of ``generate``, but for ``num_images`` and ``trajectory``.
+        """
+        return self._draw(prompts, pairs, {}, **options)[0]
+
+    def _draw(self, prompts, pairs, start, *, seed=0, batch_size=16, **options):
+        """Codes [R, N] and, if asked for, tokens [F, R, N] of R prompts and (i, j)."""
+        _require(0 <= seed < 2**32, f"seed={seed}: must lie in 0..2**32-1")
+        settings = self._settings(**options)
+        conditions, null = self._conditions(prompts)
+        keys = programs.image_keys(seed, np.array(pairs, np.uint32))
+        # Batches of about equal size: 20 images are two tens, not sixteen and four; and a whole
+        # number of rows on every device.
+        shards = 1 if self._mesh is None else sharding.num_row_shards(self._mesh)
+        batch_size = math.ceil(len(pairs) / math.ceil(len(pairs) / batch_size))
+        batch_size = shards * math.ceil(batch_size / shards)
+        of_all = lambda x: jnp.tile(x, (batch_size, 1)) if x.ndim else x  # noqa: E731
+        settings = settings.replace(**jax.tree.map(of_all, start))
+        codes, tokens = [], []
+        for first in range(0, len(pairs), batch_size):
+            new = min(batch_size, len(pairs) - first)
+            # The last batch is filled up with its last image, so that there is one shape.
+            rows = np.minimum(np.arange(first, first + batch_size), len(pairs) - 1)
+            sample = self._sample(
+                self._params, self._put(keys[rows]), self._put(conditions[rows]), null, settings
+            )
+            codes.append(np.asarray(sample.codes)[:new])
+            if settings.trajectory:
+                tokens.append(np.asarray(sample.trajectory)[:, :new])
+        return np.concatenate(codes), np.concatenate(tokens, axis=1) if tokens else None
+
+    def _put(self, rows):
+        """Rows [B, ...] spread over the devices of the mesh, if there is one."""
+        if self._mesh is None:
+            return rows
+        whole = rows.shape[0] % sharding.num_row_shards(self._mesh)
+        place = sharding.replicated if whole else sharding.batch_sharding
+        return jax.device_put(rows, place(self._mesh))
+
     def _conditions(self, prompts) -> tuple[np.ndarray, np.ndarray]:
         """Text ids [P, L], labels [P] or, without a condition, zeros [P]; and the null's."""
         if self._kind == "none":
-            prompts = [""] if prompts is None else list(prompts)
             _require(set(prompts) == {""}, "this model is unconditional: it takes no prompt")
             return np.zeros(len(prompts), np.int32), np.zeros(1, np.int32)
-        _require(prompts is not None and len(prompts) > 0, "generate needs at least one prompt")
         if self._kind == "text":
             for prompt in prompts:
                 _require(isinstance(prompt, str), f"prompt {prompt!r}: must be a text")
@@ -402,42 +438,6 @@ class VQDiffusion:
             "the model folder lacks the tokenizer that belongs to it",
         )
         return self.tokenizer.encode_batch(list(texts))
-
-    def _square(self, image: Picture) -> np.ndarray:
-        """uint8 [S, S, 3]: the largest centred square, resized."""
-        pixels = np.asarray(image.convert("RGB") if isinstance(image, Image.Image) else image)
-        _require(
-            pixels.ndim == 3 and pixels.shape[-1] == 3 and pixels.dtype == np.uint8,
-            f"a picture must be uint8 [H, W, 3], this one is {pixels.dtype} {list(pixels.shape)}",
-        )
-        side = self.config.data.image_size
-        if pixels.shape[:2] == (side, side):
-            return pixels
-        return image_lib.center_crop(pixels, side)
-
-    def _token_mask(self, image: Picture, mask: Picture) -> np.ndarray:
-        """bool [N]: tokens with a pixel to paint."""
-        if isinstance(mask, Image.Image):
-            mask = np.asarray(mask.convert("L"))
-        mask = np.asarray(mask)
-        size = image.size[::-1] if isinstance(image, Image.Image) else image.shape[:2]
-        _require(
-            mask.shape[:2] == tuple(size) and mask.ndim in (2, 3),
-            f"the mask is {list(mask.shape)}, the picture {list(size)}: they must be of one size",
-        )
-        mask = mask if mask.ndim == 2 else mask.max(axis=-1)
-        paint = mask if mask.dtype == bool else mask > 127
-        height, width = paint.shape
-        rows, columns = self._sizes.denoiser.grid
-        # The square that the crop keeps, cut into the cells of the grid.
-        side = min(height, width)
-        top, left = (height - side) // 2, (width - side) // 2
-        paint = paint[top : top + side, left : left + side]
-        cell_rows = np.minimum(np.arange(side) * rows // side, rows - 1)
-        cell_columns = np.minimum(np.arange(side) * columns // side, columns - 1)
-        cells = np.zeros((rows, columns), bool)
-        np.logical_or.at(cells, (cell_rows[:, None], cell_columns[None]), paint)
-        return cells.reshape(-1)
 
 
 def _require(condition: bool, message: str) -> None:
@@ -465,58 +465,3 @@ def _in_batches(run: Callable, rows: np.ndarray, batch_size: int) -> np.ndarray:
         padded = np.concatenate([part, part[:1].repeat(size - len(part), axis=0)])
         made.append(np.asarray(run(padded))[: len(part)])
     return np.concatenate(made)
-
-
-def _init(config: ConfigDict) -> Any:
-    """Parameters of a whole model, for their shapes."""
-    key = jax.random.key(0)
-    params = text_to_image.init_params(config_lib.model_config(config), key)
-    codec = autoencoder.init_params(config_lib.autoencoder_config(config), key)
-    return {**params, "autoencoder": codec}
-
-
-@jax.jit
-def _image_keys(seed, pairs):
-    """One key an image: a function of (seed, i, j)."""
-    root = jax.random.fold_in(jax.random.key(seed), 2)
-    fold = lambda pair: jax.random.fold_in(  # noqa: E731
-        jax.random.fold_in(root, pair[0]), pair[1]
-    )
-    return jax.vmap(fold)(pairs)
-
-
-def _sample(params, keys, condition, null, settings, *, model_config, schedule):
-    model = text_to_image.bind(model_config, params)
-    batch, grid = keys.shape[0], model_config.denoiser.grid
-    if settings.guidance is not None:
-        null = jnp.broadcast_to(null, condition.shape)
-        condition = jnp.concatenate([condition, null])
-    # What does not depend on the tokens is computed once, before the scan over steps.
-    context = model.context(condition)
-    modulations = model.denoiser.modulations(jnp.arange(1, schedule.num_steps + 1))
-
-    def predict_log_x0(tokens, time):
-        # With a list of scales, some steps ask for the conditional half alone.
-        part = context
-        if context is not None and tokens.shape[0] < condition.shape[0]:
-            part = jax.tree.map(lambda x: x[:, : tokens.shape[0]], context)
-        return model.denoiser.denoise(tokens, modulations[:, time - 1], part)
-
-    return sampler.sample(keys, predict_log_x0, (batch, grid[0] * grid[1]), schedule, settings)
-
-
-def _encode_text(params, ids, *, config):
-    return text_to_image.bind(config, params).text_features(ids).astype(jnp.float32)
-
-
-def _log_x0(params, codes, condition, time, *, config):
-    denoiser = text_to_image.bind(config, params).denoiser
-    return jax.nn.log_softmax(denoiser(codes, time, condition))
-
-
-def _encode(params, images, *, config):
-    return autoencoder.bind(config, params).codes(autoencoder.from_pixels(images))
-
-
-def _decode(params, codes, *, config):
-    return autoencoder.to_pixels(autoencoder.bind(config, params).decode(codes))

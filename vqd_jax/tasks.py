@@ -5,16 +5,17 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax
 import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
+from vqd_jax import bulk, pictures
 from vqd_jax import config as config_lib
-from vqd_jax import pictures
 from vqd_jax.data import images
 from vqd_jax.errors import UserError
 from vqd_jax.pipeline import Generation, VQDiffusion
-from vqd_jax.training import stage_one, stage_two
+from vqd_jax.training import sharding, stage_one, stage_two
 from vqd_jax.training.loop import Terminated
 
 # 128 + SIGTERM, what a shell reports of a process that the signal ended.
@@ -50,6 +51,7 @@ def sample(
     image: str | None,
     mask: str | None,
     strength: float,
+    num_images: int | None,
     seed: int,
     **options,
 ) -> None:
@@ -64,9 +66,11 @@ def sample(
       image: file of a picture to begin from; None begins from nothing.
       mask: file of a mask of the same size, white where to paint; None edits the whole picture.
       strength: of the noise, where a picture is edited as a whole.
+      num_images: of every prompt; None is 4.
       seed: decides the pictures.
       **options: of ``VQDiffusion.generate``.
     """
+    num_images = 4 if num_images is None else num_images
     model = VQDiffusion.from_pretrained(model_dir)
     if model.config.denoiser.condition == "none":
         prompts = prompts or [""]
@@ -83,8 +87,8 @@ def sample(
         raise UserError("--mask needs the picture that it belongs to: --image=FILE")
     folder = Path(output or Path(model_dir) / "samples")
     folder.mkdir(parents=True, exist_ok=True)
-    logging.info("sampling %d pictures of %d prompts", options["num_images"], len(prompts))
-    options |= {"seed": seed, "trajectory": animate}
+    logging.info("sampling %d pictures of %d prompts", num_images, len(prompts))
+    options |= {"num_images": num_images, "seed": seed, "trajectory": animate}
     if image is None:
         made = model.generate(prompts, **options)
     else:
@@ -104,6 +108,41 @@ def sample(
     path = folder / f"grid_seed{seed}.png"
     pictures.save(path, pictures.grid(made.pixels, prompts))
     logging.info("wrote %s and %d single pictures beside it", path, len(made.images))
+
+
+def sample_file(
+    model_dir: str,
+    prompts_file: str,
+    *,
+    config: ConfigDict | None,
+    output: str | None,
+    num_images: int | None,
+    format: str,
+    **options,
+) -> None:
+    """Writes pictures of all prompts of a file, on all devices; see ``bulk.sample``.
+
+    Args:
+      model_dir: a model folder, or the workdir of a training run.
+      prompts_file: a text or a class label a line.
+      config: its ``mesh`` says how this process's devices share the work; None spreads the images.
+      output: folder; None is ``model_dir/samples_<name of the file>``.
+      num_images: of all prompts together; None is one each.
+      format: "png" or "array_record".
+      **options: of ``VQDiffusion.generate``.
+    """
+    prompts = bulk.read_prompts(prompts_file)
+    model = VQDiffusion.from_pretrained(model_dir)
+    mesh = sharding.make_mesh(config or model.config, jax.local_devices())
+    bulk.sample(
+        model,
+        prompts,
+        output or str(Path(model_dir) / f"samples_{Path(prompts_file).stem}"),
+        num_images=len(prompts) if num_images is None else num_images,
+        mesh=mesh,
+        format=format,
+        **options,
+    )
 
 
 def _open(path: str) -> pictures.Image.Image:

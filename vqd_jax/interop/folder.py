@@ -8,7 +8,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -173,10 +173,20 @@ def read_shards(directory: Path, stem: str) -> dict[str, tensors.Tensor]:
     return found
 
 
-def load_params(directory: str | Path, abstract_params: Any, part: str = "") -> Any:
+def load_params(
+    directory: str | Path,
+    abstract_params: Any,
+    part: str = "",
+    place: Callable[[np.ndarray], Any] = lambda array: array,
+) -> Any:
     """The parameters of a model folder, as a nested dict like ``abstract_params``.
 
-    ``part`` names a part of the model ("autoencoder"); the tensors of the others are left alone.
+    Args:
+      directory: the model folder.
+      abstract_params: nested dict of leaves with ``shape`` and ``dtype``.
+      part: a part of the model ("autoencoder"); the tensors of the others are left alone.
+      place: called with every array as soon as it is read; its results are returned instead.
+        ``jnp.asarray`` puts them on the device one by one, so that no second copy of all is held.
 
     Raises:
       UserError: a file is missing or damaged, or a tensor is missing, left over, of another
@@ -186,18 +196,20 @@ def load_params(directory: str | Path, abstract_params: Any, part: str = "") -> 
     flat = read_shards(directory, "model")
     prefix = f"{part}." if part else ""
     flat = {name: tensor for name, tensor in flat.items() if name.startswith(prefix)}
-    params = _take(abstract_params, flat, directory, prefix)
+    params = _take(abstract_params, flat, directory, prefix, place)
     if flat:
         raise UserError(f"{directory} has a tensor that the model lacks: {sorted(flat)[0]}")
     return params
 
 
-def _take(abstract: Any, flat: dict[str, tensors.Tensor], path: Path, prefix: str = "") -> Any:
+def _take(
+    abstract: Any, flat: dict[str, tensors.Tensor], path: Path, prefix: str, place: Callable
+) -> Any:
     params = {}
     for key, value in abstract.items():
         name = f"{prefix}{key}"
         if isinstance(value, dict):
-            params[key] = _take(value, flat, path, name + ".")
+            params[key] = _take(value, flat, path, name + ".", place)
             continue
         if name not in flat:
             raise UserError(f"{path} lacks the tensor {name}")
@@ -207,5 +219,5 @@ def _take(abstract: Any, flat: dict[str, tensors.Tensor], path: Path, prefix: st
         array = np.array(tensor, dtype=value.dtype)
         if not np.isfinite(array).all():
             raise UserError(f"{path}: {name} has values that are not finite")
-        params[key] = array
+        params[key] = place(array)
     return params

@@ -19,15 +19,56 @@ REMAT_POLICIES = {
 }
 
 
+# Scores of this many bytes are not kept at once on a CPU: one head at a time stays in its cache.
+_MOST_SCORES = 2**24
+
+
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, *, causal: bool = False) -> jax.Array:
     """softmax(q k^T / sqrt(D/H)) v; q [B, N, H, D/H], k and v [B, M, H, D/H] -> like q.
 
-    The softmax is in float32. On a GPU that can, it is one fused kernel of cuDNN.
+    The softmax is in float32. On a GPU that can, it is one fused kernel of cuDNN; on a CPU, where
+    no gradient is asked for, one head follows another.
     """
+    if causal:
+        return _attend_at_once(q, k, v, causal=True)
+    return _attend(q, k, v)
+
+
+@jax.custom_jvp
+def _attend(q, k, v):
+    # Decided when the program is lowered, which may be for another machine than this one.
+    return jax.lax.platform_dependent(q, k, v, cpu=_attend_by_heads, default=_attend_at_once)
+
+
+@_attend.defjvp
+def _attend_jvp(primals, tangents):
+    return jax.jvp(_attend_at_once, primals, tangents)
+
+
+def _attend_at_once(q, k, v, causal=False):
     gpu = jax.default_backend() == "gpu"
     capability = float(jax.local_devices()[0].compute_capability) if gpu else 0.0
     name = "cudnn" if cudnn_applies(q.dtype, q.shape[-1], capability) else "xla"
     return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation=name)
+
+
+def _attend_by_heads(q, k, v):
+    """``attend`` as matrix products, which a CPU does many times faster than strided ones."""
+
+    def one_head(qkv):
+        q, k, v = qkv  # [N, D/H], [M, D/H], [M, D/H]
+        scores = jnp.matmul(q, k.T, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+        p = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
+        total = p.sum(axis=-1, keepdims=True)
+        out = jnp.matmul(p.astype(v.dtype), v, preferred_element_type=jnp.float32)
+        return (out / total).astype(q.dtype)
+
+    batch, num_queries, num_heads, width = q.shape
+    heads = [x.transpose(0, 2, 1, 3).reshape(-1, x.shape[1], width) for x in (q, k, v)]
+    num_bytes = 4 * batch * num_heads * num_queries * k.shape[1]
+    over_heads = jax.lax.map if num_bytes > _MOST_SCORES else lambda f, x: jax.vmap(f)(x)
+    out = over_heads(one_head, tuple(heads))
+    return out.reshape(batch, num_heads, num_queries, width).transpose(0, 2, 1, 3)
 
 
 def cudnn_applies(dtype: jnp.dtype, head_width: int, capability: float) -> bool:

@@ -138,9 +138,7 @@ def _key(config: ConfigDict) -> jax.Array:
 def _report(params, codebook, sizes, builder, directory: str) -> None:
     """Logs the PSNR on validation pictures and draws some beside their reconstructions."""
     split = builders.evaluation_split(builder)
-    read = pipeline.CheckedReader(
-        pipeline.records(builder, split), 1.0, needs_captions=False
-    )
+    read = pipeline.CheckedReader(pipeline.records(builder, split), 1.0, needs_captions=False)
     records = [
         r
         for r in map(read, range(min(64, builder.info.splits[split].num_examples)))

@@ -1,0 +1,114 @@
+import io
+
+import jax
+import numpy as np
+import pytest
+from array_record.python import array_record_module
+from jax.sharding import AxisType
+from PIL import Image
+
+from configs import tiny
+from vqd_jax import bulk, programs
+from vqd_jax.errors import UserError
+from vqd_jax.pipeline import VQDiffusion
+from vqd_jax.training import sharding
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+PROMPTS = ["red heart", "a black cat", "grinning face"]
+
+
+@pytest.fixture(scope="module")
+def model():
+    config = tiny.get_config()
+    params = jax.jit(lambda: programs.init(config))()
+    codec = params.pop("autoencoder")
+    return VQDiffusion(config, jax.tree.map(lambda x: 8 * x, params), codec)
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return jax.make_mesh((1, 1, 1), sharding.AXES, (AxisType.Auto,) * 3)
+
+
+def make(model, mesh, output, **options):
+    options = {"num_images": 8, "seed": 1, "num_steps": 3, "batch_size": 4} | options
+    bulk.sample(model, PROMPTS, str(output), mesh=mesh, **options)
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_pictures_are_those_of_generate(model, mesh, tmp_path):
+    make(model, mesh, tmp_path)
+    assert names(tmp_path) == [*(f"{k:08d}.png" for k in range(8)), "prompts.txt"]
+    lines = (tmp_path / "prompts.txt").read_text().splitlines()
+    assert lines == (PROMPTS * 3)[:8]
+    expected = model.generate(PROMPTS, num_images=3, seed=1, num_steps=3).pixels
+    for k in range(8):
+        found = np.asarray(Image.open(tmp_path / f"{k:08d}.png"))
+        np.testing.assert_array_equal(found, expected[k % 3, k // 3])
+
+
+def test_only_what_is_missing_is_made(model, mesh, tmp_path, monkeypatch):
+    make(model, mesh, tmp_path, num_images=5)
+    before = {name: (tmp_path / name).read_bytes() for name in names(tmp_path)}
+    (tmp_path / "00000002.png").unlink()
+    (tmp_path / "00000003.png").write_bytes(b"left alone")
+    make(model, mesh, tmp_path, num_images=8)
+    assert (tmp_path / "00000002.png").read_bytes() == before["00000002.png"]
+    assert (tmp_path / "00000003.png").read_bytes() == b"left alone"
+    assert len(names(tmp_path)) == 9
+
+
+def test_array_records_hold_the_same_pictures(model, mesh, tmp_path, monkeypatch):
+    monkeypatch.setattr(bulk, "BLOCK", 5)
+    make(model, mesh, tmp_path / "png")
+    make(model, mesh, tmp_path / "records", format="array_record")
+    files = ["images-00000.array_record", "images-00001.array_record", "prompts.txt"]
+    assert names(tmp_path / "records") == files
+    stored = []
+    for file in files[:2]:
+        reader = array_record_module.ArrayRecordReader(str(tmp_path / "records" / file))
+        stored += [reader.read([k])[0] for k in range(reader.num_records())]
+        reader.close()
+    assert len(stored) == 8
+    for k, png in enumerate(stored):
+        found = np.asarray(Image.open(io.BytesIO(png)))
+        expected = np.asarray(Image.open(tmp_path / "png" / f"{k:08d}.png"))
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_a_folder_of_other_prompts_is_left_alone(model, mesh, tmp_path):
+    (tmp_path / "prompts.txt").write_text("something else\n")
+    with pytest.raises(UserError, match="holds pictures of other prompts"):
+        make(model, mesh, tmp_path)
+    assert names(tmp_path) == ["prompts.txt"]
+
+
+def test_a_file_of_prompts(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("  a cat \n\nein Käse\n", encoding="utf-8")
+    assert bulk.read_prompts(str(path)) == ["a cat", "ein Käse"]
+    path.write_text("\n")
+    with pytest.raises(UserError, match="has no prompt"):
+        bulk.read_prompts(str(path))
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match="cannot be read as a file of prompts"):
+        bulk.read_prompts(str(path))
+
+
+def test_four_devices_make_the_same_pictures(run, tiny_run, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(PROMPTS))
+    flags = ("--mode=sample", f"--workdir={tiny_run}", f"--prompts={prompts}", "--num_images=6")
+    status, output = run(*flags, "--seed=3", f"--output={tmp_path}/one")
+    assert status == 0, output
+    # Two copies of a model of which each layer is on two devices.
+    several = ("--config=configs/tiny.py", "--config.mesh.tensor=2", f"--output={tmp_path}/four")
+    status, output = run(*flags, "--seed=3", *several, devices=4)
+    assert status == 0, output
+    assert names(tmp_path / "one") == names(tmp_path / "four")
+    for name in names(tmp_path / "one"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "four" / name).read_bytes()

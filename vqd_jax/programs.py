@@ -1,0 +1,74 @@
+"""The functions that ``pipeline.VQDiffusion`` compiles: pure, of parameters and arrays.
+
+Letters: B batch, N image tokens, L text tokens, D text width, K codes, S image side.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from vqd_jax import config as config_lib
+from vqd_jax.diffusion import sampler
+from vqd_jax.models import autoencoder, text_to_image
+
+
+def init(config: ConfigDict) -> Any:
+    """Parameters of a whole model: those of ``text_to_image`` and ``autoencoder``."""
+    key = jax.random.key(0)
+    params = text_to_image.init_params(config_lib.model_config(config), key)
+    codec = autoencoder.init_params(config_lib.autoencoder_config(config), key)
+    return {**params, "autoencoder": codec}
+
+
+@jax.jit
+def image_keys(seed, pairs):
+    """One key an image: a function of (seed, i, j)."""
+    root = jax.random.fold_in(jax.random.key(seed), 2)
+    fold = lambda pair: jax.random.fold_in(  # noqa: E731
+        jax.random.fold_in(root, pair[0]), pair[1]
+    )
+    return jax.vmap(fold)(pairs)
+
+
+def sample(params, keys, condition, null, settings, *, model_config, schedule):
+    """A ``sampler.Sample``, an image a key [B]; conditions [B, ...], the null one [1, ...]."""
+    model = text_to_image.bind(model_config, params)
+    batch, grid = keys.shape[0], model_config.denoiser.grid
+    if settings.guidance is not None:
+        null = jnp.broadcast_to(null, condition.shape)
+        condition = jnp.concatenate([condition, null])
+    # What does not depend on the tokens is computed once, before the scan over steps.
+    context = model.context(condition)
+    modulations = model.denoiser.modulations(jnp.arange(1, schedule.num_steps + 1))
+
+    def predict_log_x0(tokens, time):
+        # With a list of scales, some steps ask for the conditional half alone.
+        part = context
+        if context is not None and tokens.shape[0] < condition.shape[0]:
+            part = jax.tree.map(lambda x: x[:, : tokens.shape[0]], context)
+        return model.denoiser.denoise(tokens, modulations[:, time - 1], part)
+
+    return sampler.sample(keys, predict_log_x0, (batch, grid[0] * grid[1]), schedule, settings)
+
+
+def encode_text(params, ids, *, config):
+    """Features float32 [B, L, D] of ids int32 [B, L]."""
+    return text_to_image.bind(config, params).text_features(ids).astype(jnp.float32)
+
+
+def log_x0(params, codes, condition, time, *, config):
+    """log p0 float32 [B, N, K] of tokens [B, N] at times [B], given features, labels or None."""
+    denoiser = text_to_image.bind(config, params).denoiser
+    return jax.nn.log_softmax(denoiser(codes, time, condition))
+
+
+def encode(params, images, *, config):
+    """Codes int32 [B, N] of pictures uint8 [B, S, S, 3]."""
+    return autoencoder.bind(config, params).codes(autoencoder.from_pixels(images))
+
+
+def decode(params, codes, *, config):
+    """Pictures uint8 [B, S, S, 3] of codes int32 [B, N]."""
+    return autoencoder.to_pixels(autoencoder.bind(config, params).decode(codes))
