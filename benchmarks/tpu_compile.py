@@ -134,7 +134,8 @@ def show(path: str) -> None:
         )
         print(
             f"{start}{r['arguments'] / GIB:.2f} + {r['temporaries'] / GIB:.2f} | "
-            f"{moved or 'nothing'} | {products * 1e3:.1f} | {links * 1e3:.1f} | {r['compile_seconds']:.0f} |"
+            f"{moved or 'nothing'} | {products * 1e3:.1f} | {links * 1e3:.1f} | "
+            f"{r['compile_seconds']:.0f} |"
         )
 
 

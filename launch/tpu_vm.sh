@@ -3,18 +3,23 @@
 # its workers. Running it again goes on where it was: what exists is not made anew.
 #
 #   PROJECT=my-project ZONE=us-west4-a TPU=v5litepod-256 NAME=coco BUCKET=gs://my-bucket \
-#     launch/tpu_vm.sh --config=configs/coco.py --workdir=gs://my-bucket/coco --config.mesh.fsdp=16
+#     NFS=10.0.0.2:/share launch/tpu_vm.sh --config=configs/coco.py --workdir=/mnt/shared/coco \
+#     --config.mesh.fsdp=16
+#
+# The workdir must be on storage that all workers share, such as a Filestore.
 #
 # NAME          of the slice and of the request for it
 # TPU           accelerator type, such as v5litepod-16, v5p-128 or v6e-64
 # RUNTIME       image of the VMs (the one of TPU)
 # SPOT=1        a cheaper slice that may be taken away; the run saves when it is, and goes on
+# NFS           HOST:/SHARE that every worker mounts at /mnt/shared
 # SOURCE        what pip installs on every worker (a wheel of this repository, in BUCKET)
 # DELETE=1      gives the slice back afterwards
 set -euo pipefail
 cd "$(dirname "$0")/.."
 : "${PROJECT:?name the Google Cloud project}" "${ZONE:?such as us-west4-a}"
 : "${TPU:?such as v5litepod-16}" "${NAME:?of the slice}" "${BUCKET:?gs://... for the wheel}"
+: "${NFS:?HOST:/SHARE for the workdir}"
 
 case "$TPU" in
   v6e-*) image=v2-alpha-tpuv6e ;;
@@ -49,6 +54,8 @@ if [[ -z "${SOURCE:-}" ]]; then
   gcloud storage cp --recursive configs "$BUCKET/wheels/"
   SOURCE="$BUCKET/wheels/$(basename build/wheel/*.whl)"
 fi
+on_all "mountpoint -q /mnt/shared || { sudo mkdir -p /mnt/shared &&
+  sudo mount -t nfs $NFS /mnt/shared; }"
 on_all "mkdir -p vqd && gcloud storage cp --recursive $SOURCE $BUCKET/wheels/configs vqd/ &&
   python3 -m venv vqd/env && vqd/env/bin/pip install --quiet \"vqd/$(basename "$SOURCE")[tpu]\""
 

@@ -114,6 +114,7 @@ if "create" in args:
 """
 TPU = {
     "PROJECT": "p", "ZONE": "z", "TPU": "v5litepod-16", "NAME": "n", "BUCKET": "gs://b",
+    "NFS": "host:/share",
     "SOURCE": "gs://b/vqd_jax.whl", "POLL": "0",
 }  # fmt: skip
 
@@ -132,8 +133,9 @@ def test_tpu_vm_asks_waits_installs_and_runs(stubs):
         "queued-resources", "create", "n", "--node-id=n", "--accelerator-type=v5litepod-16",
         "--runtime-version=v2-alpha-tpuv5-lite", "--spot", *where,
     ]]  # fmt: skip
-    install, start = [call for call in calls() if "ssh" in call]
+    mount, install, start = [call for call in calls() if "ssh" in call]
     assert install[:7] == ["gcloud", "compute", "tpus", "tpu-vm", "ssh", "n", "--worker=all"]
+    assert "mount -t nfs host:/share /mnt/shared" in mount[7]
     assert "vqd/vqd_jax.whl[tpu]" in install[7]
     # The shell of a worker takes the quotes off again.
     command = start[7].removeprefix("--command=")
@@ -216,7 +218,11 @@ def test_jobset_has_what_the_schema_requires(jobset):
     pod = spec["template"]["spec"]
     assert pod["restartPolicy"] == "Never"
     (container,) = pod["containers"]
-    assert {"name", "image", "args", "resources"} == container.keys()
+    assert {"name", "image", "args", "resources", "volumeMounts"} == container.keys()
+    (mounted,), (volume,) = container["volumeMounts"], pod["volumes"]
+    assert mounted["name"] == volume["name"]
+    (workdir,) = [arg for arg in container["args"] if arg.startswith("--workdir=")]
+    assert workdir.startswith(f"--workdir={mounted['mountPath']}/")
 
 
 def test_jobset_has_as_many_hosts_as_its_topology(jobset):

@@ -99,7 +99,8 @@ def require_divisible(key: str, batch_size: int, mesh: Mesh, accumulation: int =
             f"config.{key}={batch_size} cannot be divided over {parts}; make it a "
             f"multiple of {shards * accumulation}"
         )
-    if len(local_rows(mesh, batch_size)) * jax.process_count() != batch_size:
+    processes = jax.process_count()
+    if processes > 1 and len(local_rows(mesh, batch_size)) * processes != batch_size:
         raise UserError(
             f"config.mesh.tensor={mesh.shape['tensor']} spans processes, of which each has "
             f"{jax.local_device_count()} devices; choose a divisor of that"
