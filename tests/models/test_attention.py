@@ -43,6 +43,32 @@ def test_the_softmax_is_in_float32_under_bfloat16():
     np.testing.assert_allclose(attention.attend(q, k, v).astype(jnp.float32), 1.0, rtol=1e-2)
 
 
+@pytest.mark.parametrize("dtype, tolerance", [(jnp.float32, 1e-5), (jnp.bfloat16, 2e-2)])
+@pytest.mark.parametrize("num_keys", [8, 1024])
+def test_a_head_at_a_time_gives_what_all_at_once_give(num_keys, dtype, tolerance):
+    # 2 images, 4 heads: more than 16 MB of scores with 1024 keys, less with 8.
+    rng = np.random.default_rng(2)
+    q, k, v = (jnp.asarray(rng.normal(size=(2, n, 4, 8)), dtype) for n in (1024, *2 * [num_keys]))
+    exact = jax.nn.dot_product_attention(q, k, v, implementation="xla")
+    ours = jax.jit(attention.attend)(q, k, v)
+    assert ours.dtype == dtype
+    np.testing.assert_allclose(ours.astype(jnp.float32), exact.astype(jnp.float32), atol=tolerance)
+
+
+def test_attention_has_its_gradient():
+    rng = np.random.default_rng(3)
+    qkv = [jnp.asarray(rng.normal(size=(2, 6, 2, 4)), jnp.float32) for _ in range(3)]
+
+    def plain(q, k, v):
+        scores = jnp.einsum("bnhd,bmhd->bhnm", q, k) / 2
+        return jnp.einsum("bhnm,bmhd->bnhd", jax.nn.softmax(scores), v)
+
+    ours = jax.grad(lambda *x: jnp.sum(attention.attend(*x) ** 2), argnums=(0, 1, 2))(*qkv)
+    exact = jax.grad(lambda *x: jnp.sum(plain(*x) ** 2), argnums=(0, 1, 2))(*qkv)
+    for x, y in zip(ours, exact, strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-5)
+
+
 def test_causal_attention_ignores_later_keys():
     rng = np.random.default_rng(1)
     q, k, v = (jnp.asarray(rng.normal(size=(1, 6, 2, 4)), jnp.float32) for _ in range(3))

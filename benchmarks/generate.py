@@ -1,0 +1,158 @@
+"""Generation beside diffusers: seconds a step and peak memory on the same converted weights.
+
+python benchmarks/generate.py
+
+It makes VQ-Diffusion-B (19 layers, 1024 wide, 2887 codes, CLIP ViT-B/32, f8 autoencoder) with
+random weights, writes it for diffusers and converts that folder to ours. Every measurement is a
+process of its own, since peak memory is a process's; the two sides take turns. A step's time is the
+difference of two numbers of steps, so that text encoding, decoding and compilation drop out.
+
+Needs diffusers and transformers (extra "convert"), 8 GB of memory and 4 GB of disk.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+ROOT = pathlib.Path(__file__).parents[1]
+SIDES = ("diffusers", "ours")
+GUIDANCE = 5.0
+PROMPTS = (
+    "A group of elephants walking in muddy water.",
+    "A plate of food with broccoli and rice.",
+    "A red bus parked on the side of the road.",
+    "teddy bear playing in the pool",
+)
+
+
+def build(folder):
+    """Random weights, in diffusers' layout and converted to ours."""
+    sys.path.insert(0, str(ROOT))
+    import jax
+
+    from configs import coco
+    from vqd_jax import config as config_lib
+    from vqd_jax.interop import convert
+    from vqd_jax.models import autoencoder, text_to_image
+    from vqd_jax.pipeline import VQDiffusion
+
+    config = coco.get_config()
+    config.denoiser.dtype, config.denoiser.remat = "float32", "none"
+    # Diffusers has no Gumbel quantiser and no remap; decoding is the same.
+    config.autoencoder.quantizer, config.autoencoder.codebook_size = "nearest", 0
+    key = jax.random.key(0)
+    params = text_to_image.init_params(config_lib.model_config(config), key)
+    codec = autoencoder.init_params(config_lib.autoencoder_config(config), key)
+    VQDiffusion(config, params, codec).save_pretrained(f"{folder}/diffusers", format="diffusers")
+    convert.convert(f"{folder}/diffusers", f"{folder}/ours")
+
+
+def load_ours(folder):
+    """(prompts, steps) -> pictures."""
+    from vqd_jax.pipeline import VQDiffusion
+
+    model = VQDiffusion.from_pretrained(folder)
+
+    def generate(prompts, steps):
+        made = model.generate(prompts, num_steps=steps, guidance_scale=GUIDANCE, truncation=1.0)
+        return made.images
+
+    # Every number of steps is a program, compiled at its first call.
+    return generate, True
+
+
+def load_diffusers(folder):
+    """The same with diffusers' pipeline."""
+    import diffusers
+    import torch
+    from diffusers.pipelines.deprecated.vq_diffusion import pipeline_vq_diffusion
+
+    # The index of a pipeline can name only what the library's front page has.
+    name = "LearnedClassifierFreeSamplingEmbeddings"
+    setattr(diffusers, name, getattr(pipeline_vq_diffusion, name))
+    torch.set_num_threads(os.cpu_count())
+    pipeline = diffusers.VQDiffusionPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+
+    def generate(prompts, steps):
+        return pipeline(prompts, num_inference_steps=steps, guidance_scale=GUIDANCE).images
+
+    return generate, False
+
+
+def measure(side, folder, batch, steps):
+    """{"seconds": of a step, "bytes": peak} of this process."""
+    load = {"ours": load_ours, "diffusers": load_diffusers}[side]
+    generate, compiles = load(f"{folder}/{side}")
+    prompts = list(PROMPTS[:batch])
+
+    def seconds(steps):
+        start = time.perf_counter()
+        assert len(generate(prompts, steps)) == batch
+        return time.perf_counter() - start
+
+    for number in (1, steps) if compiles else (1,):
+        seconds(number)
+    once, whole = seconds(1), seconds(steps)
+    # Not getrusage, whose peak a process takes over from the one that started it.
+    status = pathlib.Path("/proc/self/status").read_text()
+    peak = int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024
+    return {"seconds": (whole - once) / (steps - 1), "bytes": peak}
+
+
+def in_process(*arguments):
+    """What ``measure`` gives, of a fresh process."""
+    command = [sys.executable, __file__, *map(str, arguments)]
+    run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(run.stdout.splitlines()[-1]) if run.stdout else None
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 4], help="up to 4")
+    parser.add_argument("--steps", type=int, default=3, help="network calls of the longer run")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--folder", help="of the models, kept; a temporary one if unset")
+    parser.add_argument("--part", help=argparse.SUPPRESS)
+    parser.add_argument("--batch", type=int, help=argparse.SUPPRESS)
+    flags = parser.parse_args()
+    if flags.part == "build":
+        return build(flags.folder)
+    if flags.part:
+        return print(json.dumps(measure(flags.part, flags.folder, flags.batch, flags.steps)))
+
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = flags.folder or scratch
+        if not pathlib.Path(folder, "ours").exists():
+            in_process("--part=build", f"--folder={folder}")
+        print(f"{os.cpu_count()} cores; guidance {GUIDANCE}; medians of {flags.rounds} rounds")
+        print(f"{'batch':>5}{'':4}{'diffusers':>24}{'ours':>24}{'faster':>9}{'memory':>9}")
+        for batch in flags.batches:
+            seen = {side: [] for side in SIDES}
+            for _ in range(flags.rounds):
+                for side in SIDES:
+                    options = (f"--folder={folder}", f"--batch={batch}", f"--steps={flags.steps}")
+                    seen[side].append(in_process(f"--part={side}", *options))
+            middle = {
+                side: [
+                    statistics.median(run[name] for run in runs) for name in ("seconds", "bytes")
+                ]
+                for side, runs in seen.items()
+            }
+            cells = "".join(f"{s:10.2f} s/step {b / 2**20:5.0f} MiB" for s, b in middle.values())
+            theirs, ours = middle["diffusers"], middle["ours"]
+            print(
+                f"{batch:5}{'':4}{cells}{theirs[0] / ours[0]:8.2f}x{ours[1] / theirs[1]:9.2f}",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
