@@ -79,15 +79,12 @@ def crop(config: ConfigDict, split: str) -> pipeline.Crop:
     size = config.data.image_size
     if split != TRAIN:
         return pipeline.Crop(size)
-    # Fields that a config of an older run lacks.
-    return pipeline.Crop(
-        size, random=config.data.get("random_crop", False), flip=config.data.get("flip", False)
-    )
+    return pipeline.Crop(size, random=config.data.random_crop, flip=config.data.flip)
 
 
 def num_crops(config: ConfigDict, split: str) -> int:
     """Crops of an image that are cached."""
-    return config.data.get("num_crops", 1) if split == TRAIN else 1
+    return config.data.num_crops if split == TRAIN else 1
 
 
 def content(config: ConfigDict) -> encode.Content:
@@ -101,7 +98,7 @@ def content(config: ConfigDict) -> encode.Content:
 
 def directory(config: ConfigDict, workdir: str) -> str:
     """Where the codes of a run are: each split has a folder in it."""
-    return config.data.get("codes", "") or str(Path(workdir) / "codes")
+    return config.data.codes or str(Path(workdir) / "codes")
 
 
 def make(
@@ -149,7 +146,7 @@ def open_or_make(
       UserError: codes that another autoencoder or other settings made, or damaged ones.
     """
     where = directory(config, workdir)
-    if not config.data.get("codes", ""):
+    if not config.data.codes:
         make(config, where, builder, split, params)
     return open_split(config, where, split, params)
 
