@@ -14,7 +14,7 @@ from vqd_jax.errors import UserError
 
 FLAGS = flags.FLAGS
 # Tasks on a config, by the function that does them.
-ON_CONFIG = ("train", "train_autoencoder", "prepare", "encode", "inspect")
+ON_CONFIG = ("train", "train_autoencoder", "prepare", "encode", "inspect", "plan")
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file; fields as --config.a.b=1.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, samples.")
 _MODE = flags.DEFINE_enum("mode", "train", [*ON_CONFIG, "sample", "convert", "export"], "The task.")
@@ -41,6 +41,8 @@ _PICTURES = [
 ]
 _TARGET = flags.DEFINE_string("target", None, "convert, export: what to write.")
 _FORMAT = flags.DEFINE_enum("format", "diffusers", ["diffusers", "published"], "export: layout.")
+_TOPOLOGY = flags.DEFINE_string("topology", None, "plan: chips that are not here: v5e:4x4, ...")
+_HBM = flags.DEFINE_float("hbm_gib", None, "plan: memory of a device; its own if unset.")
 _SOURCE = flags.DEFINE_string("source", None, "convert: file, first part of a file, or folder.")
 _CONVERSION = [
     flags.DEFINE_enum("weights", "ema", ["ema", "raw"], "convert: averaged weights or the others."),
@@ -90,7 +92,7 @@ def _use_model(model_dir: str | None) -> None:
 
 
 def _use_config(mode: str) -> None:
-    workdir = None if mode == "prepare" else _require(_WORKDIR)
+    workdir = None if mode in ("prepare", "plan") else _require(_WORKDIR)
     config = _CONFIG.value
     if config is None:
         raise UserError("--config is missing: a file such as configs/emoji.py")
@@ -101,6 +103,11 @@ def _use_config(mode: str) -> None:
     from vqd_jax.training import distributed
 
     config_lib.validate(config)
+    if mode == "plan":
+        from vqd_jax import plan
+
+        plan.run(config, _TOPOLOGY.value, _HBM.value)
+        return
     with distributed.session(_DISTRIBUTED.value):
         if mode == "prepare":
             data_tasks.prepare(config)
