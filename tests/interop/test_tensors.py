@@ -3,7 +3,7 @@
 import ml_dtypes
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from vqd_jax.errors import UserError
 from vqd_jax.interop import tensors
@@ -83,3 +83,17 @@ def test_another_format_is_named(tmp_path, header):
     path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(64))
     with pytest.raises(UserError, match="odd.safetensors is not a safetensors file"):
         tensors.read_safetensors(path)
+
+
+def test_the_formats_own_library_reads_what_is_written(tmp_path, arrays):
+    path = tmp_path / "ours.safetensors"
+    arrays = arrays | {"turned": np.arange(6, dtype=np.float32).reshape(2, 3).T}
+    dtypes = {name: array.dtype for name, array in arrays.items()}
+    tensors.write_safetensors(path, arrays, dtypes | {"turned": np.dtype(np.float16)})
+    theirs, ours = load_file(path), tensors.read_safetensors(path)
+    assert set(theirs) == set(ours) == set(arrays)
+    for name, array in arrays.items():
+        assert theirs[name].dtype == (np.float16 if name == "turned" else array.dtype)
+        np.testing.assert_array_equal(theirs[name], array)
+        np.testing.assert_array_equal(np.asarray(ours[name]), array)
+        assert ours[name].offset % ours[name].dtype.itemsize == 0

@@ -77,9 +77,11 @@ def write(path, content, *, byteorder=None, members=(), compression=zipfile.ZIP_
     pickler = _Pickler(stream)
     pickler.dump(content)
     files = collections.OrderedDict({"archive/data.pkl": stream.getvalue()})
-    files |= {f"archive/data/{k}": array.tobytes() for k, array in pickler.storages.items()}
     if byteorder:
         files["archive/byteorder"] = byteorder
     with zipfile.ZipFile(path, "w", compression) as archive:
         for name, data in [*files.items(), *members]:
             archive.writestr(name, data)
+        # One by one, so that a large file takes little memory.
+        for key, array in pickler.storages.items():
+            archive.writestr(f"archive/data/{key}", array.tobytes())

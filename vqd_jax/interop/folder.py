@@ -14,8 +14,6 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import save_file
 
 from vqd_jax.errors import UserError
 from vqd_jax.interop import tensors
@@ -49,8 +47,8 @@ def appearing(target: Path) -> Iterator[Path]:
         if target.exists():
             shutil.rmtree(target)
         os.replace(scratch, target)
-    except SafetensorError as error:
-        # A full disk, for one, is reported as this and not as an OSError.
+    except OSError as error:
+        # A full disk, for one, comes without a name.
         shutil.rmtree(scratch, ignore_errors=True)
         raise OSError(f"{target} could not be written: {error}") from error
     except BaseException:
@@ -92,31 +90,28 @@ def write_shards(
     max_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Writes ``stem.safetensors``, or several files of at most ``max_bytes`` and their index."""
-    stored = np.dtype(STORED_DTYPES[dtype])
-    item = lambda x: stored.itemsize if _is_float(x) else x.dtype.itemsize  # noqa: E731
+    stored = {
+        name: np.dtype(STORED_DTYPES[dtype]) if _is_float(array) else array.dtype
+        for name, array in arrays.items()
+    }
+    sizes = {name: array.size * stored[name].itemsize for name, array in arrays.items()}
     shards, size = [[]], 0
     for name in sorted(arrays):
-        nbytes = arrays[name].size * item(arrays[name])
-        if shards[-1] and size + nbytes > max_bytes:
+        if shards[-1] and size + sizes[name] > max_bytes:
             shards.append([])
             size = 0
         shards[-1].append(name)
-        size += nbytes
+        size += sizes[name]
     index = {}
     for number, names in enumerate(shards, 1):
         file = f"{stem}.safetensors"
         if len(shards) > 1:
             file = f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
-        shard = {n: arrays[n].astype(stored, copy=False) if _is_float(arrays[n]) else arrays[n]
-                 for n in names}  # fmt: skip
-        # PyTorch programs refuse a file that does not say so.
-        save_file(shard, directory / file, metadata={"format": "pt"})
-        # The library makes files that nobody else may read.
-        (directory / file).chmod(0o644)
+        tensors.write_safetensors(directory / file, {n: arrays[n] for n in names}, stored)
         index |= dict.fromkeys(names, file)
     if len(shards) > 1:
-        total = sum(x.size * item(x) for x in arrays.values())
-        text = json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=2)
+        metadata = {"total_size": sum(sizes.values())}
+        text = json.dumps({"metadata": metadata, "weight_map": index}, indent=2)
         (directory / f"{stem}.safetensors.index.json").write_text(text + "\n", encoding="utf-8")
 
 

@@ -101,11 +101,14 @@ def read(
 
 
 def write(rows: Sequence[Row], params: Any) -> dict[str, np.ndarray]:
-    """Their tensors, by name and in their layout, of our parameters: the reverse of ``read``."""
+    """Their tensors, by name and in their layout, of our parameters: the reverse of ``read``.
+
+    They are views of ``params`` but where parts are packed.
+    """
     leaves, tensors, packed = _flatten(params), {}, {}
     for row in rows:
         for name, slot in _slots(row, np.asarray(leaves[row.ours])):
-            array = np.asarray(_TO_THEIRS[row.layout](slot), order="C")
+            array = _TO_THEIRS[row.layout](slot)
             if row.part is None:
                 tensors[name] = array
             else:

@@ -10,11 +10,13 @@ import itertools
 import json
 import math
 import string
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
+from tqdm import tqdm
 
 from vqd_jax.errors import UserError
 
@@ -30,6 +32,7 @@ _SAFETENSORS_TYPES = {
     "U8": np.uint8,
     "BOOL": np.bool_,
 }
+_SAFETENSORS_NAMES = {np.dtype(kind): name for name, kind in _SAFETENSORS_TYPES.items()}
 _LONGEST_HEADER = 100_000_000  # bytes; the limit of the format's own library
 
 
@@ -210,3 +213,41 @@ def _entry(
     if min(begin, *shape, 0) < 0 or end - begin != tensor.nbytes:
         raise ValueError(f"{shape} of {dtype} in bytes {begin} to {end}")
     return tensor
+
+
+def write_safetensors(
+    path: str | Path, arrays: Mapping[str, np.ndarray], dtypes: Mapping[str, np.dtype]
+) -> None:
+    """Writes a safetensors file; no more than one tensor is in memory beside ``arrays``.
+
+    (The format's own library holds a copy of all.)
+
+    Args:
+      path: of the file.
+      arrays: by name, in any memory layout.
+      dtypes: in which to store each of them.
+
+    Raises:
+      OSError: it cannot be written.
+    """
+    # Wide elements first, as the format's library does, so that every tensor is aligned.
+    names = sorted(arrays, key=lambda name: (-np.dtype(dtypes[name]).itemsize, name))
+    # PyTorch programs refuse a file that does not say so.
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name in names:
+        dtype, begin = np.dtype(dtypes[name]), end
+        end += arrays[name].size * dtype.itemsize
+        header[name] = {
+            "dtype": _SAFETENSORS_NAMES[dtype],
+            "shape": list(arrays[name].shape),
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    bar = tqdm(total=end, desc=Path(path).name, unit="B", unit_scale=True, delay=2)
+    with open(path, "wb") as file, bar:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            stored = np.asarray(arrays[name], dtypes[name], order="C").reshape(-1)
+            file.write(stored.view(np.uint8))
+            bar.update(stored.nbytes)
