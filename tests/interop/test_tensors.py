@@ -1,5 +1,6 @@
 """Tensors in files: safetensors as its own library writes it, parts joined, damage named."""
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
@@ -97,3 +98,16 @@ def test_the_formats_own_library_reads_what_is_written(tmp_path, arrays):
         np.testing.assert_array_equal(theirs[name], array)
         np.testing.assert_array_equal(np.asarray(ours[name]), array)
         assert ours[name].offset % ours[name].dtype.itemsize == 0
+
+
+def test_a_tensor_is_read_into_memory_that_jax_takes_as_it_is(file, arrays):
+    split(file, 100)
+    found = tensors.read_safetensors(file)
+    for name, array in arrays.items():
+        for dtype in (array.dtype, np.dtype(np.float32)):
+            read = found[name].read(dtype)
+            assert read.dtype == dtype and (read.ctypes.data % 64 == 0 or not read.size)
+            np.testing.assert_array_equal(read, array.astype(dtype))
+    read = found["a.weight"].read(np.float32)
+    placed = jax.device_put(read, jax.devices("cpu")[0])
+    assert placed.unsafe_buffer_pointer() == read.ctypes.data

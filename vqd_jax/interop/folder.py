@@ -181,7 +181,7 @@ def load_params(
       abstract_params: nested dict of leaves with ``shape`` and ``dtype``.
       part: a part of the model ("autoencoder"); the tensors of the others are left alone.
       place: called with every array as soon as it is read; its results are returned instead.
-        ``jnp.asarray`` puts them on the device one by one, so that no second copy of all is held.
+        ``jax.device_put`` puts them on the device one by one, so that none is held twice for long.
 
     Raises:
       UserError: a file is missing or damaged, or a tensor is missing, left over, of another
@@ -211,7 +211,7 @@ def _take(
         tensor = flat.pop(name)
         if tensor.shape != tuple(value.shape):
             raise UserError(f"{path}: {name} is {tensor.shape}, the config asks for {value.shape}")
-        array = np.array(tensor, dtype=value.dtype)
+        array = tensor.read(value.dtype)
         if not np.isfinite(array).all():
             raise UserError(f"{path}: {name} has values that are not finite")
         params[key] = place(array)

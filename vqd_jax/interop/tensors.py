@@ -33,6 +33,7 @@ _SAFETENSORS_TYPES = {
     "BOOL": np.bool_,
 }
 _SAFETENSORS_NAMES = {np.dtype(kind): name for name, kind in _SAFETENSORS_TYPES.items()}
+_ALIGNMENT = 64  # bytes
 _LONGEST_HEADER = 100_000_000  # bytes; the limit of the format's own library
 
 
@@ -59,16 +60,38 @@ class FileBytes:
 
     def read(self, offset: int, size: int) -> np.ndarray:
         """uint8 [size] from ``offset`` on; mapped into memory where one file has all of it."""
+        pieces = [
+            np.memmap(path, np.uint8, "r", begin, (length,))
+            for path, begin, length in self._pieces(offset, size)
+        ]
+        if len(pieces) == 1:
+            return pieces[0]
+        return np.concatenate([np.empty(0, np.uint8), *pieces])
+
+    def read_into(self, offset: int, target: np.ndarray) -> None:
+        """Fills ``target`` uint8 [size] from ``offset`` on, without a copy in between."""
+        done = 0
+        for path, begin, length in self._pieces(offset, target.size):
+            with open(path, "rb", buffering=0) as file:
+                file.seek(begin)
+                end = done + length
+                while done < end:
+                    # The system reads 2 GB at most in one call.
+                    count = file.readinto(target[done:end])
+                    if not count:
+                        raise UserError(f"{path} became shorter while it was read")
+                    done += count
+
+    def _pieces(self, offset: int, size: int) -> list[tuple[Path, int, int]]:
+        """(file, offset in it, bytes) of every file that has some of these bytes."""
         if offset < 0 or size < 0 or offset + size > self.size:
             raise UserError(f"{self.path} is cut short: it ends before byte {offset + size}")
         pieces = []
         for path, start, length in self._parts:
             begin, end = max(offset, start), min(offset + size, start + length)
             if begin < end:
-                pieces.append(np.memmap(path, np.uint8, "r", begin - start, (end - begin,)))
-        if len(pieces) == 1:
-            return pieces[0]
-        return np.concatenate([np.empty(0, np.uint8), *pieces])
+                pieces.append((path, begin - start, end - begin))
+        return pieces
 
     def open(self) -> io.BufferedReader:
         """All of it as a seekable binary file."""
@@ -171,6 +194,21 @@ class Tensor:
             array = np.lib.stride_tricks.as_strided(flat, self.shape, steps, writeable=False)
         if copy or dtype is not None:
             return np.array(array, dtype=dtype)
+        return array
+
+    def read(self, dtype: np.dtype) -> np.ndarray:
+        """The values in a new row-major array, and in memory but once.
+
+        It begins where XLA wants arrays to, so that ``jax.device_put`` on a CPU takes it as it is.
+        """
+        size = self.size * np.dtype(dtype).itemsize
+        memory = np.empty(size + _ALIGNMENT, np.uint8)
+        start = -memory.ctypes.data % _ALIGNMENT
+        array = memory[start : start + size].view(dtype).reshape(self.shape)
+        if self.strides is None and not self.swapped and array.dtype == self.dtype:
+            self.source.read_into(self.offset, memory[start : start + size])
+        else:
+            array[...] = np.asarray(self)
         return array
 
     def __getitem__(self, index: Any) -> Any:
