@@ -67,6 +67,7 @@ class VQDiffusion:
       params: of ``text_to_image``, usually the averaged ones.
       autoencoder_params: of ``models.autoencoder``, codebook included.
       tokenizer: of prompts; None is CLIP's.
+      mesh: devices to use, where the parameters are already (see ``on_mesh``); None is one.
     """
 
     def __init__(
@@ -75,24 +76,31 @@ class VQDiffusion:
         params: Any,
         autoencoder_params: Any,
         tokenizer: ClipTokenizer | None = None,
+        mesh: Mesh | None = None,
     ):
         self.config = config
         self.tokenizer = tokenizer or ClipTokenizer(config.text_encoder.context_length)
         self._params = params
         self._autoencoder_params = autoencoder_params
-        self._mesh: Mesh | None = None
-        sizes = config_lib.model_config(config)
-        self._sizes = sizes
-        self._sample = jax.jit(
-            functools.partial(
-                programs.sample, model_config=sizes, schedule=config_lib.noise_schedule(config)
-            )
-        )
-        self._encode_text = jax.jit(functools.partial(programs.encode_text, config=sizes))
-        self._log_x0 = jax.jit(functools.partial(programs.log_x0, config=sizes))
+        self._mesh = mesh
+        self._sizes = sizes = config_lib.model_config(config)
         codec = config_lib.autoencoder_config(config)
-        self._encode = jax.jit(functools.partial(programs.encode, config=codec))
-        self._decode = jax.jit(functools.partial(programs.decode, config=codec))
+        schedule = config_lib.noise_schedule(config)
+        self._sample = self._compiled(programs.sample, model_config=sizes, schedule=schedule)
+        self._encode_text = self._compiled(programs.encode_text, config=sizes)
+        self._log_x0 = self._compiled(programs.log_x0, config=sizes)
+        self._encode = self._compiled(programs.encode, config=codec)
+        self._decode = self._compiled(programs.decode, config=codec)
+
+    def _compiled(self, function: Callable, **static: Any) -> Callable:
+        if self._mesh is None:
+            return jax.jit(functools.partial(function, **static))
+
+        def on_rows(*args):
+            with sharding.rows_apart(self._mesh):
+                return function(*args, **static)
+
+        return jax.jit(on_rows)
 
     @classmethod
     def from_workdir(cls, workdir: str) -> "VQDiffusion":
@@ -141,7 +149,7 @@ class VQDiffusion:
             )
         config = config_lib.load(str(path / "config.json"))
         abstract = jax.eval_shape(functools.partial(programs.init, config))
-        params = folder.load_params(path, abstract, place=jnp.asarray)
+        params = folder.load_params(path, abstract, place=jax.device_put)
         codec = params.pop("autoencoder")
         tokenizer = None
         if (path / "tokenizer").is_dir():
@@ -184,14 +192,9 @@ class VQDiffusion:
     def on_mesh(self, mesh: Mesh) -> "VQDiffusion":
         """The same model on several devices: parameters divided by ``training.sharding.RULES``, the
         images of a batch spread over ``data`` and ``fsdp``. Images do not depend on the mesh."""
-        other = self.with_params(
-            jax.device_put(self._params, sharding.shardings(self._params, mesh))
-        )
-        other._autoencoder_params = jax.device_put(
-            self._autoencoder_params, sharding.replicated(mesh)
-        )
-        other._mesh = mesh
-        return other
+        params = jax.device_put(self._params, sharding.shardings(self._params, mesh))
+        codec = jax.device_put(self._autoencoder_params, sharding.replicated(mesh))
+        return VQDiffusion(self.config, params, codec, self.tokenizer, mesh)
 
     def generate(
         self,
