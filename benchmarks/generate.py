@@ -64,8 +64,7 @@ def load_ours(folder):
         made = model.generate(prompts, num_steps=steps, guidance_scale=GUIDANCE, truncation=1.0)
         return made.images
 
-    # Every number of steps is a program, compiled at its first call.
-    return generate, True
+    return generate
 
 
 def load_diffusers(folder):
@@ -84,13 +83,13 @@ def load_diffusers(folder):
     def generate(prompts, steps):
         return pipeline(prompts, num_inference_steps=steps, guidance_scale=GUIDANCE).images
 
-    return generate, False
+    return generate
 
 
 def measure(side, folder, batch, steps):
-    """{"seconds": of a step, "bytes": peak} of this process."""
+    """{"seconds": of a step, "bytes": peak of generating once} in this process."""
     load = {"ours": load_ours, "diffusers": load_diffusers}[side]
-    generate, compiles = load(f"{folder}/{side}")
+    generate = load(f"{folder}/{side}")
     prompts = list(PROMPTS[:batch])
 
     def seconds(steps):
@@ -98,12 +97,13 @@ def measure(side, folder, batch, steps):
         assert len(generate(prompts, steps)) == batch
         return time.perf_counter() - start
 
-    for number in (1, steps) if compiles else (1,):
-        seconds(number)
-    once, whole = seconds(1), seconds(steps)
+    seconds(steps)
     # Not getrusage, whose peak a process takes over from the one that started it.
     status = pathlib.Path("/proc/self/status").read_text()
     peak = int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024
+    # Every number of steps is a program of ours, compiled at its first call.
+    seconds(1)
+    once, whole = seconds(1), seconds(steps)
     return {"seconds": (whole - once) / (steps - 1), "bytes": peak}
 
 
