@@ -185,7 +185,8 @@ def test_sigterm_to_one_process_saves_and_ends_all(launch, run, one, tmp_path):
     (first, second), _ = outputs_within(processes, 300)
     assert [process.returncode for process in processes] == [143, 143], first + second
     (saved,) = [int(path.name) for path in (tmp_path / "checkpoints").iterdir()]
-    assert 8 <= saved < 20
+    # The signal comes as batch 8 is read, and batches are read up to two steps ahead.
+    assert 5 <= saved < 20
     for output in (first, second):
         assert f"stopped by SIGTERM at step {saved}" in output
     run(2, 1, tmp_path)
