@@ -3,13 +3,9 @@
 import json
 import os
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
-from tensorboardX import summary
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tqdm import tqdm
 
 from vqd_jax.training import distributed
@@ -30,11 +26,10 @@ class MetricWriter:
         self._path = Path(workdir) / "metrics.jsonl"
         if self._path.exists():
             _drop_after(self._path, step)
-        board = Path(workdir) / "tensorboard"
-        board.mkdir(parents=True, exist_ok=True)
-        self._events = EventsWriter(str(board / "events"))
-        # Tells TensorBoard to forget what an earlier process wrote of later steps.
-        self._add(step + 1, session_log=SessionLog(status=SessionLog.START))
+        # It imports PyTorch where there is one: 200 MB that nothing but training shall pay for.
+        from vqd_jax.training.event_file import EventFile
+
+        self._events = EventFile(Path(workdir) / "tensorboard", step)
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Writes scalars, by names such as 'train/loss'."""
@@ -43,19 +38,12 @@ class MetricWriter:
         line = json.dumps({"step": step, **{k: float(v) for k, v in values.items()}})
         with open(self._path, "a", encoding="utf-8") as file:
             file.write(line + "\n")
-        for name, value in values.items():
-            self._add(step, summary=summary.scalar(name, float(value)))
-        self._events.flush()
+        self._events.scalars(step, values)
 
     def image(self, step: int, name: str, image: np.ndarray) -> None:
         """Shows a uint8 [H, W, 3] picture in TensorBoard."""
-        if not self._active:
-            return
-        self._add(step, summary=summary.image(name, image, dataformats="HWC"))
-        self._events.flush()
-
-    def _add(self, step: int, **content) -> None:
-        self._events.write_event(Event(wall_time=time.time(), step=step, **content))
+        if self._active:
+            self._events.image(step, name, image)
 
     def close(self) -> None:
         """Closes the event file."""
