@@ -50,6 +50,9 @@ def default_config() -> ConfigDict:
     config.data.prepared_dir = ""  # where sets made from files are prepared; '' is data.dir
     config.data.beam = ""  # options of the Apache Beam pipeline that prepares the set; '' is none
     config.data.codes = ""  # codes cached by --mode=encode; '' is in the workdir
+    config.data.more_codes = ()  # folders of further codes, of the same autoencoder, to mix in
+    config.data.weights = ()  # shares of the set and of more_codes in training; () is by size
+    config.data.cache_text_features = False  # beside the codes: training skips a pretrained CLIP
     config.data.random_crop = False  # the published jitter, when codes are cached for training
     config.data.flip = False  # mirror half of the crops; not where captions say left or right
     config.data.num_crops = 1  # crops of a training picture that are cached
@@ -124,6 +127,7 @@ def default_config() -> ConfigDict:
     config.training.eval_every = 500
     config.training.save_every = 200
     config.training.keep_checkpoints = 2
+    config.training.checkpoints = ""  # where they are, 'gs://...' too; '' is in the workdir
     config.training.gradient_accumulation = 1  # parts that a batch is worked through in
     config.training.steps_per_call = 1  # steps in one program; more keep a fast device busy
     config.training.profile_steps = 0  # trace so many steps of a start to WORKDIR/profile
@@ -165,6 +169,7 @@ MAY_CHANGE = (
     "training.eval_every",
     "training.save_every",
     "training.keep_checkpoints",
+    "training.checkpoints",
     "training.gradient_accumulation",
     "training.steps_per_call",
     "training.profile_steps",
@@ -403,6 +408,18 @@ def validate(config: ConfigDict) -> None:
                 f"config.mesh.{axis}={flat[f'mesh.{axis}']}: must be at least 1, or -1 for "
                 "what the other axes leave"
             )
+    if config.data.weights and len(config.data.weights) != 1 + len(config.data.more_codes):
+        raise UserError(
+            f"config.data.weights={config.data.weights}: one share for the set of the config and "
+            f"one for each of config.data.more_codes={config.data.more_codes}"
+        )
+    if config.data.cache_text_features and not (
+        config.text_encoder.path and config.denoiser.condition == "text"
+    ):
+        raise UserError(
+            "config.data.cache_text_features: only features of a pretrained text encoder stay as "
+            "they are; name one with config.text_encoder.path"
+        )
     if config.seed >= 2**32:
         raise UserError(f"config.seed={config.seed}: must lie in 0..2**32-1")
     if config.sampling.num_steps > config.diffusion.num_steps:

@@ -117,8 +117,10 @@ class VQDiffusion:
             raise UserError(f"stage one of {path} is not finished; run the training command again")
         autoencoder_params = stage_one.load(config, stage_one.model_folder(workdir))
         abstract = checkpoint.abstract(jax.eval_shape(functools.partial(create_state, config)))
-        _, state = checkpoint.load(str(path / "checkpoints"), abstract)
-        return cls(config, state.ema_params, autoencoder_params)
+        # Moments of the optimizer, and what was not averaged, stay on disk.
+        wanted = {"ema_params": abstract.ema_params}
+        _, found = checkpoint.load(checkpoint.folder(config, workdir), wanted)
+        return cls(config, found["ema_params"], autoencoder_params)
 
     @classmethod
     def from_pretrained(cls, directory: str) -> "VQDiffusion":

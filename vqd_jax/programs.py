@@ -37,17 +37,16 @@ def sample(params, keys, condition, null, settings, *, model_config, schedule):
     model = text_to_image.bind(model_config, params)
     batch, grid = keys.shape[0], model_config.denoiser.grid
     if settings.guidance is not None:
-        null = jnp.broadcast_to(null, condition.shape)
-        condition = jnp.concatenate([condition, null])
+        condition = sampler.pairs(condition, jnp.broadcast_to(null, condition.shape))
     # What does not depend on the tokens is computed once, before the scan over steps.
     context = model.context(condition)
     modulations = model.denoiser.modulations(jnp.arange(1, schedule.num_steps + 1))
 
     def predict_log_x0(tokens, time):
-        # With a list of scales, some steps ask for the conditional half alone.
+        # With a list of scales, some steps ask for the conditional rows alone.
         part = context
         if context is not None and tokens.shape[0] < condition.shape[0]:
-            part = jax.tree.map(lambda x: x[:, : tokens.shape[0]], context)
+            part = jax.tree.map(lambda x: x[:, ::2], context)
         return model.denoiser.denoise(tokens, modulations[:, time - 1], part)
 
     return sampler.sample(keys, predict_log_x0, (batch, grid[0] * grid[1]), schedule, settings)

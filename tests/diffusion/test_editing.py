@@ -161,11 +161,11 @@ def test_impossible_times(settings, message):
 
 
 def scaled_network(tokens, time):
-    """Prefers code 1 with the condition and code 2 without; counts its rows."""
+    """Prefers code 1 with the condition and code 2 without, as odd ones of four rows are."""
     del time
-    rows = tokens.shape[0]
-    cond = jnp.arange(rows) < 2
-    code = jnp.where(cond, 1, 2)[:, None] * jnp.ones_like(tokens)
+    rows = jnp.arange(tokens.shape[0])
+    null = (rows % 2 == 1) & (len(tokens) == 4)
+    code = jnp.where(null, 2, 1)[:, None] * jnp.ones_like(tokens)
     return jax.nn.log_softmax(jax.nn.one_hot(code, NUM_CODES) * 3.0)
 
 

@@ -57,10 +57,12 @@ class TextFeatures(NamedTuple):
     Attributes:
       compute: int32 [B, L] -> floats [B, L, D].
       width: D.
+      fingerprint: tells one text encoder from another; see ``codes.fingerprint``.
     """
 
     compute: Callable[[np.ndarray], jax.Array]
     width: int
+    fingerprint: str = ""
 
 
 class Content(NamedTuple):
@@ -166,15 +168,21 @@ def full_origin(
 ) -> dict[str, Any]:
     """What codes depend on, as ``codes.open_split`` compares it; see ``encode_split``."""
     drawn = crop.random or crop.flip
-    return dict(origin) | {
-        "image_size": crop.size,
-        "random_crop": crop.random,
-        "flip": crop.flip,
-        "num_crops": num_crops,
-        "crop_seed": seed if drawn else 0,
-        "context_length": content.tokenizer.context_length if content.tokenizer else 0,
-        "num_classes": content.num_classes,
-    }
+    features = content.text_features
+    encoder = {"text_encoder": features.fingerprint} if features else {}
+    return (
+        dict(origin)
+        | encoder
+        | {
+            "image_size": crop.size,
+            "random_crop": crop.random,
+            "flip": crop.flip,
+            "num_crops": num_crops,
+            "crop_seed": seed if drawn else 0,
+            "context_length": content.tokenizer.context_length if content.tokenizer else 0,
+            "num_classes": content.num_classes,
+        }
+    )
 
 
 class _Plan(NamedTuple):

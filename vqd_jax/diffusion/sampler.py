@@ -180,9 +180,9 @@ def sample(
     Args:
       key: one PRNG key an image, [B]; an image depends on its own key only, whatever the batch.
       predict_log_x0: (tokens int32 [B, N], times int32 [B]) -> float32 [B, N, K], log p0 or any
-        logits of it. With guidance it is called with 2B rows: the second half is to be answered
-        without the condition. With a list of scales it is called with B rows, all conditional,
-        where the scale is 1.
+        logits of it. With guidance it is called with 2B rows, of which the odd ones are to be
+        answered without the condition (see ``pairs``). With a list of scales it is called with B
+        rows, all conditional, where the scale is 1.
       shape: (B, N).
       schedule: the schedule that the network was trained with.
       settings: see ``Settings``.
@@ -252,6 +252,11 @@ def _restore(tokens, schedule, settings):
     return jnp.where(settings.known < schedule.num_codes, settings.known, tokens).astype(jnp.int32)
 
 
+def pairs(even: jax.Array, odd: jax.Array) -> jax.Array:
+    """Two arrays [B, ...] in turns, [2B, ...]: of rows over several devices none has to move."""
+    return jnp.stack([even, odd], axis=1).reshape(-1, *even.shape[1:])
+
+
 def _predict(predict_log_x0, tokens, t, scale, settings):
     """log p0 [B, N, K] at times t [B]; the guidance ``scale`` [] or None."""
 
@@ -259,8 +264,8 @@ def _predict(predict_log_x0, tokens, t, scale, settings):
         return shape_x0(predict_log_x0(tokens, t), settings)
 
     def guided():
-        cond, null = jnp.split(predict_log_x0(jnp.tile(tokens, (2, 1)), jnp.tile(t, 2)), 2)
-        return shape_x0(cond, settings, null, scale)
+        answers = predict_log_x0(pairs(tokens, tokens), pairs(t, t))
+        return shape_x0(answers[::2], settings, answers[1::2], scale)
 
     if scale is None:
         return conditional()

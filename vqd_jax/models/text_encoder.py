@@ -104,3 +104,9 @@ class TextEncoder(nnx.Module):
         if self.config.normalize:
             h = h / jnp.linalg.norm(h.astype(jnp.float32), axis=-1, keepdims=True).astype(h.dtype)
         return h
+
+
+def bind(config: TextEncoderConfig, params: Any) -> TextEncoder:
+    """The encoder with the parameters ``params``, a nested dict; usable inside ``jit``."""
+    graphdef = nnx.graphdef(nnx.eval_shape(lambda: TextEncoder(config, rngs=nnx.Rngs(0))))
+    return nnx.merge(graphdef, params)

@@ -61,9 +61,12 @@ class TextToImage(nnx.Module):
             shape = (text.context_length, text.width)
             self.null_text = nnx.Param(jax.random.normal(rngs.params(), shape))
 
-    def text_features(self, text_ids: jax.Array) -> jax.Array:
-        """Features [B, L, text_width] of ids int32 [B, L]; the learned ones of empty captions."""
-        features = self.text_encoder(text_ids)
+    def text_features(self, text_ids: jax.Array, encoded: jax.Array | None = None) -> jax.Array:
+        """Features [B, L, text_width] of ids int32 [B, L]; the learned ones of empty captions.
+
+        ``encoded`` is what the text encoder makes of the ids, where that is at hand.
+        """
+        features = self.text_encoder(text_ids) if encoded is None else encoded
         if self.config.freeze_text_encoder:
             features = jax.lax.stop_gradient(features)
         if not self.config.denoiser.learned_null:
@@ -73,20 +76,29 @@ class TextToImage(nnx.Module):
         null = self.null_text[...].astype(features.dtype)[None]
         return jnp.where(empty[:, None, None], null, features)
 
-    def context(self, condition: jax.Array | None) -> TextContext | jax.Array | None:
+    def context(
+        self, condition: jax.Array | None, encoded: jax.Array | None = None
+    ) -> TextContext | jax.Array | None:
         """All that sampling needs of the condition, computed once.
 
         Args:
           condition: text ids int32 [B, L], labels int32 [B], or None.
+          encoded: see ``text_features``.
         """
         if self.config.text_encoder is not None:
-            condition = self.text_features(condition)
+            condition = self.text_features(condition, encoded)
         return self.denoiser.context(condition)
 
-    def log_x0(self, tokens: jax.Array, time: jax.Array, condition: jax.Array | None) -> jax.Array:
-        """log p0, float32 [B, N, K], normalised; tokens [B, N], time [B]."""
+    def log_x0(
+        self,
+        tokens: jax.Array,
+        time: jax.Array,
+        condition: jax.Array | None,
+        encoded: jax.Array | None = None,
+    ) -> jax.Array:
+        """log p0, float32 [B, N, K], normalised; tokens [B, N], time [B], see ``context``."""
         modulations = self.denoiser.modulations(time)
-        logits = self.denoiser.denoise(tokens, modulations, self.context(condition))
+        logits = self.denoiser.denoise(tokens, modulations, self.context(condition, encoded))
         return jax.nn.log_softmax(logits)
 
 

@@ -1,5 +1,6 @@
 """The cached codes of a run: made in its workdir, or taken from where the config says."""
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,8 +16,9 @@ from vqd_jax import config as config_lib
 from vqd_jax.data import builders, codes, encode, pipeline
 from vqd_jax.data.text import ClipTokenizer
 from vqd_jax.interop import folder
-from vqd_jax.models import autoencoder
+from vqd_jax.models import autoencoder, text_encoder
 from vqd_jax.models.autoencoder import AutoencoderConfig
+from vqd_jax.training import pretrained
 
 TRAIN = "train"
 # Images on each device in one call of the autoencoder.
@@ -90,10 +92,23 @@ def num_crops(config: ConfigDict, split: str) -> int:
 def content(config: ConfigDict) -> encode.Content:
     """What the denoiser's condition needs beside the codes."""
     if config.denoiser.condition == "text":
-        return encode.Content(tokenizer=ClipTokenizer(config.text_encoder.context_length))
+        tokenizer = ClipTokenizer(config.text_encoder.context_length)
+        return encode.Content(tokenizer=tokenizer, text_features=_text_features(config))
     if config.denoiser.condition == "class":
         return encode.Content(num_classes=config.denoiser.num_classes)
     return encode.Content()
+
+
+def _text_features(config: ConfigDict) -> encode.TextFeatures | None:
+    """Features by the pretrained text encoder, if they are to be cached."""
+    if not config.data.cache_text_features:
+        return None
+    sizes = dataclasses.replace(config_lib.model_config(config).text_encoder, dtype="float32")
+    params = pretrained.load_text_encoder(config)
+    compute = jax.jit(lambda params, ids: text_encoder.bind(sizes, params)(ids))
+    return encode.TextFeatures(
+        functools.partial(compute, params), sizes.width, _fingerprint(params)
+    )
 
 
 def directory(config: ConfigDict, workdir: str) -> str:
@@ -166,6 +181,7 @@ def open_split(config: ConfigDict, where: str, split: str, params: Any) -> codes
         "image_size": config.data.image_size,
         "num_classes": made_with.num_classes,
         "context_length": made_with.tokenizer.context_length if made_with.tokenizer else 0,
+        "text_encoder": made_with.text_features and made_with.text_features.fingerprint,
     }
     return codes.open_split(str(Path(where) / split), wanted)
 

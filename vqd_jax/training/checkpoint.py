@@ -9,9 +9,15 @@ import jax
 import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
+from ml_collections import ConfigDict
 
 from vqd_jax.errors import UserError
 from vqd_jax.training import distributed
+
+
+def folder(config: ConfigDict, workdir: str) -> epath.Path:
+    """Where the checkpoints of the denoiser's training are; it may be in a bucket."""
+    return _absolute(config.training.checkpoints or os.path.join(workdir, "checkpoints"))
 
 
 class Checkpoints:
@@ -126,22 +132,26 @@ class Checkpoints:
             self._manager.close()
 
 
-def load(directory: str, abstract_state: Any) -> tuple[int, Any]:
+def load(directory: str | epath.Path, abstract_state: Any) -> tuple[int, Any]:
     """Reads the newest readable state for use, not for going on: (step, state).
 
     Args:
       directory: where ``Checkpoints`` wrote.
-      abstract_state: pytree of ``jax.ShapeDtypeStruct``.
+      abstract_state: pytree of ``jax.ShapeDtypeStruct``; a dict of some fields reads these alone.
 
     Raises:
       UserError: there is no checkpoint, or none can be read.
     """
-    path = _absolute(directory)
+    path = _absolute(str(directory))
     failures = []
-    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
         for step in _steps(path):
             try:
-                args = ocp.args.StandardRestore(abstract_state)
+                args = ocp.args.PyTreeRestore(
+                    abstract_state,
+                    restore_args=ocp.checkpoint_utils.construct_restore_args(abstract_state),
+                    partial_restore=True,
+                )
                 return step, reader.restore(path / str(step) / "state", args=args)
             except Exception as error:  # Orbax and TensorStore raise many kinds.
                 failures.append((step, error))

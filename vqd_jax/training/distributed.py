@@ -55,13 +55,15 @@ def session(distributed: bool) -> Iterator[None]:
     try:
         yield
     except SystemExit:
+        # An end that all processes agreed on.
         raise
     except BaseException as error:
         # The watch goes on meanwhile: it knows better where the failure began.
         _fail_together(error)
-        watch.stop()
         raise
-    watch.stop()
+    finally:
+        # A thread that is inside the runtime's client as Python ends would abort the process.
+        watch.stop()
 
 
 def _keep_compiled_programs() -> None:

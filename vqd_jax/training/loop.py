@@ -67,6 +67,7 @@ def fit(
     *,
     directory: str,
     prefix: str,
+    checkpoints: str | None = None,
     config: ConfigDict,
     mesh: Mesh,
     placed: Any,
@@ -81,7 +82,7 @@ def fit(
     eval_every: int | None = None,
     evaluate: Callable[[int, Any, MetricWriter], None] | None = None,
 ) -> Any:
-    """Trains from the newest checkpoint in ``directory/checkpoints``, or from the start.
+    """Trains from the newest checkpoint, or from the start.
 
     Args:
       name: what the progress bar calls it.
@@ -91,8 +92,9 @@ def fit(
         metrics are of S steps.
       dataset: batches of NumPy arrays, this process's rows of them; its iterator's position is
         saved beside the state.
-      directory: where checkpoints, metrics.jsonl and event files go.
+      directory: where metrics.jsonl and event files go.
       prefix: of metric names, such as 'train'.
+      checkpoints: where they are, maybe in a bucket; None is ``directory/checkpoints``.
       config: saved in every checkpoint.
       mesh: the devices of all processes; the rows of batches are spread over it.
       placed: shardings of the state, or one of all of it. A checkpoint may come from another mesh.
@@ -113,18 +115,18 @@ def fit(
       Terminated: after SIGTERM, once the state is saved.
     """
     with contextlib.ExitStack() as stack:
-        checkpoints = Checkpoints(f"{directory}/checkpoints", keep_checkpoints)
+        saved = Checkpoints(checkpoints or f"{directory}/checkpoints", keep_checkpoints)
         # Whatever ends the run, a write that has begun is completed.
-        stack.callback(checkpoints.close)
+        stack.callback(saved.close)
         fetch = functools.partial(_next_batches, mesh=mesh, count=steps_per_call)
         iterator = iter(stream.Ahead(dataset, fetch))
-        if checkpoints.latest_step is None:
+        if saved.latest_step is None:
             # Made where it lives: no device and no host ever holds the whole of it.
             state = jax.jit(create_state, out_shardings=placed)()
             state = prepare(state) if prepare else state
         else:
             abstract = sharding.with_shardings(jax.eval_shape(create_state), placed)
-            state = checkpoints.restore(abstract, iterator)
+            state = saved.restore(abstract, iterator)
         step = int(jax.device_get(state.step))
         if step >= num_steps:
             logging.info(
@@ -154,10 +156,10 @@ def fit(
             profiler.after_call(metrics)
             due = functools.partial(_due, before, step, num_steps)
             # The step before is finished by now, so that reading it does not hold this one up.
-            _require_finite(last, checkpoints)
+            _require_finite(last, saved)
             last = step, metrics
             if due(log_every) or due(save_every) or due(eval_every):
-                _require_finite(last, checkpoints)
+                _require_finite(last, saved)
             speed.count(steps_per_call)
             if due(log_every):
                 values = {k: float(np.ravel(v)[-1]) for k, v in jax.device_get(metrics).items()}
@@ -171,10 +173,10 @@ def fit(
                 if evaluate and due(eval_every) and not sigterm.raised:
                     evaluate(step, state, writer)
                 if due(save_every):
-                    checkpoints.save(step, state, iterator, config.to_dict())
+                    saved.save(step, state, iterator, config.to_dict())
         if sigterm.raised:
-            _require_finite(last, checkpoints)
-            checkpoints.save(step, state, iterator, config.to_dict())
+            _require_finite(last, saved)
+            saved.save(step, state, iterator, config.to_dict())
             raise Terminated(f"stopped by SIGTERM at step {step}; the same command goes on")
         return state
 

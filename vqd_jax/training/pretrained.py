@@ -33,7 +33,7 @@ def adopt(config: ConfigDict, state: TrainState) -> TrainState:
     if config.training.init_from:
         found |= _model(config.training.init_from, abstract)
     if config.text_encoder.path and "text_encoder" in abstract:
-        found["text_encoder"] = _text_encoder(config.text_encoder.path, abstract["text_encoder"])
+        found["text_encoder"] = load_text_encoder(config)
     if not found:
         return state
 
@@ -58,7 +58,15 @@ def _model(directory: str, abstract: Any) -> Any:
     return parts
 
 
-def _text_encoder(directory: str, shapes: Any) -> Any:
+def load_text_encoder(config: ConfigDict) -> Any:
+    """Parameters of the text encoder in ``config.text_encoder.path``.
+
+    Raises:
+      UserError: it cannot be read, or has other sizes than the config says.
+    """
+    directory, sizes = config.text_encoder.path, config_lib.model_config(config)
+    key = jax.random.key(0)
+    shapes = jax.eval_shape(lambda: text_to_image.init_params(sizes, key))["text_encoder"]
     kind = folder.load_config(directory).get("kind")
     parts = {"clip": "text", config_lib.MODEL_KIND: "text_encoder"}
     if kind not in parts:

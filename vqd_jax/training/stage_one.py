@@ -22,7 +22,7 @@ from vqd_jax.errors import UserError
 from vqd_jax.interop import folder
 from vqd_jax.models import autoencoder
 from vqd_jax.training import autoencoder as training
-from vqd_jax.training import distributed, loop, sharding
+from vqd_jax.training import cache, distributed, loop, sharding
 
 
 def model_folder(workdir: str) -> str:
@@ -94,12 +94,14 @@ def _train(config: ConfigDict, directory: str, builder) -> Any:
     mesh = sharding.make_mesh(config)
     sharding.require_divisible("autoencoder.batch_size", batch_size, mesh)
     dataset = pipeline.image_dataset(
-        pipeline.records(builder, "train", decode=False),
+        pipeline.records(builder, cache.TRAIN, decode=False),
         sizes.image_size,
         batch_size // jax.process_count(),
         config.seed,
         train=True,
         max_bad_share=config.data.max_bad_share,
+        crop=cache.crop(config, cache.TRAIN),
+        bad_log=f"{directory}/bad_records.jsonl",
     )
     whole = sharding.replicated(mesh)
     step = jax.jit(

@@ -20,7 +20,15 @@ from vqd_jax.errors import UserError
 from vqd_jax.evaluation.likelihood import caption_likelihood
 from vqd_jax.models import text_to_image
 from vqd_jax.pipeline import VQDiffusion
-from vqd_jax.training import cache, distributed, loop, pretrained, sharding, stage_one
+from vqd_jax.training import (
+    cache,
+    checkpoint,
+    distributed,
+    loop,
+    pretrained,
+    sharding,
+    stage_one,
+)
 from vqd_jax.training import state as state_lib
 
 LIKELIHOOD_BATCH = 64
@@ -55,7 +63,7 @@ def _claimed(config: ConfigDict, workdir: str) -> Iterator[None]:
         stored = path / "config.json"
         if stored.exists():
             changed = config_lib.differences(
-                config_lib.load(str(stored)), config, _sections_in_use(path)
+                config_lib.load(str(stored)), config, _sections_in_use(config, path)
             )
             if changed:
                 raise UserError(
@@ -68,9 +76,9 @@ def _claimed(config: ConfigDict, workdir: str) -> Iterator[None]:
         yield
 
 
-def _sections_in_use(workdir: Path) -> tuple[str, ...]:
+def _sections_in_use(config: ConfigDict, workdir: Path) -> tuple[str, ...]:
     """Beginnings of the config keys on which something in the workdir depends already."""
-    if (workdir / "checkpoints").exists():
+    if checkpoint.folder(config, str(workdir)).exists():
         return ("",)
     if (workdir / "autoencoder").exists():
         return ("seed", "data.", "autoencoder.")
@@ -93,16 +101,25 @@ def train(config: ConfigDict, workdir: str) -> None:
             name: cache.open_or_make(config, workdir, builder, split, autoencoder_params)
             for name, split in names.items()
         }
-        _train(config, workdir, splits, autoencoder_params)
+        mixed = [
+            cache.open_split(config, where, cache.TRAIN, autoencoder_params)
+            for where in config.data.more_codes
+        ]
+        _train(config, workdir, splits, mixed, autoencoder_params)
 
 
-def _train(config, workdir, splits, autoencoder_params) -> None:
+def _train(config, workdir, splits, mixed, autoencoder_params) -> None:
     c = config.training
     mesh = sharding.make_mesh(config)
     sharding.require_divisible("training.batch_size", c.batch_size, mesh, c.gradient_accumulation)
     rows = c.batch_size // jax.process_count()
     dataset = pipeline.code_dataset(
-        splits["train"], rows, config.seed, c.null_text_rate, train=True
+        [splits["train"], *mixed],
+        rows,
+        config.seed,
+        c.null_text_rate,
+        train=True,
+        weights=tuple(config.data.weights) or None,
     )
     evaluation = Evaluation(config, workdir, splits, autoencoder_params, mesh)
 
@@ -119,6 +136,7 @@ def _train(config, workdir, splits, autoencoder_params) -> None:
         dataset,
         directory=workdir,
         prefix="train",
+        checkpoints=str(checkpoint.folder(config, workdir)),
         config=config,
         mesh=mesh,
         placed=state_lib.state_shardings(config, mesh),

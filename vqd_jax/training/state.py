@@ -95,9 +95,13 @@ def abstract_batch(config: ConfigDict, mesh: Mesh) -> dict[str, jax.ShapeDtypeSt
         "label": (size,),
     }
     wanted = "codes", CONDITION_KEYS[config.denoiser.condition]
-    return {
+    batch = {
         key: jax.ShapeDtypeStruct(shapes[key], jnp.int32, sharding=placed) for key in wanted if key
     }
+    if config.data.cache_text_features:
+        shape = (*shapes["text_ids"], config.text_encoder.width)
+        batch["text_features"] = jax.ShapeDtypeStruct(shape, jnp.float16, sharding=placed)
+    return batch
 
 
 def train_step(
@@ -108,7 +112,8 @@ def train_step(
     Args:
       state: the state; its time statistics decide which times are drawn.
       batch: ``codes`` int32 [B, N] and, by condition, ``text_ids`` int32 [B, L] or ``label``
-        int32 [B].
+        int32 [B]; maybe ``text_features`` [B, L, text width], what the text encoder makes of the
+        ids.
       config: the resolved config.
 
     Returns:
@@ -153,7 +158,9 @@ def _gradients(params, statistics, key, batch, config):
         model = text_to_image.bind(model_config, params)
         return objective.variational_bound(
             key,
-            lambda tokens, time: placement.rows(model.log_x0(tokens, time, condition)),
+            lambda tokens, time: placement.rows(
+                model.log_x0(tokens, time, condition, batch.get("text_features"))
+            ),
             batch["codes"],
             config_lib.noise_schedule(config),
             statistics,

@@ -1,0 +1,153 @@
+"""Stage two on tiny files in their publishers' layouts: mixed sets, cached features, buckets."""
+
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from configs import tiny
+from vqd_jax import config as config_lib
+from vqd_jax import data_tasks
+from vqd_jax.data import codes
+from vqd_jax.errors import UserError
+from vqd_jax.interop import folder
+from vqd_jax.models import text_to_image
+from vqd_jax.pipeline import VQDiffusion
+from vqd_jax.training import stage_two, state
+
+LAYOUTS = Path(__file__).parents[1] / "data" / "layouts"
+END = 49407
+
+
+def text_params(config, seed=5):
+    sizes = config_lib.model_config(config)
+    init = jax.jit(lambda: text_to_image.init_params(sizes, jax.random.key(seed)))
+    return jax.tree.map(np.asarray, init()["text_encoder"])
+
+
+@pytest.fixture
+def make_config(tmp_path):
+    """make_config(data set, its layout) -> a config with a pretrained text encoder."""
+    clip = tmp_path / "clip"
+    folder.save(clip, {"kind": "clip"}, {"text": text_params(tiny.get_config())})
+
+    def make(name, layout):
+        files = tmp_path / layout
+        if not files.exists():
+            shutil.copytree(LAYOUTS / layout, files)
+        config = tiny.get_config()
+        config.data.name = name
+        config.data.dir = str(files)
+        config.data.max_bad_share = 0.5
+        config.autoencoder.num_steps = 2
+        config.autoencoder.warmup_steps = 1
+        config.autoencoder.batch_size = 2
+        config.text_encoder.path = str(clip)
+        config.training.num_steps = 4
+        config.training.batch_size = 2
+        config.training.log_every = config.training.save_every = 1
+        config.training.eval_every = 4
+        config.evaluation.num_images = 2
+        return config
+
+    return make
+
+
+def losses(workdir):
+    rows = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    return {row["step"]: row["train/loss"] for row in rows if "train/loss" in row}
+
+
+def test_cached_features_train_like_computed_ones(make_config, tmp_path):
+    config = make_config("coco_text", "coco")
+    stage_two.train(config, str(tmp_path / "computed"))
+    config.autoencoder.path = str(tmp_path / "computed")
+    config.data.cache_text_features = True
+    stage_two.train(config, str(tmp_path / "cached"))
+    # They are kept as float16.
+    computed = losses(tmp_path / "computed")
+    assert list(computed) == [1, 2, 3, 4]
+    assert losses(tmp_path / "cached") == pytest.approx(computed, rel=1e-4)
+    cache = codes.open_split(str(tmp_path / "cached" / "codes" / "train"))
+    assert cache.feature_width == config.text_encoder.width
+    # Another text encoder would not have made them.
+    folder.save(
+        tmp_path / "other", {"kind": "clip"}, {"text": text_params(tiny.get_config(), seed=6)}
+    )
+    config.text_encoder.path = str(tmp_path / "other")
+    config.data.codes = str(tmp_path / "cached" / "codes")
+    with pytest.raises(UserError, match="text_encoder is"):
+        stage_two.train(config, str(tmp_path / "refused"))
+
+
+def test_a_learned_null_stands_in_for_cached_features_of_no_text(make_config):
+    config = make_config("coco_text", "coco")
+    config.denoiser.learned_null = True
+    sizes = config_lib.model_config(config)
+    params = jax.jit(lambda: text_to_image.init_params(sizes, jax.random.key(1)))()
+    model = text_to_image.bind(sizes, params)
+    ids = np.array([[END - 1, END] + [0] * 14, [END - 1, 320, END] + [0] * 13], np.int32)
+    encoded = model.text_encoder(ids)
+    features = model.text_features(ids, encoded)
+    np.testing.assert_array_equal(features, model.text_features(ids))
+    np.testing.assert_array_equal(features[0], params["null_text"])
+    np.testing.assert_array_equal(features[1], encoded[1])
+
+
+def test_features_that_are_trained_are_not_cached(make_config):
+    config = make_config("coco_text", "coco")
+    config.data.cache_text_features = True
+    config.text_encoder.path = ""
+    with pytest.raises(UserError, match="config.text_encoder.path"):
+        config_lib.validate(config)
+    abstract = state.abstract_batch(
+        make_config("coco_text", "coco"), jax.make_mesh((1, 1, 1), ("data", "fsdp", "tensor"))
+    )
+    assert sorted(abstract) == ["codes", "text_ids"]
+
+
+def test_further_codes_are_mixed_in_by_weight(make_config, tmp_path, monkeypatch):
+    first = make_config("image_text_folder", "jsonl")
+    data_tasks.encode(first, str(tmp_path / "first"))
+    config = make_config("coco_text", "coco")
+    config.autoencoder.path = str(tmp_path / "first")
+    config.data.more_codes = (str(tmp_path / "first" / "codes"),)
+    config.data.weights = (1.0,)
+    with pytest.raises(UserError, match="config.data.weights"):
+        config_lib.validate(config)
+    config.data.weights = (1.0, 3.0)
+    config_lib.validate(config)
+    taken = []
+    make = stage_two.pipeline.code_dataset
+
+    def spied(sources, *args, **options):
+        taken.append(([source.folder for source in sources], options["weights"]))
+        return make(sources, *args, **options)
+
+    monkeypatch.setattr(stage_two.pipeline, "code_dataset", spied)
+    stage_two.train(config, str(tmp_path / "run"))
+    folders = [tmp_path / "run" / "codes" / "train", tmp_path / "first" / "codes" / "train"]
+    assert taken == [(folders, (1.0, 3.0))]
+    assert len(losses(tmp_path / "run")) == 4
+
+
+def test_checkpoints_live_where_the_config_says(make_config, tmp_path):
+    config = make_config("coco_text", "coco")
+    config.training.checkpoints = str(tmp_path / "elsewhere")
+    config.training.num_steps = 2
+    stage_two.train(config, str(tmp_path / "run"))
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert sorted(p.name for p in (tmp_path / "elsewhere").iterdir()) == ["1", "2"]
+    model = VQDiffusion.from_workdir(str(tmp_path / "run"))
+    assert model.generate(["a dog"]).pixels.shape == (1, 1, 16, 16, 3)
+    # The run belongs to its config as if they were in the workdir.
+    config.denoiser.width = 64
+    with pytest.raises(UserError, match="denoiser.width: 32 -> 64"):
+        stage_two.train(config, str(tmp_path / "run"))
+    config.denoiser.width = 32
+    config.training.num_steps = 4
+    stage_two.train(config, str(tmp_path / "run"))
+    assert list(losses(tmp_path / "run")) == [1, 2, 3, 4]
