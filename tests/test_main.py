@@ -89,6 +89,7 @@ def test_a_long_prompt_is_cut_with_a_warning(run, tiny_run, tmp_path):
         ([TINY], "--workdir is missing"),
         (["--workdir=W"], "--config is missing"),
         ([TINY, "--workdir=W", "--mode=fly"], "fly"),
+        ([TINY, "--workdir=gs://bucket/run"], "--config.training.checkpoints"),
         ([TINY, "--workdir=W", "extra"], "unexpected argument 'extra'"),
         ([TINY, "--workdir=W", "--config.data.name=mnist"], "config.data.name='mnist'"),
         ([TINY, "--workdir=W", "--config.data.image_size=18"], "must be a multiple of 4"),

@@ -93,6 +93,11 @@ def _use_model(model_dir: str | None) -> None:
 
 def _use_config(mode: str) -> None:
     workdir = None if mode in ("prepare", "plan") else _require(_WORKDIR)
+    if workdir and "://" in workdir:
+        raise UserError(
+            f"--workdir={workdir}: must be a folder of a file system; checkpoints alone may go to "
+            "a bucket, with --config.training.checkpoints"
+        )
     config = _CONFIG.value
     if config is None:
         raise UserError("--config is missing: a file such as configs/emoji.py")

@@ -179,8 +179,6 @@ def test_an_error_in_one_process_ends_the_others_and_is_told(launch, tmp_path):
     assert [process.returncode for process in processes] == [1, 1]
 
 
-# Seen to fail once in three runs: a process that leaves may take the exit status of the other.
-@pytest.mark.slow
 def test_sigterm_to_one_process_saves_and_ends_all(launch, run, one, tmp_path):
     options = {"config": {"training.save_every": 1000}}
     processes = launch(2, 1, tmp_path, signal_at=8, **options)

@@ -7,9 +7,11 @@ OPTIONS is JSON: ``config`` (flattened fields), ``kill_at``, ``fail_at`` or ``si
 
 import functools
 import json
+import math
 import os
 import signal
 import sys
+import time
 
 import jax
 import numpy as np
@@ -46,6 +48,9 @@ class Stream:
             raise ValueError("a broken record")
         if jax.process_index() == 1 and self._number == OPTIONS.get("signal_at"):
             os.kill(os.getpid(), signal.SIGTERM)
+        if self._number >= OPTIONS.get("signal_at", math.inf):
+            # The signal is looked for once a second; a run that takes less to its end is not ended.
+            time.sleep(0.5)
         size = config.training.batch_size
         codes = rng.integers(0, config.autoencoder.num_codes, (size, 16), np.int32)
         ids = rng.integers(0, 49408, (size, config.text_encoder.context_length), np.int32)
