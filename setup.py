@@ -36,6 +36,7 @@ setup(
         "protobuf>=5.28",
         "safetensors>=0.6",
         "scipy>=1.13",
+        "simplejpeg>=1.8",
         "tensorboardX>=2.6.4",
         "tensorflow-datasets>=4.9.9",
         "tokenizers>=0.21,<1",

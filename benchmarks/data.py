@@ -129,14 +129,14 @@ def pixels(folder: Path) -> None:
             path.write_bytes(photo(rng, side))
         crop = pipeline.Crop(SIZE, random=True)
         ours = pipeline.image_dataset(
-            Files(paths), SIZE, BATCH, 0, True, crop=crop, num_threads=2 * WORKERS
+            Files(paths), SIZE, BATCH, 0, True, crop=crop, num_threads=WORKERS
         )
         theirs = torch.utils.data.DataLoader(
             TorchFiles(paths * 100), BATCH, shuffle=True, num_workers=WORKERS, drop_last=True
         )
         ratios = []
         for _ in range(ROUNDS):
-            mine, other = rate(ours, 4, 24), rate(theirs, 4, 24)
+            mine, other = rate(ours, 8, 60), rate(theirs, 8, 60)
             ratios.append(mine / other)
             print(
                 f"  {side} pixels: ours {mine:6.0f}, PyTorch {other:6.0f} records/s: "

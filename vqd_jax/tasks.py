@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
+from PIL import Image
 
 from vqd_jax import bulk, pictures
 from vqd_jax import config as config_lib
@@ -145,9 +146,9 @@ def sample_file(
     )
 
 
-def _open(path: str) -> pictures.Image.Image:
+def _open(path: str) -> Image.Image:
     try:
-        return images.decode_pil(Path(path).read_bytes())
+        return Image.fromarray(images.decode(Path(path).read_bytes()))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read as a picture: {error}") from error
 

@@ -98,7 +98,7 @@ def check(result: Record | Bad, needs_captions: bool) -> Record | Bad:
         return Bad(result.file, "no caption")
     try:
         # The smallest scale still reads the whole file, and so finds what is cut off.
-        images.decode_pil(result.image, min_side=1)
+        images.decode(result.image, min_side=1)
     except ValueError as error:
         return Bad(result.file, str(error))
     return result
