@@ -351,7 +351,8 @@ def code_dataset(
     def make(local):
         # Batches of elements, then one gather a batch: a read of many records is a fast one.
         batches = local.batch(batch_size, drop_remainder=True, batch_fn=np.array).map(gather)
-        return batches.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=8))
+        # It is Python's work, of which two threads would do less than one.
+        return batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=8))
 
     return stream.Batches(places, make, count, batch_size, process_index, process_count)
 
@@ -425,23 +426,16 @@ def _gather(sources: list[CodesSource], choice: Choice, with_ids: bool) -> dict[
         batch["text_features"] = np.empty(shape, np.float16)
     if layout.num_classes:
         batch["label"] = np.empty(size, np.int32)
-    ids = np.empty((4, size), np.int64)
+    if with_ids:
+        batch |= {key: np.empty(size, np.int64) for key in ("id", "crop", "caption")}
+        batch["set"] = choice.sets
     for s, source in enumerate(sources):
         (mine,) = np.nonzero(choice.sets == s)
-        for i, record in zip(mine, source.read(choice.rows[mine]), strict=True):
-            crop = int(choice.crop[i] * len(record.codes))
-            caption = int(choice.caption[i] * len(record.text_ids))
-            batch["codes"][i] = record.codes[crop]
-            if layout.context_length:
-                batch["text_ids"][i] = record.text_ids[caption]
-            if layout.feature_width:
-                batch["text_features"][i] = record.text_features[caption]
-            if layout.num_classes:
-                batch["label"][i] = record.label
-            ids[:, i] = record.id, s, crop, caption
+        if len(mine):
+            found = source.take(choice.rows[mine], choice.crop[mine], choice.caption[mine])
+            for key in batch.keys() & found.keys():
+                batch[key][mine] = found[key]
     _empty(batch, choice.null, layout)
-    if with_ids:
-        batch |= zip(("id", "set", "crop", "caption"), ids, strict=True)
     return batch
 
 
