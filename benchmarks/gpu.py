@@ -188,7 +188,7 @@ class Ours:
         """Guided, truncated sampling of a batch; without the network, logits are a constant."""
         batch, size = self.size.sample_batch, self.size
         settings = sampler.Settings(num_steps=num_steps, guidance=GUIDANCE, truncation=TRUNCATION)
-        text = jnp.concatenate([self.text[:batch], jnp.zeros_like(self.text[:batch])])
+        text = sampler.pairs(self.text[:batch], jnp.zeros_like(self.text[:batch]))
         keys = jax.random.split(jax.random.key(4), batch)
         params = self.init_params()
         shape = (2 * batch, size.tokens, size.codes)
