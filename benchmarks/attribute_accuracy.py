@@ -15,8 +15,8 @@ import itertools
 import numpy as np
 from absl import app, flags, logging
 
+from vqd_jax.data import images
 from vqd_jax.data.builders import shapes_text
-from vqd_jax.data.pipeline import resize
 from vqd_jax.errors import UserError
 from vqd_jax.evaluation.attributes import attribute_scores
 from vqd_jax.pipeline import VQDiffusion
@@ -30,11 +30,11 @@ _GUIDANCE = flags.DEFINE_float("guidance_scale", None, "The config's if unset.")
 _DATA_SEED = 0
 
 
-def scores(images, scenes) -> dict[str, tuple[float, float]]:
+def scores(pictures, scenes) -> dict[str, tuple[float, float]]:
     """Mean and standard error of every attribute's share, over pictures uint8 [R, S, S, 3]."""
     rows = [
         attribute_scores(image, [dataclasses.asdict(shape) for shape in scene.objects])
-        for image, scene in zip(images, scenes, strict=True)
+        for image, scene in zip(pictures, scenes, strict=True)
     ]
     table = {name: np.array([row[name] for row in rows]) for row in rows[:1] for name in row}
     return {n: (v.mean(), v.std(ddof=1) / np.sqrt(len(v))) for n, v in table.items()}
@@ -51,7 +51,7 @@ def main(argv):
     scenes = list(itertools.islice(scenes, _NUM_PROMPTS.value))
     prompts = [shapes_text.captions(scene)[0] for scene in scenes]
     size = model.config.data.image_size
-    real = np.stack([resize(shapes_text.render(scene, size), size) for scene in scenes])
+    real = np.stack([images.center_crop(shapes_text.render(scene, size), size) for scene in scenes])
     made = model.generate(prompts, seed=_SEED.value, guidance_scale=_GUIDANCE.value, batch_size=40)
     columns = {
         "generated": scores(made.pixels[:, 0], scenes),
