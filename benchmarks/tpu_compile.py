@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from vqd_jax import config as config_lib
-from vqd_jax import pipeline, plan
+from vqd_jax import plan, programs
 from vqd_jax.diffusion import sampler
 from vqd_jax.models import text_to_image
 from vqd_jax.training import program, sharding
@@ -156,7 +156,7 @@ def lower_sampler(config, mesh, rows: int) -> jax.stages.Lowered:
 
     def sample(params, keys, condition, null, settings):
         with sharding.rows_apart(mesh):
-            return pipeline._sample(
+            return programs.sample(
                 params, keys, condition, null, settings,
                 model_config=model_config, schedule=schedule,
             ).codes  # fmt: skip

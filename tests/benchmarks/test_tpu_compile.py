@@ -3,11 +3,16 @@
 import importlib.util
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
+
+from configs import tiny
+from vqd_jax.training import sharding
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -39,3 +44,11 @@ def test_b_on_sixteen_chips_fits_and_exchanges_parameters_only(tmp_path):
     moved = sum(moved for _, moved in result["exchanged"].values())
     # Parameters are gathered twice, and their gradients once exchanged, in two to four bytes.
     assert 0.8 * gib < moved < 2.5 * gib
+
+
+def test_the_sampler_is_lowered_for_a_mesh():
+    script = runpy.run_path(str(ROOT / "benchmarks" / "tpu_compile.py"))
+    config = tiny.get_config()
+    lowered = script["lower_sampler"](config, sharding.make_mesh(config), 2)
+    (codes,) = jax.tree.leaves(lowered.out_info)
+    assert codes.shape == (2, 16)
