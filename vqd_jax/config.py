@@ -203,11 +203,23 @@ def load(path: str) -> ConfigDict:
     Raises:
       UserError: it is not such a file, or holds impossible values; the message names the file.
     """
-    config, source = default_config(), path
     try:
         with open(path, encoding="utf-8") as file:
             stored = json.load(file)
-        stored.pop("kind", None)
+    except ValueError as error:
+        raise UserError(f"{path} is not a config that this program wrote: {error}") from error
+    return from_dict(stored, path)
+
+
+def from_dict(stored: dict, source: str) -> ConfigDict:
+    """The config of ``config.to_dict()``, as JSON keeps it.
+
+    Raises:
+      UserError: it is no such thing, or holds impossible values; the message names ``source``.
+    """
+    config = default_config()
+    try:
+        stored = {key: value for key, value in stored.items() if key != "kind"}
         for key, value in _flatten_dict(stored).items():
             known = flatten(config)
             if key not in known:
@@ -413,6 +425,8 @@ def validate(config: ConfigDict) -> None:
             f"config.data.weights={config.data.weights}: one share for the set of the config and "
             f"one for each of config.data.more_codes={config.data.more_codes}"
         )
+    if not all(0 < weight < math.inf for weight in config.data.weights):
+        raise UserError(f"config.data.weights={config.data.weights}: must be positive")
     if config.data.cache_text_features and not (
         config.text_encoder.path and config.denoiser.condition == "text"
     ):

@@ -24,6 +24,7 @@ def encode(config: ConfigDict, workdir: str) -> None:
     The autoencoder is that of the workdir, or ``config.autoencoder.path``, or is trained. Every
     process takes its share of the shards; an interrupted encoding goes on where it was.
     """
+    stage_one.check(config, workdir)
     with stage_two.claim_workdir(config, workdir):
         builder = cache.data_set(config)
         params = stage_one.prepare(config, workdir, builder)

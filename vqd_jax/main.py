@@ -92,15 +92,15 @@ def _use_model(model_dir: str | None) -> None:
 
 
 def _use_config(mode: str) -> None:
+    config = _CONFIG.value
+    if config is None:
+        raise UserError("--config is missing: a file such as configs/emoji.py")
     workdir = None if mode in ("prepare", "plan") else _require(_WORKDIR)
     if workdir and "://" in workdir:
         raise UserError(
             f"--workdir={workdir}: must be a folder of a file system; checkpoints alone may go to "
             "a bucket, with --config.training.checkpoints"
         )
-    config = _CONFIG.value
-    if config is None:
-        raise UserError("--config is missing: a file such as configs/emoji.py")
     if _PROMPT.value:
         raise UserError("--prompt belongs to --mode=sample; --config.sampling.prompts to training")
     from vqd_jax import config as config_lib
@@ -138,6 +138,8 @@ def _parse(argv: list[str]) -> list[str]:
     except (flags.Error, OSError, KeyError, AttributeError, TypeError, ValueError) as error:
         # ml_collections reports unknown and mistyped fields as all of these.
         text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+        if isinstance(error, KeyError | AttributeError):
+            text = f"the config has no such field: {text}"
         console.fail(f"{text} (see --help, and vqd_jax/config.py for the fields)")
 
 

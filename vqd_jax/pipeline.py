@@ -214,9 +214,9 @@ class VQDiffusion:
         """Pictures of every prompt; image j of prompt i depends on (seed, i, j) and the prompt.
 
         Args:
-          prompts: P texts, an empty one is unconditional and too long ones are cut with a warning;
-            or P class labels of a class-conditional model, as numbers or texts, where an empty text
-            is no class; or None for an unconditional model.
+          prompts: P texts (or one), an empty one is unconditional and too long ones are cut with a
+            warning; or P class labels of a class-conditional model, as numbers or texts, where an
+            empty text is no class; or None for an unconditional model.
           num_images: J.
           seed: 0..2**32-1.
           num_steps: network calls, 1..T, or 0 for T; None takes the config's.
@@ -362,6 +362,8 @@ class VQDiffusion:
         _require(num_images >= 1, f"num_images={num_images}: must be at least 1")
         if prompts is None and self._kind == "none":
             prompts = [""]
+        if isinstance(prompts, str | int | np.integer):
+            prompts = [prompts]
         _require(prompts is not None and len(prompts) > 0, "generate needs at least one prompt")
         pairs = [(i, j) for i in range(len(prompts)) for j in range(num_images)]
         codes, trajectory = self._draw([prompts[i] for i, _ in pairs], pairs, start, **options)

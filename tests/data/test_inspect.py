@@ -109,7 +109,7 @@ def test_the_page_counts_what_is_there(source):
     for line in (
         "# plain/1.0.0",
         "- records: 16 (all read)",
-        "- bad records: 2 (12.50%)",
+        "- bad records in the prepared set: 2 (12.50%)",
         "  - record 12: UnidentifiedImageError",
         "  - record 15: ValueError: empty caption",
         "- width: 8 to 30, median 19 pixels",

@@ -254,7 +254,7 @@ def test_parts_that_do_not_fit_are_named(tmp_path):
 
 def test_a_target_that_is_no_model_folder_is_left_alone(tmp_path):
     (tmp_path / "thesis.txt").write_text("irreplaceable")
-    with pytest.raises(UserError, match="exists and is no model folder"):
+    with pytest.raises(UserError, match="other things than a model"):
         convert.convert(source_of("uncond_model"), str(tmp_path), **OPTIONS["uncond_model"])
     assert (tmp_path / "thesis.txt").read_text() == "irreplaceable"
 

@@ -95,3 +95,20 @@ def test_bfloat16_halves_the_file_and_integers_stay(tmp_path):
     assert back["w"].dtype == np.float32
     np.testing.assert_allclose(back["w"], params["w"], rtol=2**-8)
     np.testing.assert_array_equal(back["map"], params["map"])
+
+
+def test_what_is_no_model_is_not_replaced(tmp_path):
+    target = tmp_path / "run"
+    folder.save(target, {"kind": "x"}, {"a": np.zeros(2, np.float32)})
+    folder.save(target, {"kind": "y"}, {"a": np.ones(2, np.float32)})
+    assert folder.load_config(target)["kind"] == "y"
+    (target / "checkpoints").mkdir()
+    thesis = tmp_path / "mine"
+    thesis.mkdir()
+    (thesis / "thesis.txt").write_text("years")
+    for other, name in ((target, "checkpoints"), (thesis, "thesis.txt")):
+        with pytest.raises(UserError, match=f"other things than a model .{name}"):
+            folder.save(other, {}, {"a": np.zeros(2, np.float32)})
+        assert (other / name).exists()
+    with pytest.raises(UserError, match="is a file"):
+        folder.save(thesis / "thesis.txt", {}, {})

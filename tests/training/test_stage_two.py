@@ -28,14 +28,19 @@ def text_params(config, seed=5):
     return jax.tree.map(np.asarray, init()["text_encoder"])
 
 
-@pytest.fixture
-def make_config(tmp_path):
+@pytest.fixture(scope="module")
+def folder_of_all(tmp_path_factory):
+    return tmp_path_factory.mktemp("stage_two")
+
+
+@pytest.fixture(scope="module")
+def make_config(folder_of_all):
     """make_config(data set, its layout) -> a config with a pretrained text encoder."""
-    clip = tmp_path / "clip"
+    clip = folder_of_all / "clip"
     folder.save(clip, {"kind": "clip"}, {"text": text_params(tiny.get_config())})
 
     def make(name, layout):
-        files = tmp_path / layout
+        files = folder_of_all / layout
         if not files.exists():
             shutil.copytree(LAYOUTS / layout, files)
         config = tiny.get_config()
@@ -56,19 +61,27 @@ def make_config(tmp_path):
     return make
 
 
+@pytest.fixture(scope="module")
+def coco(make_config, folder_of_all):
+    """The workdir of a run, whose checkpoints are elsewhere, and its config."""
+    config = make_config("coco_text", "coco")
+    config.training.checkpoints = str(folder_of_all / "elsewhere")
+    stage_two.train(config, str(folder_of_all / "coco"))
+    return folder_of_all / "coco", config
+
+
 def losses(workdir):
     rows = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
     return {row["step"]: row["train/loss"] for row in rows if "train/loss" in row}
 
 
-def test_cached_features_train_like_computed_ones(make_config, tmp_path):
+def test_cached_features_train_like_computed_ones(coco, make_config, tmp_path):
     config = make_config("coco_text", "coco")
-    stage_two.train(config, str(tmp_path / "computed"))
-    config.autoencoder.path = str(tmp_path / "computed")
+    config.autoencoder.path = str(coco[0])
     config.data.cache_text_features = True
     stage_two.train(config, str(tmp_path / "cached"))
     # They are kept as float16.
-    computed = losses(tmp_path / "computed")
+    computed = losses(coco[0])
     assert list(computed) == [1, 2, 3, 4]
     assert losses(tmp_path / "cached") == pytest.approx(computed, rel=1e-4)
     cache = codes.open_split(str(tmp_path / "cached" / "codes" / "train"))
@@ -109,11 +122,12 @@ def test_features_that_are_trained_are_not_cached(make_config):
     assert sorted(abstract) == ["codes", "text_ids"]
 
 
-def test_further_codes_are_mixed_in_by_weight(make_config, tmp_path, monkeypatch):
+def test_further_codes_are_mixed_in_by_weight(coco, make_config, tmp_path, monkeypatch):
     first = make_config("image_text_folder", "jsonl")
+    first.autoencoder.path = str(coco[0])
     data_tasks.encode(first, str(tmp_path / "first"))
     config = make_config("coco_text", "coco")
-    config.autoencoder.path = str(tmp_path / "first")
+    config.autoencoder.path = str(coco[0])
     config.data.more_codes = (str(tmp_path / "first" / "codes"),)
     config.data.weights = (1.0,)
     with pytest.raises(UserError, match="config.data.weights"):
@@ -134,20 +148,34 @@ def test_further_codes_are_mixed_in_by_weight(make_config, tmp_path, monkeypatch
     assert len(losses(tmp_path / "run")) == 4
 
 
-def test_checkpoints_live_where_the_config_says(make_config, tmp_path):
+def test_mistakes_are_told_before_anything_is_made(make_config, tmp_path):
     config = make_config("coco_text", "coco")
-    config.training.checkpoints = str(tmp_path / "elsewhere")
-    config.training.num_steps = 2
-    stage_two.train(config, str(tmp_path / "run"))
-    assert not (tmp_path / "run" / "checkpoints").exists()
-    assert sorted(p.name for p in (tmp_path / "elsewhere").iterdir()) == ["1", "2"]
-    model = VQDiffusion.from_workdir(str(tmp_path / "run"))
-    assert model.generate(["a dog"]).pixels.shape == (1, 1, 16, 16, 3)
-    # The run belongs to its config as if they were in the workdir.
+    for field, value, told in (
+        ("data.more_codes", (str(tmp_path / "none"),), "has no cached codes"),
+        ("training.checkpoints", config.text_encoder.path + "/config.json", "cannot be written"),
+        ("autoencoder.codebook_size", 64, "of converted autoencoders"),
+        ("autoencoder.path", str(tmp_path / "none"), "none"),
+    ):
+        wrong = config.copy_and_resolve_references()
+        wrong.update_from_flattened_dict({field: value})
+        with pytest.raises(UserError, match=told):
+            stage_two.train(wrong, str(tmp_path / "run"))
+        assert not (tmp_path / "run" / "autoencoder").exists()
+        assert not (tmp_path / "run" / "config.json").exists()
+    config.data.weights = (-1.0,)
+    with pytest.raises(UserError, match="config.data.weights"):
+        config_lib.validate(config)
+
+
+def test_checkpoints_live_where_the_config_says(coco, folder_of_all, tmp_path):
+    workdir, config = coco
+    assert not (workdir / "checkpoints").exists()
+    assert sorted(p.name for p in (folder_of_all / "elsewhere").iterdir()) == ["3", "4"]
+    model = VQDiffusion.from_workdir(str(workdir))
+    assert model.generate("a dog").pixels.shape == (1, 1, 16, 16, 3)
+    # They belong to the run as if they were in its workdir.
+    config = config.copy_and_resolve_references()
     config.denoiser.width = 64
-    with pytest.raises(UserError, match="denoiser.width: 32 -> 64"):
-        stage_two.train(config, str(tmp_path / "run"))
-    config.denoiser.width = 32
-    config.training.num_steps = 4
-    stage_two.train(config, str(tmp_path / "run"))
-    assert list(losses(tmp_path / "run")) == [1, 2, 3, 4]
+    for other in (workdir, tmp_path / "another"):
+        with pytest.raises(UserError, match="denoiser.width: 32 -> 64"):
+            stage_two.train(config, str(other))

@@ -283,7 +283,8 @@ def page(title: str, splits: Mapping[str, Statistics], content: Content) -> str:
 def _split_lines(found: Statistics, content: Content) -> Iterator[str]:
     read = "all" if found.inspected == found.num_records else f"{found.inspected:,} spread evenly"
     yield f"- records: {found.num_records:,} ({read} read)"
-    yield f"- bad records: {len(found.bad):,} ({_share(len(found.bad), found.inspected)})"
+    share = _share(len(found.bad), found.inspected)
+    yield f"- bad records in the prepared set: {len(found.bad):,} ({share})"
     for row, reason in list(found.bad.items())[:_EXAMPLES]:
         yield f"  - record {row}: {reason}"
     if not found.widths:

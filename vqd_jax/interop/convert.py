@@ -49,12 +49,13 @@ def convert(
       UserError: the source is of no known kind, incomplete, damaged, or has tensors left over.
       OSError: the target cannot be written.
     """
-    if not Path(target).name or (Path(target).exists() and not _may_replace(Path(target))):
-        raise UserError(f"{target} exists and is no model folder; give another --target")
+    folder.require_replaceable(Path(target))
     table = None if remap is None else read_remap(remap)
     if (Path(source) / "model_index.json").exists():
         parts, tokenizer = diffusers.read(source, image_size=image_size)
         return _write_model(target, parts, tokenizer, dtype)
+    if (Path(source) / "config.json").exists() and "kind" in folder.load_config(source):
+        raise UserError(f"{source} is a model folder of this program; nothing is to be converted")
     if Path(source).is_dir() or source.endswith(".safetensors"):
         return _write_clip(source, target, dtype)
     loaded = torch_file.load(source)
@@ -77,10 +78,6 @@ def convert(
         sizes = dataclasses.asdict(part.config)
         return folder.save(target, {"kind": "autoencoder", **sizes}, part.params, dtype=dtype)
     return _write_clip(source, target, dtype)
-
-
-def _may_replace(target: Path) -> bool:
-    return target.is_dir() and ((target / "config.json").exists() or not any(target.iterdir()))
 
 
 def read_autoencoder(

@@ -7,6 +7,7 @@ over files with an index, in the layout that Hugging Face uses. Reading executes
 import contextlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -34,11 +35,39 @@ def flatten(params: Any, prefix: str = "") -> dict[str, np.ndarray]:
     return flat
 
 
+# What a model folder holds, ours or that of diffusers.
+_MODEL_FILES = re.compile(
+    r"config\.json|model_index\.json|model.*\.safetensors|model\.safetensors\.index\.json|tokenizer|"
+    r"transformer|vqvae|text_encoder|scheduler|learned_classifier_free_sampling_embeddings"
+)
+
+
+def require_replaceable(target: Path) -> None:
+    """Raises ``UserError`` unless the target is not there, empty, or a model folder and no more."""
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise UserError(f"{target} is a file; give another target, a folder")
+    names = sorted(child.name for child in target.iterdir())
+    others = [name for name in names if not _MODEL_FILES.fullmatch(name)]
+    if others or (names and not {"config.json", "model_index.json"} & set(names)):
+        raise UserError(
+            f"{target} holds other things than a model ({(others or names)[0]}), which would be "
+            "lost; give another target"
+        )
+
+
 @contextlib.contextmanager
 def appearing(target: Path) -> Iterator[Path]:
-    """A scratch folder beside ``target`` that becomes it at the end, or vanishes on an error."""
+    """A scratch folder beside ``target`` that becomes it at the end, or vanishes on an error.
+
+    Raises:
+      UserError: see ``require_replaceable``.
+      OSError: it cannot be written.
+    """
     # An absolute path, so that "." and ".." have a name and a parent.
     target = Path(os.path.abspath(target))
+    require_replaceable(target)
     scratch = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)

@@ -1,6 +1,7 @@
 """Checkpoints of a run: state, place in the data, config. The only module that imports Orbax."""
 
 import contextlib
+import json
 import os
 from typing import Any
 
@@ -11,6 +12,7 @@ from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
+from vqd_jax import config as config_lib
 from vqd_jax.errors import UserError
 from vqd_jax.training import distributed
 
@@ -18,6 +20,43 @@ from vqd_jax.training import distributed
 def folder(config: ConfigDict, workdir: str) -> epath.Path:
     """Where the checkpoints of the denoiser's training are; it may be in a bucket."""
     return _absolute(config.training.checkpoints or os.path.join(workdir, "checkpoints"))
+
+
+def claim(config: ConfigDict, workdir: str) -> None:
+    """Makes the folder of the checkpoints, if it is not in the workdir.
+
+    Raises:
+      UserError: it cannot be written, or holds checkpoints of a run with another config.
+    """
+    if not config.training.checkpoints:
+        return
+    path = folder(config, workdir)
+    name = f"config.training.checkpoints={config.training.checkpoints}"
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        (path / ".writable").write_text("")
+        (path / ".writable").unlink()
+    except OSError as error:
+        raise UserError(f"{name} cannot be written: {error}") from error
+    for step in _steps(path):
+        try:
+            stored = json.loads((path / str(step) / "config" / "metadata").read_text())
+        except (OSError, ValueError):
+            # Damaged; what can be read decides.
+            continue
+        source = str(path / str(step))
+        changed = config_lib.differences(config_lib.from_dict(stored, source), config)
+        if changed:
+            raise UserError(
+                f"{name} holds checkpoints of a run with another config ({'; '.join(changed)}); "
+                "give every run a folder of its own"
+            )
+        return
+
+
+def exist(config: ConfigDict, workdir: str) -> bool:
+    """Whether there is a checkpoint to go on from."""
+    return bool(_steps(folder(config, workdir)))
 
 
 class Checkpoints:

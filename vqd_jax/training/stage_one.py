@@ -66,6 +66,20 @@ def find(config: ConfigDict, workdir: str) -> str | None:
     return (model_folder(given) if is_workdir else given) or None
 
 
+def check(config: ConfigDict, workdir: str) -> None:
+    """Raises ``UserError`` if there is no autoencoder and the config's cannot be trained here."""
+    c = config.autoencoder
+    found = find(config, workdir)
+    if found is not None:
+        folder.load_config(found)
+    elif c.quantizer != "nearest" or c.codebook_size:
+        raise UserError(
+            f"config.autoencoder.quantizer={c.quantizer!r} with codebook_size={c.codebook_size} is "
+            "of converted autoencoders: give one with --config.autoencoder.path (docs/weights.md), "
+            "or train one with quantizer=nearest and codebook_size=0"
+        )
+
+
 def prepare(config: ConfigDict, workdir: str, builder) -> Any:
     """The autoencoder's parameters: from the workdir, from ``config.autoencoder.path``, or trained.
 

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from vqd_jax import config as config_lib
 from vqd_jax import pictures
-from vqd_jax.data import builders, pipeline
+from vqd_jax.data import builders, codes, pipeline
 from vqd_jax.data.codes import CachedRecord
 from vqd_jax.diffusion import objective
 from vqd_jax.errors import UserError
@@ -70,6 +70,7 @@ def _claimed(config: ConfigDict, workdir: str) -> Iterator[None]:
                     f"{path} was made with another config ({'; '.join(changed)}). "
                     "Put the values back to go on, or use another --workdir"
                 )
+        checkpoint.claim(config, workdir)
         scratch = stored.with_suffix(".tmp")
         scratch.write_text(config_lib.to_json(config) + "\n", encoding="utf-8")
         scratch.replace(stored)
@@ -78,33 +79,41 @@ def _claimed(config: ConfigDict, workdir: str) -> Iterator[None]:
 
 def _sections_in_use(config: ConfigDict, workdir: Path) -> tuple[str, ...]:
     """Beginnings of the config keys on which something in the workdir depends already."""
-    if checkpoint.folder(config, str(workdir)).exists():
+    if checkpoint.exist(config, str(workdir)):
         return ("",)
     if (workdir / "autoencoder").exists():
-        return ("seed", "data.", "autoencoder.")
+        crops = ("random_crop", "flip", "num_crops", "cache_text_features")
+        return (
+            *("seed", "data.name", "data.image_size", "autoencoder."),
+            *(f"data.{field}" for field in crops if (workdir / "codes").exists()),
+        )
     return ("-",)
 
 
 def train_autoencoder(config: ConfigDict, workdir: str) -> None:
     """Stage one alone."""
+    stage_one.check(config, workdir)
     with claim_workdir(config, workdir):
         stage_one.prepare(config, workdir, cache.data_set(config))
 
 
 def train(config: ConfigDict, workdir: str) -> None:
     """Both stages, or what is left of them; ends with likelihoods and a grid of pictures."""
+    stage_one.check(config, workdir)
+    for where in config.data.more_codes:
+        codes.open_split(str(Path(where) / cache.TRAIN))
     with claim_workdir(config, workdir):
         builder = cache.data_set(config)
         autoencoder_params = stage_one.prepare(config, workdir, builder)
+        mixed = [
+            cache.open_split(config, where, cache.TRAIN, autoencoder_params)
+            for where in config.data.more_codes
+        ]
         names = {"train": "train", "validation": builders.evaluation_split(builder)}
         splits = {
             name: cache.open_or_make(config, workdir, builder, split, autoencoder_params)
             for name, split in names.items()
         }
-        mixed = [
-            cache.open_split(config, where, cache.TRAIN, autoencoder_params)
-            for where in config.data.more_codes
-        ]
         _train(config, workdir, splits, mixed, autoencoder_params)
 
 
