@@ -31,6 +31,8 @@ def quiet() -> None:
     logging.set_verbosity(logging.INFO)
     package = Path(__file__).parent
     ours = lambda record: Path(record.pathname).is_relative_to(package)  # noqa: E731
+    # Of a damaged checkpoint TensorStore's threads tell hundreds of lines, after its own error.
+    sys.unraisablehook = lambda found: logging.debug("in a thread: %s", found.exc_value)
     handler = logging.get_absl_handler()
     handler.python_handler.setStream(_BesideBars())
     handler.addFilter(ours)

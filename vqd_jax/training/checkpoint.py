@@ -221,7 +221,8 @@ def _warn_damaged(path: epath.Path, error: Exception) -> None:
 
 
 def _reason(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:500]
+    first = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return first.split(" See full TensorStore details")[0][:500]
 
 
 def _none_readable(path: epath.Path, failures) -> str:
