@@ -15,6 +15,7 @@ LOAD = "import runpy, sys; sys.path.insert(0, sys.argv[2]); runpy.run_path(sys.a
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
 def test_a_benchmark_can_be_loaded(script):
     if "torch" in script.read_text(encoding="utf-8"):
+        # What is compared with PyTorch needs it; it comes with the extra "convert".
         pytest.importorskip("torch")
     command = [sys.executable, "-c", LOAD, str(script), str(script.parent)]
     run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)

@@ -84,6 +84,8 @@ def test_cached_features_train_like_computed_ones(coco, make_config, tmp_path):
     computed = losses(coco[0])
     assert list(computed) == [1, 2, 3, 4]
     assert losses(tmp_path / "cached") == pytest.approx(computed, rel=1e-4)
+    # The rounding shows that they were used.
+    assert losses(tmp_path / "cached") != computed
     cache = codes.open_split(str(tmp_path / "cached" / "codes" / "train"))
     assert cache.feature_width == config.text_encoder.width
     # Another text encoder would not have made them.
@@ -116,10 +118,14 @@ def test_features_that_are_trained_are_not_cached(make_config):
     config.text_encoder.path = ""
     with pytest.raises(UserError, match="config.text_encoder.path"):
         config_lib.validate(config)
-    abstract = state.abstract_batch(
-        make_config("coco_text", "coco"), jax.make_mesh((1, 1, 1), ("data", "fsdp", "tensor"))
-    )
-    assert sorted(abstract) == ["codes", "text_ids"]
+    config = make_config("coco_text", "coco")
+    mesh = jax.make_mesh((1, 1, 1), ("data", "fsdp", "tensor"))
+    assert sorted(state.abstract_batch(config, mesh)) == ["codes", "text_ids"]
+    config.data.cache_text_features = True
+    config_lib.validate(config)
+    abstract = state.abstract_batch(config, mesh)
+    assert sorted(abstract) == ["codes", "text_features", "text_ids"]
+    assert abstract["text_features"].shape == (2, 16, 16)
 
 
 def test_further_codes_are_mixed_in_by_weight(coco, make_config, tmp_path, monkeypatch):

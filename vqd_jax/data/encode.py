@@ -168,21 +168,18 @@ def full_origin(
 ) -> dict[str, Any]:
     """What codes depend on, as ``codes.open_split`` compares it; see ``encode_split``."""
     drawn = crop.random or crop.flip
-    features = content.text_features
-    encoder = {"text_encoder": features.fingerprint} if features else {}
-    return (
-        dict(origin)
-        | encoder
-        | {
-            "image_size": crop.size,
-            "random_crop": crop.random,
-            "flip": crop.flip,
-            "num_crops": num_crops,
-            "crop_seed": seed if drawn else 0,
-            "context_length": content.tokenizer.context_length if content.tokenizer else 0,
-            "num_classes": content.num_classes,
-        }
-    )
+    made_with = {
+        "image_size": crop.size,
+        "random_crop": crop.random,
+        "flip": crop.flip,
+        "num_crops": num_crops,
+        "crop_seed": seed if drawn else 0,
+        "context_length": content.tokenizer.context_length if content.tokenizer else 0,
+        "num_classes": content.num_classes,
+    }
+    if content.text_features:
+        made_with["text_encoder"] = content.text_features.fingerprint
+    return dict(origin) | made_with
 
 
 class _Plan(NamedTuple):

@@ -78,7 +78,7 @@ def decode(data: bytes, min_side: int = 0) -> np.ndarray:
 
 
 def _jpeg_pixels(data: bytes, image: Image.Image, min_side: int) -> np.ndarray | None:
-    """The pixels of a common JPEG, as Pillow gives them in two thirds more time; else None."""
+    """The pixels of a common JPEG, as Pillow gives them, but sooner; None of other images."""
     if image.format != "JPEG" or image.mode != "RGB":
         return None
     shrunk = min(image.size) // min_side if min_side else 1

@@ -270,7 +270,7 @@ def image_dataset(
 
     def make(local):
         if train:
-            # A thread makes a whole batch: Grain's work on every element would cost a fifth more.
+            # A thread makes a whole batch: Grain's work on every element is Python's.
             options = grain.ReadOptions(num_threads, prefetch_buffer_size=num_threads)
             keys = local.batch(batch_size, drop_remainder=True, batch_fn=np.array)
             batches = keys.map(all_images).to_iter_dataset(options)

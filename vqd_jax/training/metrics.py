@@ -26,7 +26,7 @@ class MetricWriter:
         self._path = Path(workdir) / "metrics.jsonl"
         if self._path.exists():
             _drop_after(self._path, step)
-        # It imports PyTorch where there is one: 200 MB that nothing but training shall pay for.
+        # It imports PyTorch where there is one, whose memory sampling shall not pay for.
         from vqd_jax.training.event_file import EventFile
 
         self._events = EventFile(Path(workdir) / "tensorboard", step)

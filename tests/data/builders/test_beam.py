@@ -48,7 +48,7 @@ def test_bad_records_are_gathered(bad, prepared, tmp_path):
 
 
 def test_too_many_bad_records_stop(bad, prepared):
-    with pytest.raises(UserError, match="4 of 10 records are bad at least"):
+    with pytest.raises(UserError, match="4 of 10 records are bad"):
         builders.load("image_text_folder", bad, prepared, 0.2, RUNNER)
 
 

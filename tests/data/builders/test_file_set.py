@@ -131,7 +131,7 @@ def test_a_caption_file_that_is_missing_is_named(layout, prepared):
 
 
 def test_too_many_bad_records_stop_with_the_counts(bad, prepared):
-    with pytest.raises(UserError, match="3 of 10 records are bad at least, more than") as error:
+    with pytest.raises(UserError, match="3 of 10 records are bad, more than") as error:
         builders.load("image_text_folder", str(bad), prepared, max_bad_share=0.2)
     message = str(error.value)
     assert "raise config.data.max_bad_share" in message

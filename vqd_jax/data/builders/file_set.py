@@ -117,7 +117,7 @@ def check_share(name: str, bad: int, total: int, max_bad_share: float, last: str
     """Raises UserError if more than the tolerated share of records is bad."""
     if bad > max_bad_share * total:
         raise UserError(
-            f"{name}: {bad} of {total} records are bad at least, more than the tolerated share of "
+            f"{name}: at least {bad} of {total} records are bad, more than the tolerated share of "
             f"{max_bad_share}{last}. Repair or remove them, or raise config.data.max_bad_share"
         )
 
