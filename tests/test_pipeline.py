@@ -215,9 +215,10 @@ def test_folders_of_other_things_are_named(model, tmp_path):
 
 
 def test_guidance_of_zero_is_the_model_without_its_text(model):
-    draw = lambda prompt, scale: model.generate(  # noqa: E731
-        [prompt], num_images=4, seed=3, guidance_scale=scale, truncation=1.0
-    ).codes
+    def draw(prompt, scale):
+        options = dict(num_images=4, seed=3, guidance_scale=scale, truncation=1.0)
+        return model.generate([prompt], **options).codes
+
     without = draw("", 1.0)
     np.testing.assert_array_equal(draw("red heart", 0.0), without)
     assert (draw("red heart", 1.0) != without).any()
