@@ -49,7 +49,10 @@ setup(
         "benchmark": ["torch>=2.13"],
         "convert": ["diffusers>=0.42,<0.43", "torch>=2.13", "transformers>=5"],
         "docs": ["matplotlib>=3.9"],
+        "gcs": ["gcsfs>=2026.8"],
         "test": [
+            "gcp-storage-emulator>=2026.7",
+            "gcsfs>=2026.8",
             "pytest>=8.3",
             "pytest-xdist>=3.6",
             "pyyaml>=6",

@@ -6,8 +6,8 @@ python benchmarks/tpu_compile.py --all --json=tpu_compile.jsonl
 
 By the compiler of the real chips; no TPU is needed. Of every program: GiB on a chip (arguments,
 temporaries, outputs), what a chip receives from others in a run of it, and how long the compilation
-took. ``--all`` is the table of docs/scaling.md: ten minutes on two idle cores; programs that the file
-has already are left out.
+took. ``--all`` is the table of docs/scaling.md: ten minutes on two idle cores; programs
+that the file has already are left out.
 """
 
 import argparse

@@ -25,7 +25,7 @@ def environment(tmp_path_factory):
 def start(environment):
     """start('--mode=sample', ...) -> a running ``python -m vqd_jax.main`` with those flags.
 
-    ``devices`` is the number of CPU devices that it sees.
+    ``devices`` is the number of CPU devices that it sees, ``env`` is added to its environment.
     """
 
     def start(*flags, devices=1, **kwargs):
@@ -33,7 +33,7 @@ def start(environment):
         return subprocess.Popen(
             [sys.executable, "-m", "vqd_jax.main", *flags],
             cwd=kwargs.pop("cwd", ROOT),
-            env=environment | (count if devices > 1 else {}),
+            env=environment | (count if devices > 1 else {}) | kwargs.pop("env", {}),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -1,6 +1,7 @@
 """Checkpoints of a run: state, place in the data, config. The only module that imports Orbax."""
 
 import contextlib
+import importlib.util
 import json
 import os
 from typing import Any
@@ -36,8 +37,8 @@ def claim(config: ConfigDict, workdir: str) -> None:
         path.mkdir(parents=True, exist_ok=True)
         (path / ".writable").write_text("")
         (path / ".writable").unlink()
-    except OSError as error:
-        raise UserError(f"{name} cannot be written: {error}") from error
+    except Exception as error:  # A bucket's client raises many kinds.
+        raise UserError(f"{name} cannot be written: {_reason(error)}") from error
     for step in _steps(path):
         try:
             stored = json.loads((path / str(step) / "config" / "metadata").read_text())
@@ -207,13 +208,26 @@ def abstract(tree: Any) -> Any:
 
 
 def _absolute(directory: str) -> epath.Path:
-    # Orbax refuses relative paths, but only once it saves.
-    return epath.Path(directory if "://" in directory else os.path.abspath(directory))
+    scheme, separator, _ = directory.partition("://")
+    if not separator:
+        # Orbax refuses relative paths, but only once it saves.
+        return epath.Path(os.path.abspath(directory))
+    if scheme != "gs":
+        raise UserError(f"{directory}: checkpoints go to a folder or to gs://BUCKET/...")
+    if not importlib.util.find_spec("gcsfs"):
+        raise UserError(f"{directory} needs gcsfs: pip install 'vqd_jax[gcs]'")
+    return epath.Path(directory)
 
 
 def _steps(path: epath.Path) -> list[int]:
-    names = [child.name for child in path.iterdir()] if path.exists() else []
-    return sorted((int(name) for name in names if name.isdigit()), reverse=True)
+    """Steps of the complete checkpoints, the newest first."""
+    try:
+        steps = [child for child in path.iterdir() if child.name.isdigit()] if path.exists() else []
+        # In a bucket nothing is renamed: there a file says that a checkpoint is complete.
+        complete = (int(step.name) for step in steps if ocp.utils.is_checkpoint_finalized(step))
+        return sorted(complete, reverse=True)
+    except Exception as error:  # A bucket's client raises many kinds.
+        raise UserError(f"checkpoints of {path} cannot be listed: {_reason(error)}") from error
 
 
 def _warn_damaged(path: epath.Path, error: Exception) -> None:
