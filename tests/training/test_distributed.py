@@ -30,7 +30,7 @@ def launch(environment):
 
     def launch(count, devices, workdir, **options):
         options["config"] = RUN | options.get("config", {})
-        env = environment | {"PYTHONPATH": str(ROOT)}
+        env = environment | {"PYTHONPATH": str(ROOT)} | options.pop("env", {})
         if count > 1:
             address = f"127.0.0.1:{free_port()}"
             env |= {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(count)}
@@ -147,6 +147,17 @@ def test_a_run_goes_on_from_one_process_on_two_past_a_damaged_checkpoint(run, on
     assert_same(workdir, one)
     names = sorted(path.name for path in (workdir / "checkpoints").iterdir())
     assert names == ["10", "20", "20.damaged"]
+
+
+@pytest.mark.slow
+def test_two_processes_save_to_a_bucket_and_one_goes_on(run, one, bucket, tmp_path):
+    place = {"training.checkpoints": "gs://bucket/two"}
+    half = place | ALL_AXES | {"training.num_steps": 10}
+    run(2, 4, tmp_path, config=half, env=bucket.env)
+    assert bucket.steps("two") == ({10}, {10})
+    (output,) = run(1, 1, tmp_path, config=place, env=bucket.env)
+    assert "| 10/20 [00:00<" in output
+    assert_same(tmp_path, one)
 
 
 def outputs_within(processes, seconds):

@@ -24,7 +24,7 @@ from configs import tiny
 from vqd_jax import config as config_lib
 from vqd_jax.diffusion import sampler
 from vqd_jax.models import text_to_image
-from vqd_jax.training import distributed, loop, sharding
+from vqd_jax.training import checkpoint, distributed, loop, sharding
 from vqd_jax.training import state as state_lib
 
 
@@ -105,6 +105,7 @@ def main():
             log_every=c.log_every,
             save_every=c.save_every,
             keep_checkpoints=3,
+            checkpoints=str(checkpoint.folder(config, WORKDIR)),
             steps_per_call=c.steps_per_call,
             profile_steps=c.profile_steps,
         )
