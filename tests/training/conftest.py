@@ -47,6 +47,11 @@ class Bucket:
         url = f"{self.url}/upload/storage/v1/b/bucket/o?{query}"
         urllib.request.urlopen(urllib.request.Request(url, data=content)).close()
 
+    def remove(self, prefix):
+        for name in self.names(prefix):
+            url = f"{self.url}/storage/v1/b/bucket/o/{urllib.parse.quote(name, safe='')}"
+            urllib.request.urlopen(urllib.request.Request(url, method="DELETE")).close()
+
     def copy_to(self, run, folder):
         for name in self.names(run + "/"):
             target = folder / name.removeprefix(run + "/")
