@@ -55,7 +55,6 @@ class Size:
     conv: bool
     train_batch: int
     sample_batch: int
-    remat: str
     text_width: int = 512
     steps: int = 100
 
@@ -65,10 +64,10 @@ class Size:
 
 
 SIZES = {
-    "tiny": Size(2, 32, 2, 2, 63, 4, True, 4, 2, "none", text_width=16, steps=10),
-    "S": Size(18, 192, 16, 2, 2887, 32, True, 32, 32, "none"),
-    "B": Size(19, 1024, 16, 4, 2887, 32, False, 32, 32, "dots"),
-    "Large": Size(36, 1408, 16, 4, 4096, 32, False, 16, 16, "dots"),
+    "tiny": Size(2, 32, 2, 2, 63, 4, True, 4, 2, text_width=16, steps=10),
+    "S": Size(18, 192, 16, 2, 2887, 32, True, 32, 32),
+    "B": Size(19, 1024, 16, 4, 2887, 32, False, 32, 32),
+    "Large": Size(36, 1408, 16, 4, 4096, 32, False, 16, 16),
 }
 
 
@@ -76,7 +75,9 @@ def config_of(size: Size, dtype: str) -> DenoiserConfig:
     return DenoiserConfig(
         num_codes=size.codes, grid=(size.side, size.side), num_steps=size.steps, width=size.width,
         num_layers=size.layers, num_heads=size.heads, text_width=size.text_width,
-        mlp="conv" if size.conv else "fc", mlp_ratio=size.ratio, remat=size.remat, dtype=dtype,
+        mlp="conv" if size.conv else "fc", mlp_ratio=size.ratio, dtype=dtype,
+        # As docs/performance.md advises for a GPU.
+        scan_unroll=size.layers,
     )  # fmt: skip
 
 

@@ -135,8 +135,8 @@ def our_loss_and_gradient(logits, x0, key, noise_schedule_size):
 
 
 @jax.jit
-def our_step(keys, logits, tokens, t, noise_schedule, settings, null=None, scale=None):
-    log_x0 = sampler.shape_x0(logits, settings, null, scale)
+def our_step(keys, answers, tokens, t, noise_schedule, settings, scale=None):
+    log_x0 = sampler.shape_x0(answers, settings, scale)
     at = rules.Step(s=t - 1, t=t, start=t, num_masked=t)
     rule = jax.vmap(settings.rule, in_axes=(0, 0, 0, None, None))
     return rule(keys, log_x0, tokens, at, noise_schedule)
@@ -191,14 +191,19 @@ def ours(batch, num_tokens, num_codes, num_steps, runs):
     noise_schedule = schedule.released(num_steps, num_codes)
     key = jax.random.key(0)
     keys = jax.random.split(key, batch)
-    step = functools.partial(our_step, keys, logits, tokens, num_steps // 2, noise_schedule)
+    both = sampler.pairs(logits, null)
+
+    def step(answers, settings, scale=None):
+        t = num_steps // 2
+        return our_step(keys, answers, tokens, t, noise_schedule, settings, scale)
+
     calls = {
         "loss and gradient": functools.partial(
             our_loss_and_gradient, logits, x0, key, (num_steps, num_codes)
         ),
-        "step": functools.partial(step, sampler.Settings()),
+        "step": functools.partial(step, logits, sampler.Settings()),
         "step, guided, truncated": functools.partial(
-            step, sampler.Settings(truncation=0.86), null, 3.0
+            step, both, sampler.Settings(truncation=0.86), 3.0
         ),
     }
     return {

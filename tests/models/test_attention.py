@@ -25,7 +25,7 @@ def test_attend_is_the_formula():
         (jnp.bfloat16, 88, 8.0, True),
         (jnp.float16, 128, 8.6, True),
         # VQ-Diffusion-S has 16 heads of 12.
-        (jnp.bfloat16, 12, 9.0, False),
+        (jnp.bfloat16, 12, 9.0, True),
         (jnp.bfloat16, 136, 9.0, False),
         (jnp.float32, 64, 9.0, False),
         (jnp.bfloat16, 64, 7.5, False),
@@ -34,6 +34,27 @@ def test_attend_is_the_formula():
 )
 def test_cudnn_is_asked_only_for_what_it_has(dtype, head_width, capability, applies):
     assert attention.cudnn_applies(jnp.dtype(dtype), head_width, capability) == applies
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("num_queries, num_keys, width", [(16, 77, 64), (77, 77, 12), (6, 8, 8)])
+def test_what_is_padded_for_cudnn_changes_nothing(num_queries, num_keys, width, causal):
+    # Here without cuDNN; what is compiled with it, tests/test_gpu_compile.py looks at.
+    rng = np.random.default_rng(4)
+    q, k, v = (
+        jnp.asarray(rng.normal(size=(2, n, 3, width)), jnp.float32)
+        for n in (num_queries, num_keys, num_keys)
+    )
+
+    def gradient(attend):
+        return jax.value_and_grad(lambda *x: jnp.sum(attend(*x) ** 2), argnums=(0, 1, 2))(q, k, v)
+
+    plain = gradient(
+        lambda *x: jax.nn.dot_product_attention(*x, is_causal=causal, implementation="xla")
+    )
+    padded = gradient(lambda *x: attention.attend_padded(*x, causal=causal, implementation="xla"))
+    for x, y in zip(jax.tree.leaves(padded), jax.tree.leaves(plain), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)
 
 
 def test_the_softmax_is_in_float32_under_bfloat16():

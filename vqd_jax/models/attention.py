@@ -8,16 +8,35 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from vqd_jax.models import placement
+
+_PRODUCT = "product"
+
+
+def product(x: jax.Array) -> jax.Array:
+    """Marks ``x`` as what ``remat`` "dots" keeps: a matrix product, its bias added.
+
+    To keep what is before the bias would part the sum from the kernel of the product.
+    """
+    return checkpoint_name(x, _PRODUCT)
+
+
+def _keeps_products(primitive, *args, **params) -> bool:
+    # Of cuDNN's attention what its backward pass reads has no name.
+    named = jax.checkpoint_policies.save_only_these_names(_PRODUCT)
+    return primitive.name.startswith("dot_product_attention_fwd") or named(
+        primitive, *args, **params
+    )
+
 
 # What a layer keeps for the backward pass, by the name used in configs.
 REMAT_POLICIES = {
     "none": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": _keeps_products,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
-
 
 # Scores of this many bytes are not kept at once on a CPU: one head at a time stays in its cache.
 _MOST_SCORES = 2**24
@@ -46,10 +65,31 @@ def _attend_jvp(primals, tangents):
 
 
 def _attend_at_once(q, k, v, causal=False):
-    gpu = jax.default_backend() == "gpu"
-    capability = float(jax.local_devices()[0].compute_capability) if gpu else 0.0
-    name = "cudnn" if cudnn_applies(q.dtype, q.shape[-1], capability) else "xla"
-    return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation=name)
+    if cudnn_applies(q.dtype, q.shape[-1], placement.compute_capability()):
+        return attend_padded(q, k, v, causal=causal, implementation="cudnn")
+    return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="xla")
+
+
+def attend_padded(q, k, v, *, causal: bool = False, implementation: str = "cudnn") -> jax.Array:
+    """``attend`` with shapes that cuDNN takes: N and M even, D/H a multiple of 8.
+
+    The gradient of cuDNN's kernel is refused for odd lengths (CLIP has 77 positions), and heads of
+    VQ-Diffusion-S are 12 wide. Zeros are added and, of keys, left out by their number.
+    """
+    batch, num_queries, _, width = q.shape
+    lengths = {}
+    if num_queries % 2 or k.shape[1] % 2:
+        lengths["query_seq_lengths"] = jnp.full(batch, num_queries, jnp.int32)
+        lengths["key_value_seq_lengths"] = jnp.full(batch, k.shape[1], jnp.int32)
+
+    def padded(x):
+        return jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, -width % 8)))
+
+    out = jax.nn.dot_product_attention(
+        padded(q), padded(k), padded(v), scale=width**-0.5, is_causal=causal,
+        implementation=implementation, **lengths,
+    )  # fmt: skip
+    return out[:, :num_queries, :, :width]
 
 
 def _attend_by_heads(q, k, v):
@@ -76,12 +116,7 @@ def cudnn_applies(dtype: jnp.dtype, head_width: int, capability: float) -> bool:
 
     It raises where it has none, so that the question is asked before.
     """
-    return (
-        capability >= 8.0
-        and dtype in (jnp.bfloat16, jnp.float16)
-        and head_width % 8 == 0
-        and head_width <= 128
-    )
+    return capability >= 8.0 and dtype in (jnp.bfloat16, jnp.float16) and head_width <= 128
 
 
 def split_heads(x: jax.Array, num_heads: int) -> jax.Array:
@@ -113,13 +148,13 @@ class Attention(nnx.Module):
 
     def keys_values(self, context: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Keys and values [B, M, H, D/H] of a context [B, M, context_width]."""
-        split = lambda x: split_heads(x, self.num_heads)  # noqa: E731
+        split = lambda x: split_heads(product(x), self.num_heads)  # noqa: E731
         return split(self.key(context)), split(self.value(context))
 
     def __call__(self, x: jax.Array, keys_values, *, causal: bool = False) -> jax.Array:
         """[B, N, D] attends to ``keys_values`` and comes back as [B, N, D]."""
-        q = split_heads(self.query(x), self.num_heads)
-        return self.proj(merge_heads(attend(q, *keys_values, causal=causal)))
+        q = split_heads(product(self.query(x)), self.num_heads)
+        return product(self.proj(merge_heads(attend(q, *keys_values, causal=causal))))
 
 
 def stack_layers(make_layer: Callable, num_layers: int, rngs: nnx.Rngs) -> nnx.Module:
@@ -147,7 +182,9 @@ def scan_layers(
         return placement.rows(nnx.merge(graphdef, layer_params)(x, extra)), None
 
     if remat != "none":
-        body = jax.checkpoint(body, policy=REMAT_POLICIES[remat], prevent_cse=False)
+        # Between the two passes of a loop there is nothing to share; without one there is.
+        alone = unroll < jax.tree.leaves(params)[0].shape[0]
+        body = jax.checkpoint(body, policy=REMAT_POLICIES[remat], prevent_cse=not alone)
     return jax.lax.scan(body, placement.rows(x), (params, extras), unroll=unroll)[0]
 
 

@@ -202,7 +202,8 @@ class Block(nnx.Module):
     def _mlp(self, x):
         """[B, N, D] -> [B, N, D]; convolutions see the tokens as a grid."""
         image = x if self.grid is None else x.reshape(x.shape[0], *self.grid, x.shape[-1])
-        return self.mlp_out(attention.quick_gelu(self.mlp_in(image))).reshape(x.shape)
+        hidden = attention.product(self.mlp_in(image))
+        return self.mlp_out(attention.quick_gelu(hidden)).reshape(x.shape)
 
 
 class Denoiser(nnx.Module):

@@ -134,7 +134,7 @@ def rows_apart(mesh: Mesh) -> contextlib.AbstractContextManager:
     def place(x):
         return x if x.shape[0] % shards else jax.lax.with_sharding_constraint(x, placed)
 
-    return placement.rows_placed_by(place)
+    return placement.rows_placed_by(place, mesh.devices.flat[0])
 
 
 def shardings(abstract: Any, mesh: Mesh, rules: Sequence[tuple[str, PartitionSpec]] = RULES) -> Any:
