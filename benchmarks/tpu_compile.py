@@ -179,7 +179,7 @@ def measure(kind: str, config, mesh, rows: int, hlo_path: str | None = None) -> 
         lowered = lower_sampler(config, mesh, rows * mesh.size)
     lowered_at = time.perf_counter()
     try:
-        compiled = lowered.compile()
+        compiled = plan.compiled(lowered, mesh.devices.flat[0])
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

@@ -41,7 +41,9 @@ _PICTURES = [
 ]
 _TARGET = flags.DEFINE_string("target", None, "convert, export: what to write.")
 _FORMAT = flags.DEFINE_enum("format", "diffusers", ["diffusers", "published"], "export: layout.")
-_TOPOLOGY = flags.DEFINE_string("topology", None, "plan: chips that are not here: v5e:4x4, ...")
+_TOPOLOGY = flags.DEFINE_string(
+    "topology", None, "plan: devices that are not here: v5e:4x4, h100:8."
+)
 _HBM = flags.DEFINE_float("hbm_gib", None, "plan: memory of a device; its own if unset.")
 _SOURCE = flags.DEFINE_string("source", None, "convert: file, first part of a file, or folder.")
 _CONVERSION = [

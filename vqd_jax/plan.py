@@ -2,7 +2,7 @@
 
 The model is never made: its shapes are enough for the table of parameters, and the compiled program
 tells the rest. The devices may be those of this machine, virtual ones
-(``XLA_FLAGS=--xla_force_host_platform_device_count=8``), or a TPU slice that is not there.
+(``XLA_FLAGS=--xla_force_host_platform_device_count=8``), or a TPU slice or GPUs that are not there.
 """
 
 import math
@@ -28,6 +28,26 @@ HBM_GIB = {
 }  # fmt: skip
 
 
+# An H100 SXM for XLA's compiler, from NVIDIA's published sizes.
+_H100 = """
+gpu_device_info {
+  cuda_compute_capability { major: 9 }
+  core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98
+  device_memory_size: 85520809984 memory_bandwidth: 3352000000000 l2_cache_size: 52428800
+  threads_per_warp: 32 threads_per_block_limit: 1024 threads_per_core_limit: 2048
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  shared_memory_per_core: 233472 shared_memory_per_block: 49152
+  shared_memory_per_block_optin: 232448
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 15 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+# Which kernel of several is the fastest cannot be tried out where there is no GPU.
+_UNTRIED = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
+
+
 class Plan(NamedTuple):
     """Bytes on one device.
 
@@ -45,33 +65,56 @@ class Plan(NamedTuple):
 
 
 def topology(name: str) -> Sequence[jax.Device]:
-    """The devices of a TPU slice such as 'v5e:4x4', 'v5p:2x2x1' or 'v6e:1'; needs libtpu, no TPU.
+    """Devices that need not be there.
+
+    Args:
+      name: a TPU slice such as 'v5e:4x4', 'v5p:2x2x1' or 'v6e:1', which needs libtpu, or the GPUs
+        of one machine, 'h100:1' or 'h100:8', which need jax with CUDA.
 
     Raises:
-      UserError: libtpu is missing, or knows no such slice.
+      UserError: the compiler for them is missing, or there are none of this name.
     """
+    kind, _, shape = name.partition(":")
+    try:
+        if kind == "h100" and shape.isdigit():
+            return _gpus(int(shape))
+        return _tpus(kind, shape)
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"--topology={name}: {reason} (the compilers come with pip install 'vqd_jax[tpu]' or "
+            "'vqd_jax[gpu]'; names are such as v5e:1, v5e:4x4, v5p:2x2x1, v6e:8x8, h100:8)"
+        ) from error
+
+
+def _gpus(count: int) -> Sequence[jax.Device]:
+    # It looks for a driver, of which there is none where there is no GPU.
+    os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+    found = topologies.get_topology_desc(
+        platform="cuda", target_config=_H100, topology=f"1x1x{count}"
+    )
+    return found.devices
+
+
+def _tpus(kind: str, shape: str) -> Sequence[jax.Device]:
     # Else libtpu asks the network which machine this is.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     # Several may compile at once where no chip is to be shared.
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    kind, _, shape = name.partition(":")
     options = {}
     if shape == "1":
         dimensions = 3 if kind in ("v4", "v5p") else 2
         shape, options = "x".join("1" * dimensions), {"chips_per_host_bounds": (1, 1, 1)}
-    try:
-        found = topologies.get_topology_desc(
-            platform="tpu", topology_name=f"{kind}:{shape}", **options
-        )
-    except (RuntimeError, ValueError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"--topology={name}: {reason} (install libtpu with pip install 'vqd_jax[tpu]'; names "
-            "are such as v5e:1, v5e:4x4, v5e:16x16, v5p:2x2x1, v6e:8x8)"
-        ) from error
+    found = topologies.get_topology_desc(platform="tpu", topology_name=f"{kind}:{shape}", **options)
     return found.devices
+
+
+def compiled(lowered: jax.stages.Lowered, device: jax.Device) -> jax.stages.Compiled:
+    """A program for ``device`` and others like it, which need not be there."""
+    absent = device.platform == "gpu" and not _is_here(device)
+    return lowered.compile(compiler_options=_UNTRIED if absent else None)
 
 
 def make(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Plan:
@@ -88,13 +131,13 @@ def make(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Pla
     c = config.training
     sharding.require_divisible("training.batch_size", c.batch_size, mesh, c.gradient_accumulation)
     state = state_lib.abstract_state(config, mesh)
-    compiled = state_lib.lower_train_step(config, mesh).compile()
+    step = compiled(state_lib.lower_train_step(config, mesh), mesh.devices.flat[0])
     parts = {name: getattr(state, name) for name in state.__dataclass_fields__}
     return Plan(
         parameters=[_row(path, x) for path, x in jax.tree_util.tree_leaves_with_path(state.params)],
         state={name: sum(map(_bytes, jax.tree.leaves(part))) for name, part in parts.items()},
-        program=program.memory(compiled),
-        traffic=program.by_kind(program.collectives(compiled.as_text())),
+        program=program.memory(step),
+        traffic=program.by_kind(program.collectives(step.as_text())),
     )
 
 
@@ -140,7 +183,7 @@ def describe(plan: Plan, mesh: Mesh, hbm_gib: float | None) -> str:
 
 def hbm_of(device: jax.Device) -> float | None:
     """GiB of memory of a device, if it or its kind is known."""
-    stats = device.memory_stats() if device.platform != "tpu" or _is_here(device) else None
+    stats = device.memory_stats() if _is_here(device) else None
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"] / GIB
     found = [size for kind, size in HBM_GIB.items() if device.device_kind.startswith(kind)]
@@ -156,11 +199,11 @@ def run(config: ConfigDict, topology_name: str | None = None, hbm_gib: float | N
 
     Args:
       config: the resolved config.
-      topology_name: a TPU slice to plan for; None is the devices of this machine.
+      topology_name: devices to plan for (see ``topology``); None is those of this machine.
       hbm_gib: memory of a device; None is what is known of its kind.
 
     Raises:
-      UserError: the mesh or the batch does not fit the devices, or libtpu is missing.
+      UserError: the mesh or the batch does not fit the devices, or no compiler for them is there.
     """
     devices = jax.devices() if topology_name is None else topology(topology_name)
     logging.info("compiling the train step for %d x %s", len(devices), devices[0].device_kind)

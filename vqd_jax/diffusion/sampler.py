@@ -145,19 +145,22 @@ def truncate(log_x0: jax.Array, rate: jax.Array) -> jax.Array:
     p = jnp.exp(log_x0)
     # The last code that stays and those below it hold 1 - rate at least, so it has its K-th part.
     lowest = jnp.log((1 - rate) / p.shape[-1]) - 1.0
-    return _keep(log_x0, lowest, lambda above: jnp.where(above, p, 0.0), rate)
+    # Probabilities are compared as well as added, so that they alone are read.
+    above = lambda threshold: p > jnp.exp(threshold)  # noqa: E731
+    return _keep(log_x0, lowest, above, lambda those: jnp.where(those, p, 0.0), rate)
 
 
 def keep_top_k(log_x0: jax.Array, k: jax.Array) -> jax.Array:
     """Keeps the k >= 1 most likely codes and what ties with them; float32 [..., K], normalised."""
-    return _keep(log_x0, -jnp.inf, lambda above: above.astype(jnp.float32), k)
+    above = lambda threshold: log_x0 > threshold  # noqa: E731
+    return _keep(log_x0, -jnp.inf, above, lambda those: those.astype(jnp.float32), k)
 
 
-def _keep(log_x0, lowest, weigh, amount):
+def _keep(log_x0, lowest, above, weigh, amount):
     """Keeps a code iff the codes strictly above it weigh less than ``amount``."""
 
     def too_low(threshold):
-        return weigh(log_x0 > threshold).sum(-1, keepdims=True) >= amount
+        return weigh(above(threshold)).sum(-1, keepdims=True) >= amount
 
     top = log_x0.max(-1, keepdims=True)
     # Nothing is drawn 60 nats below the best code.
@@ -168,7 +171,7 @@ def _keep(log_x0, lowest, weigh, amount):
         cuda=functools.partial(bisect, too_low, halvings=3),
         default=functools.partial(bisect, too_low, halvings=1),
     )  # fmt: skip
-    return jax.nn.log_softmax(jnp.where(log_x0 > low, log_x0, transition.LOG_ZERO))
+    return jax.nn.log_softmax(jnp.where(above(low), log_x0, transition.LOG_ZERO))
 
 
 def bisect(

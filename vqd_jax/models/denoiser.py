@@ -45,8 +45,8 @@ class DenoiserConfig:
         pair is flattened and cut to N entries, as published (a token of the 16x16 grid of the
         ImageNet model has row i // 32 and column i % 32).
       remat: key of ``attention.REMAT_POLICIES``.
-      scan_unroll: layers in one turn of the loop over layers; more is faster on a CPU and slower to
-        compile everywhere.
+      scan_unroll: layers in one turn of the loop over layers; more is faster on a CPU and, of all
+        layers, on a GPU, and slower to compile everywhere.
       init_std: standard deviation of the initial weights; 0.02 in the published code, whose narrow
         networks learn faster from larger ones.
       dtype: compute dtype, "float32" or "bfloat16"; parameters are float32.
@@ -227,10 +227,12 @@ class Denoiser(nnx.Module):
             config.width, config.num_codes, kernel_init=normal(config), dtype=dtype, rngs=rngs
         )
 
+    @jax.named_scope("denoiser")
     def modulations(self, time: jax.Array) -> jax.Array:
         """[layers, ..., norms, 2, D]: what depends on the times [...] in 1..T alone."""
         return attention.map_layers(self.blocks, lambda block: block.modulations(time))
 
+    @jax.named_scope("denoiser")
     def context(self, condition: jax.Array | None) -> TextContext | jax.Array | None:
         """Everything that depends on the condition alone.
 
@@ -254,6 +256,7 @@ class Denoiser(nnx.Module):
         table = table + self.column_embedding(jnp.arange(columns))[None]
         return table.reshape(1, rows * columns, -1)[:, : math.prod(self.config.grid)]
 
+    @jax.named_scope("denoiser")
     def denoise(
         self,
         tokens: jax.Array,

@@ -71,6 +71,7 @@ class EncoderBlock(nnx.Module):
         self.mlp_in = linear(width, 4 * width, kernel_init=normal((2 * width) ** -0.5), rngs=rngs)
         self.mlp_out = linear(4 * width, width, kernel_init=branch, rngs=rngs)
 
+    @jax.named_scope("text_encoder")
     def __call__(self, h: jax.Array, _: Any) -> jax.Array:
         x = self.norm_attention(h)
         h = h + self.attention(x, self.attention.keys_values(x), causal=self.causal)

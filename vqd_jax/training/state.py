@@ -130,18 +130,18 @@ def train_step(
     else:
         gradients, statistics, values = _accumulate(state, key, batch, config, parts)
     transform, rate = _optimizer(config)
-    updates, opt_state = transform.update(gradients, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    # Young averages forget their random start: the decay grows from 1/10 towards its final value.
-    decay = jnp.minimum(config.training.ema_decay, (1.0 + state.step) / (10.0 + state.step))
-    metrics = values | {
-        "gradient_norm": optax.tree.norm(gradients),
-        "learning_rate": rate(state.step),
-    }
+    metrics = values | {"learning_rate": rate(state.step)}
+    with jax.named_scope("optimizer"):
+        metrics["gradient_norm"] = optax.tree.norm(gradients)
+        updates, opt_state = transform.update(gradients, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        # Young averages forget their random start: the decay grows from 1/10 to its final value.
+        decay = jnp.minimum(config.training.ema_decay, (1.0 + state.step) / (10.0 + state.step))
+        ema_params = jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), state.ema_params, params)
     return state.replace(
         step=state.step + 1,
         params=params,
-        ema_params=jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), state.ema_params, params),
+        ema_params=ema_params,
         opt_state=opt_state,
         time_statistics=statistics,
     ), metrics

@@ -1,0 +1,129 @@
+"""Compiled for an H100 that is not there: B and S; and how time on paper is read."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def script():
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    import gpu_compile
+
+    yield gpu_compile
+    sys.path.remove(str(ROOT / "benchmarks"))
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("jax_cuda13_plugin") is None,
+    reason="jax with CUDA is not installed: pip install -e '.[gpu]'",
+)
+@pytest.mark.parametrize(
+    "flags, kernels, temporaries",
+    [
+        # 19 layers with two attentions each, and one attention of the text encoder's loop; S has
+        # heads of 12, which are padded.
+        (["--config=configs/coco.py"], {"fmhaSoftmax": 39, "fmhaSoftmaxBackward": 38}, (20, 32)),
+        (["--config=configs/cub_small.py"], {"fmhaSoftmax": 37, "fmhaSoftmaxBackward": 36}, (4, 8)),
+        (["--config=configs/coco.py", "--program=sample"], {"fmhaSoftmax": 39}, (1, 3)),
+    ],
+)
+def test_every_attention_is_cudnns(flags, kernels, temporaries, tmp_path):
+    done = subprocess.run(
+        [
+            sys.executable, "benchmarks/gpu_compile.py", *flags, f"--json={tmp_path}/result.json",
+        ],
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(sys.path)},
+        cwd=ROOT, capture_output=True, text=True, timeout=900, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    result = json.loads((tmp_path / "result.json").read_text())
+    found = {n.removeprefix("__cudnn$"): c for n, c in result["targets"].items() if "fmha" in n}
+    assert found == kernels
+    assert temporaries[0] < result["temporaries"] / 2**30 < temporaries[1]
+    assert 0 < result["diffusion"] < 0.15
+    assert 0.2 < result["utilisation"] < 1
+
+
+HLO = """HloModule jit_step
+
+%fused (a: f32[8,1024], b: s32[]) -> f32[1,1024] {
+  %a = f32[8,1024]{1,0} parameter(0)
+  %b = s32[] parameter(1)
+  ROOT %row = f32[1,1024]{1,0} dynamic-slice(%a, %b, %b), dynamic_slice_sizes={1,1024}
+}
+
+%update (c: f32[8,1024], d: f32[1,1024], e: s32[]) -> f32[8,1024] {
+  %c = f32[8,1024]{1,0} parameter(0)
+  %d = f32[1,1024]{1,0} parameter(1)
+  %e = s32[] parameter(2)
+  ROOT %put = f32[8,1024]{1,0} dynamic-update-slice(%c, %d, %e, %e)
+}
+
+%body (p: (s32[], f32[8,1024])) -> (s32[], f32[8,1024]) {
+  %p = (s32[], f32[8,1024]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %x = f32[8,1024]{1,0} get-tuple-element(%p), index=1
+  %cut = f32[1,1024]{1,0} fusion(%x, %i), kind=kLoop, calls=%fused
+  %new = f32[8,1024]{1,0} fusion(%x, %cut, %i), kind=kLoop, calls=%update
+  ROOT %t = (s32[], f32[8,1024]{1,0}) tuple(%i, %new)
+}
+
+%condition (q: (s32[], f32[8,1024])) -> pred[] {
+  %q = (s32[], f32[8,1024]{1,0}) parameter(0)
+  ROOT %yes = pred[] constant(true)
+}
+
+ENTRY %main (x: f32[8,1024], l: bf16[4096,1024], r: bf16[1024,2048]) -> f32[8,1024] {
+  %x = f32[8,1024]{1,0} parameter(0)
+  %l = bf16[4096,1024]{1,0} parameter(1)
+  %r = bf16[1024,2048]{1,0} parameter(2)
+  %product = (bf16[4096,2048]{1,0}, s8[64]{0}) custom-call(%l, %r), custom_call_target="__cublas$lt$matmul", metadata={op_name="jit(step)/denoiser/dot_general"}, backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"]}}}
+  %zero = s32[] constant(0)
+  %start = (s32[], f32[8,1024]{1,0}) tuple(%zero, %x)
+  %loop = (s32[], f32[8,1024]{1,0}) while(%start), condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"7"}}
+  ROOT %done = f32[8,1024]{1,0} get-tuple-element(%loop), index=1
+}
+"""  # noqa: E501
+
+
+def test_time_on_paper(script):
+    product, *loop = script.kernels(HLO)
+    assert product.flops == 2 * 4096 * 2048 * 1024
+    assert product.moved == 2 * (4096 * 1024 + 1024 * 2048 + 4096 * 2048) + 64
+    # Few rows: the peak is not reached before the bandwidth is.
+    assert product.seconds == max(product.flops / script.PEAK, product.moved / script.BANDWIDTH)
+    assert product.scope == "jit(step)/denoiser/dot_general"
+    # A row is read and written, and the index read; what is updated in place is not read.
+    assert sorted((k.name, k.turns, k.moved, k.flops) for k in loop) == [
+        ("cut", 7, 7 * (4096 + 4 + 4096), 0),
+        ("new", 7, 7 * (4096 + 4 + 4096), 0),
+    ]
+
+
+@pytest.mark.parametrize(
+    "target, shapes, flops",
+    [
+        # Queries, keys: two products forward, five backward.
+        ("__cudnn$fmhaSoftmax", [(2, 64, 4, 8), (2, 32, 4, 8)], 4 * 2 * 4 * 64 * 32 * 8),
+        ("__cudnn$fmhaSoftmaxBackward", [(2, 64, 4, 8), (2, 32, 4, 8)], 10 * 2 * 4 * 64 * 32 * 8),
+        ("__cudnn$convForward", [(2, 5, 5, 16), (32, 3, 3, 16)], 2 * 9 * 16 * 32 * 2 * 25),
+        ("__cublas$gemm_workspace", [(2, 5), (5, 2)], 0),
+    ],
+)
+def test_flops_of_kernels(script, target, shapes, flops):
+    make = script.Instruction
+    body = {
+        str(i): make(str(i), f"bf16[{','.join(map(str, s))}]", "parameter", [], "")
+        for i, s in enumerate(shapes)
+    }
+    result = "bf16[2,5,5,32]" if "conv" in target else f"bf16[{','.join(map(str, shapes[0]))}]"
+    kernel = make("k", result, "custom-call", ["0", "1"], f'custom_call_target="{target}"')
+    assert script.product_flops(kernel, body) == flops
