@@ -124,6 +124,22 @@ def test_only_the_masked_part_is_painted(model):
         num_images=3, seed=2,
     )  # fmt: skip
     np.testing.assert_array_equal(as_pictures.codes, made.codes)
+    as_floats = model.inpaint(image, mask.astype(np.float32), "a cat", num_images=3, seed=2)
+    np.testing.assert_array_equal(as_floats.codes, made.codes)
+
+
+def test_what_is_no_picture_is_named(model):
+    image = np.zeros((16, 16, 3), np.uint8)
+    for call in (
+        lambda: model.inpaint("cat.png", image, "a cat"),
+        lambda: model.inpaint(image, "cat.png", "a cat"),
+        lambda: model.edit("cat.png", "a cat"),
+        lambda: model.encode_images(["cat.png"]),
+    ):
+        with pytest.raises(UserError, match="cat.png is a path: open the picture first"):
+            call()
+    with pytest.raises(UserError, match="no picture is given"):
+        model.encode_images([])
 
 
 def test_a_mask_of_a_picture_that_is_cut_is_cut_alike(model):

@@ -100,7 +100,7 @@ def square(image: Picture, side: int) -> np.ndarray:
     Raises:
       UserError: it is neither a Pillow image nor uint8 [H, W, 3].
     """
-    pixels = np.asarray(image.convert("RGB") if isinstance(image, Image.Image) else image)
+    pixels = _array(image, "RGB")
     if pixels.ndim != 3 or pixels.shape[-1] != 3 or pixels.dtype != np.uint8:
         raise UserError(
             f"a picture must be uint8 [H, W, 3], this one is {pixels.dtype} {list(pixels.shape)}"
@@ -108,25 +108,32 @@ def square(image: Picture, side: int) -> np.ndarray:
     return pixels if pixels.shape[:2] == (side, side) else images.center_crop(pixels, side)
 
 
+def _array(image: Picture, mode: str) -> np.ndarray:
+    if isinstance(image, str | os.PathLike):
+        raise UserError(f"{image} is a path: open the picture first, PIL.Image.open(...)")
+    return np.asarray(image.convert(mode) if isinstance(image, Image.Image) else image)
+
+
 def token_mask(mask: Picture, image: Picture, grid: tuple[int, int]) -> np.ndarray:
     """bool [N]: the tokens that have a masked pixel, after the crop of ``square``.
 
     Args:
-      mask: bool or numbers up to 255 [H, W] or [H, W, C], or a Pillow image; masked above 127.
+      mask: [H, W] or [H, W, C] or a Pillow image; masked where it is true, above a half (floats up
+        to 1) or above 127.
       image: the picture it belongs to.
       grid: rows and columns of the tokens.
 
     Raises:
       UserError: the two are of different sizes.
     """
-    mask = np.asarray(mask.convert("L") if isinstance(mask, Image.Image) else mask)
-    size = image.size[::-1] if isinstance(image, Image.Image) else image.shape[:2]
+    mask, size = _array(mask, "L"), _array(image, "RGB").shape[:2]
     if mask.ndim not in (2, 3) or mask.shape[:2] != tuple(size):
         raise UserError(
             f"the mask is {list(mask.shape)}, the picture {list(size)}: they must be of one size"
         )
     mask = mask if mask.ndim == 2 else mask.max(axis=-1)
-    paint = mask if mask.dtype == bool else mask > 127
+    half = 0.5 if mask.dtype.kind == "f" and mask.max(initial=0) <= 1 else 127
+    paint = mask if mask.dtype == bool else mask > half
     side = min(paint.shape)
     top, left = ((length - side) // 2 for length in paint.shape)
     paint = paint[top : top + side, left : left + side]

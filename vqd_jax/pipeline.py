@@ -289,6 +289,7 @@ class VQDiffusion:
 
         Pictures of another size than S are cut to a square and resized.
         """
+        _require(len(images), "no picture is given")
         side = self.config.data.image_size
         images = np.stack([pictures.square(image, side) for image in images])
         run = lambda rows: self._encode(self._autoencoder_params, self._put(rows))  # noqa: E731
