@@ -76,7 +76,7 @@ def topology(name: str) -> Sequence[jax.Device]:
     """
     kind, _, shape = name.partition(":")
     try:
-        if kind == "h100" and shape.isdigit():
+        if kind == "h100" and shape.isdigit() and int(shape):
             return _gpus(int(shape))
         return _tpus(kind, shape)
     except (RuntimeError, ValueError, NotImplementedError) as error:
