@@ -7,8 +7,9 @@ python benchmarks/gpu_compile.py --config=configs/coco.py --program=sample --ker
 By XLA's compiler for that GPU, without trying out kernels; no GPU is needed. Of every program: GiB
 (arguments, temporaries), and its time on paper, where a kernel takes as long as its products do at
 the published peak or its bytes at the published bandwidth, whichever is longer. Nothing is timed.
-``diffusion`` is the share of everything but networks and optimizer, ``utilisation`` that of the
-FLOPs of the formulas in what the peak would do meanwhile. ``--kernels`` lists what takes longest.
+``diffusion`` is the share of noise, bound, guidance, truncation, posterior and draws;
+``utilisation`` that of the FLOPs of the formulas in what the peak would do meanwhile. ``--kernels``
+lists what takes longest.
 """
 
 import argparse
@@ -51,7 +52,7 @@ _BYTES = {
     "pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2,
     "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8,
 }  # fmt: skip
-# Scopes of what is not noise, bound, posterior and draw.
+# Scopes of the rest. Copies have none.
 _OTHERS = re.compile("denoiser|text_encoder|optimizer")
 _FREE = ("parameter", "get-tuple-element", "tuple", "bitcast", "constant", "after-all")
 
@@ -233,7 +234,10 @@ def measure(job: tuple, num_kernels: int = 0) -> dict:
         "targets": collections.Counter(re.findall(r'custom_call_target="([^"]+)"', text)),
         "milliseconds": total / steps * 1e3,
         "products": math.fsum(k.seconds for k in launched if k.flops) / steps * 1e3,
-        "diffusion": math.fsum(k.seconds for k in launched if not _OTHERS.search(k.scope)) / total,
+        "diffusion": math.fsum(
+            k.seconds for k in launched if k.scope and not _OTHERS.search(k.scope)
+        )
+        / total,
         "utilisation": flops * steps / total / PEAK,
     }
 

@@ -57,7 +57,7 @@ fi
 on_all "mountpoint -q /mnt/shared || { sudo mkdir -p /mnt/shared &&
   sudo mount -t nfs $NFS /mnt/shared; }"
 on_all "mkdir -p vqd && gcloud storage cp --recursive $SOURCE $BUCKET/wheels/configs vqd/ &&
-  python3 -m venv vqd/env && vqd/env/bin/pip install --quiet \"vqd/$(basename "$SOURCE")[tpu]\""
+  python3 -m venv vqd/env && vqd/env/bin/pip install --quiet \"vqd/$(basename "$SOURCE")[tpu,gcs]\""
 
 # Arguments are quoted once more for the shells of the workers.
 on_all "cd vqd && env/bin/python -m vqd_jax.main --distributed $(printf '%q ' "$@")"

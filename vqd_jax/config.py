@@ -101,7 +101,7 @@ def default_config() -> ConfigDict:
     config.denoiser.mlp_ratio = 4
     config.denoiser.position_table = ()  # rows and columns; () is the grid
     config.denoiser.remat = "none"  # 'none', 'dots' or 'full'
-    config.denoiser.scan_unroll = 1  # layers in a turn of the loop; all is fastest on CPU, GPU
+    config.denoiser.scan_unroll = 1  # layers in a turn of the loop; see docs/performance.md
     config.denoiser.init_std = 0.02  # of the initial weights
     config.denoiser.dtype = "float32"  # compute dtype: 'float32' or 'bfloat16'
 

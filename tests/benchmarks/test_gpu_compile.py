@@ -21,10 +21,23 @@ def script():
     sys.path.remove(str(ROOT / "benchmarks"))
 
 
-@pytest.mark.skipif(
+needs_cuda = pytest.mark.skipif(
     importlib.util.find_spec("jax_cuda13_plugin") is None,
     reason="jax with CUDA is not installed: pip install -e '.[gpu]'",
 )
+
+
+def run(*command):
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, *command],
+        env=environment, cwd=ROOT, capture_output=True, text=True, timeout=900, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout + done.stderr
+
+
+@needs_cuda
 @pytest.mark.parametrize(
     "flags, kernels, temporaries",
     [
@@ -36,20 +49,24 @@ def script():
     ],
 )
 def test_every_attention_is_cudnns(flags, kernels, temporaries, tmp_path):
-    done = subprocess.run(
-        [
-            sys.executable, "benchmarks/gpu_compile.py", *flags, f"--json={tmp_path}/result.json",
-        ],
-        env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(sys.path)},
-        cwd=ROOT, capture_output=True, text=True, timeout=900, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
+    run("benchmarks/gpu_compile.py", *flags, f"--json={tmp_path}/result.json")
     result = json.loads((tmp_path / "result.json").read_text())
     found = {n.removeprefix("__cudnn$"): c for n, c in result["targets"].items() if "fmha" in n}
     assert found == kernels
     assert temporaries[0] < result["temporaries"] / 2**30 < temporaries[1]
     assert 0 < result["diffusion"] < 0.15
     assert 0.2 < result["utilisation"] < 1
+
+
+@needs_cuda
+def test_heads_may_be_divided_over_gpus():
+    output = run(
+        "-m", "vqd_jax.main", "--mode=plan", "--config=configs/coco.py", "--topology=h100:8",
+        "--config.denoiser.dtype=bfloat16", "--config.training.batch_size=32",
+        "--config.mesh.fsdp=4", "--config.mesh.tensor=2",
+    )  # fmt: skip
+    assert "parameters on 8 devices (data 1, fsdp 4, tensor 2)" in output
+    assert "fits into 59 GiB" in output
 
 
 HLO = """HloModule jit_step

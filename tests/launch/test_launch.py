@@ -136,7 +136,7 @@ def test_tpu_vm_asks_waits_installs_and_runs(stubs):
     mount, install, start = [call for call in calls() if "ssh" in call]
     assert install[:7] == ["gcloud", "compute", "tpus", "tpu-vm", "ssh", "n", "--worker=all"]
     assert "mount -t nfs host:/share /mnt/shared" in mount[7]
-    assert "vqd/vqd_jax.whl[tpu]" in install[7]
+    assert "vqd/vqd_jax.whl[tpu,gcs]" in install[7]
     # The shell of a worker takes the quotes off again.
     command = start[7].removeprefix("--command=")
     words = subprocess.run(

@@ -39,7 +39,7 @@ def test_cudnn_is_asked_only_for_what_it_has(dtype, head_width, capability, appl
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("num_queries, num_keys, width", [(16, 77, 64), (77, 77, 12), (6, 8, 8)])
 def test_what_is_padded_for_cudnn_changes_nothing(num_queries, num_keys, width, causal):
-    # Here without cuDNN; what is compiled with it, tests/test_gpu_compile.py looks at.
+    # Here without cuDNN; what is compiled with it, tests/benchmarks/test_gpu_compile.py looks at.
     rng = np.random.default_rng(4)
     q, k, v = (
         jnp.asarray(rng.normal(size=(2, n, 3, width)), jnp.float32)

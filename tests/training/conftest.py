@@ -5,7 +5,6 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.parse
 import urllib.request
 from pathlib import Path
@@ -73,8 +72,10 @@ def bucket():
         try:
             bucket.names("")
             break
-        except urllib.error.URLError:
+        except OSError:
             time.sleep(0.1)
+    else:
+        pytest.fail("the bucket's server does not answer")
     yield bucket
     process.kill()
     process.communicate()

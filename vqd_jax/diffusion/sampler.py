@@ -171,7 +171,8 @@ def _keep(log_x0, lowest, above, weigh, amount):
         cuda=functools.partial(bisect, too_low, halvings=3),
         default=functools.partial(bisect, too_low, halvings=1),
     )  # fmt: skip
-    return jax.nn.log_softmax(jnp.where(above(low), log_x0, transition.LOG_ZERO))
+    # The best stays, however the last bit of an exponential falls.
+    return jax.nn.log_softmax(jnp.where(above(low) | (log_x0 >= top), log_x0, transition.LOG_ZERO))
 
 
 def bisect(

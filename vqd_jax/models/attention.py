@@ -3,6 +3,7 @@
 Letters: B batch, N queries, M keys, D width, H heads.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -48,24 +49,28 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, *, causal: bool = False) ->
     The softmax is in float32. On a GPU that can, it is one fused kernel of cuDNN; on a CPU, where
     no gradient is asked for, one head follows another.
     """
+    cudnn = cudnn_applies(q.dtype, q.shape[-1], placement.compute_capability())
     if causal:
-        return _attend_at_once(q, k, v, causal=True)
-    return _attend(q, k, v)
+        return _attend_at_once(q, k, v, cudnn, causal=True)
+    return _attend(q, k, v, cudnn)
 
 
-@jax.custom_jvp
-def _attend(q, k, v):
+@functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
+def _attend(q, k, v, cudnn):
     # Decided when the program is lowered, which may be for another machine than this one.
-    return jax.lax.platform_dependent(q, k, v, cpu=_attend_by_heads, default=_attend_at_once)
+    at_once = functools.partial(_attend_at_once, cudnn=cudnn)
+    return jax.lax.platform_dependent(q, k, v, cpu=_attend_by_heads, default=at_once)
 
 
 @_attend.defjvp
-def _attend_jvp(primals, tangents):
-    return jax.jvp(_attend_at_once, primals, tangents)
+def _attend_jvp(cudnn, primals, tangents):
+    return jax.jvp(functools.partial(_attend_at_once, cudnn=cudnn), primals, tangents)
 
 
-def _attend_at_once(q, k, v, causal=False):
-    if cudnn_applies(q.dtype, q.shape[-1], placement.compute_capability()):
+def _attend_at_once(q, k, v, cudnn, causal=False):
+    if cudnn:
+        # It takes the three divided alike over the devices, or not at all.
+        q, k, v = map(placement.heads, (q, k, v))
         return attend_padded(q, k, v, causal=causal, implementation="cudnn")
     return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="xla")
 

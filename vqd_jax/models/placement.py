@@ -14,15 +14,20 @@ from collections.abc import Callable, Iterator
 
 import jax
 
-_place: contextvars.ContextVar[Callable] = contextvars.ContextVar("place", default=lambda x: x)
+_place: contextvars.ContextVar[Callable] = contextvars.ContextVar(
+    "place", default=lambda x, axis: x
+)
 _device: contextvars.ContextVar[jax.Device | None] = contextvars.ContextVar("device", default=None)
 
 
 @contextlib.contextmanager
-def rows_placed_by(place: Callable[[jax.Array], jax.Array], device: jax.Device) -> Iterator[None]:
-    """Within the context, programs for ``device`` are traced, and ``place`` is applied by ``rows``.
+def rows_placed_by(
+    place: Callable[[jax.Array, int], jax.Array], device: jax.Device
+) -> Iterator[None]:
+    """Within the context, programs for ``device`` are traced, and ``place`` is applied to arrays.
 
-    Without one, a program is made for the first device of this machine.
+    ``place`` is told the axis of the heads too, or 0. Without a context, a program is made for the
+    first device of this machine.
     """
     tokens = _place.set(place), _device.set(device)
     try:
@@ -34,7 +39,12 @@ def rows_placed_by(place: Callable[[jax.Array], jax.Array], device: jax.Device) 
 
 def rows(x: jax.Array) -> jax.Array:
     """``x`` [B, ...] with its rows where the caller wants them."""
-    return _place.get()(x)
+    return _place.get()(x, 0)
+
+
+def heads(x: jax.Array) -> jax.Array:
+    """``x`` [B, N, H, D/H] with its rows and its heads where the caller wants them."""
+    return _place.get()(x, 2)
 
 
 def compute_capability() -> float:

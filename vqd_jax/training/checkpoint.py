@@ -45,6 +45,8 @@ def claim(config: ConfigDict, workdir: str) -> None:
         except (OSError, ValueError):
             # Damaged; what can be read decides.
             continue
+        except Exception as error:  # A bucket's client raises many kinds.
+            raise UserError(f"{name} cannot be read: {_reason(error)}") from error
         source = str(path / str(step))
         changed = config_lib.differences(config_lib.from_dict(stored, source), config)
         if changed:
@@ -63,8 +65,8 @@ def exist(config: ConfigDict, workdir: str) -> bool:
 class Checkpoints:
     """The checkpoints ``directory/<step>``, written in the background, the newest few kept.
 
-    A checkpoint is renamed into place when it is complete: one that was cut off is never taken
-    for a checkpoint, and is removed.
+    A complete checkpoint is renamed into place or, in a bucket, marked by a file: one that was cut
+    off is never taken for a checkpoint, and is removed.
     """
 
     def __init__(self, directory: str, keep: int = 2):

@@ -125,14 +125,19 @@ def batch_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:
 
 
 def rows_apart(mesh: Mesh) -> contextlib.AbstractContextManager:
-    """A context to trace a model in: its activations [B, ...] are divided by rows alone.
+    """A context to trace a model in: its activations [B, ...] are divided by rows, and by heads.
 
     What has too few rows for all devices (as the times of a sampler) is left to the partitioner.
     """
-    placed, shards = batch_sharding(mesh), num_row_shards(mesh)
+    shards = num_row_shards(mesh)
 
-    def place(x):
-        return x if x.shape[0] % shards else jax.lax.with_sharding_constraint(x, placed)
+    def place(x, heads_axis):
+        if x.shape[0] % shards:
+            return x
+        spec = [BATCH_AXES, *[None] * heads_axis]
+        if heads_axis and not x.shape[heads_axis] % mesh.shape["tensor"]:
+            spec[heads_axis] = "tensor"
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*spec)))
 
     return placement.rows_placed_by(place, mesh.devices.flat[0])
 
