@@ -19,6 +19,7 @@ import json
 import math
 import os
 import re
+import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,7 +28,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import tpu_compile
 
 from vqd_jax import plan
-from vqd_jax.training import sharding
+from vqd_jax.training import program, sharding
 
 GIB = 2**30
 # Published bfloat16 FLOP/s without sparsity, and bytes/s of memory, of an H100 SXM.
@@ -48,10 +49,6 @@ TABLE = (
     ("sample", ITHQ, 16, "none", True),
 )
 
-_BYTES = {
-    "pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2,
-    "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8,
-}  # fmt: skip
 # Scopes of the rest. Copies have none.
 _OTHERS = re.compile("denoiser|text_encoder|optimizer")
 _FREE = ("parameter", "get-tuple-element", "tuple", "bitcast", "constant", "after-all")
@@ -85,12 +82,14 @@ class Kernel(NamedTuple):
 def arrays(text: str) -> list[tuple[str, tuple[int, ...]]]:
     """(dtype, shape) of every array in the text of a type."""
     found = re.findall(r"\b(\w+)\[([\d,]*)\]", text)
-    return [(d, tuple(map(int, filter(None, n.split(","))))) for d, n in found if d in _BYTES]
+    return [
+        (d, tuple(map(int, filter(None, n.split(","))))) for d, n in found if d in program.BYTES
+    ]
 
 
 def size(text: str) -> int:
     """Bytes of a type."""
-    return sum(_BYTES[dtype] * math.prod(shape) for dtype, shape in arrays(text))
+    return sum(program.BYTES[dtype] * math.prod(shape) for dtype, shape in arrays(text))
 
 
 def parse(hlo: str) -> tuple[dict[str, dict[str, Instruction]], str]:
@@ -211,10 +210,10 @@ def measure(job: tuple, num_kernels: int = 0) -> dict:
     config.denoiser.remat = remat
     config.denoiser.scan_unroll = config.denoiser.num_layers if unrolled else 1
     devices = plan.topology("h100:1")
-    hlo = f"{os.environ.get('TMPDIR', '/tmp')}/gpu_compile.{os.getpid()}.hlo"
-    result = tpu_compile.measure(kind, config, sharding.make_mesh(config, devices), rows, hlo)
-    text = Path(hlo).read_text(encoding="utf-8")
-    Path(hlo).unlink()
+    mesh = sharding.make_mesh(config, devices)
+    with tempfile.NamedTemporaryFile("r", suffix=".hlo", encoding="utf-8") as hlo:
+        result = tpu_compile.measure(kind, config, mesh, rows, hlo.name)
+        text = hlo.read()
     launched = kernels(text)
     for kernel in launched[:num_kernels]:
         print(

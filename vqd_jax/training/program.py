@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
-_BYTES = {
+# Of a number of every type that programs have.
+BYTES = {
     "pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2,
     "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8,
 }  # fmt: skip
-_SHAPE = re.compile(rf"\b({'|'.join(_BYTES)})\[([\d,]*)\]")
+_SHAPE = re.compile(rf"\b({'|'.join(BYTES)})\[([\d,]*)\]")
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) (?:\(.*)?\{$")
 _COLLECTIVE = re.compile(rf"^(?:ROOT )?%?[\w.\-]+ = (.*?) ({'|'.join(KINDS)})(-start)?\(")
 _CALLED = re.compile(
@@ -173,7 +174,7 @@ def _collective(line, result, kind, start, times, scattered) -> Collective:
         arrays = [array for array in arrays if array[1]]
         arrays = arrays[len(arrays) // 2 :]
     group = _group(line)
-    size = sum(_BYTES[dtype] * math.prod(shape) for dtype, shape in arrays)
+    size = sum(BYTES[dtype] * math.prod(shape) for dtype, shape in arrays)
     share = (group - 1) / group
     if scattered:
         return Collective("reduce-scatter", tuple(s for _, s in arrays), group, times,
