@@ -16,7 +16,7 @@ import numpy as np
 from absl import app, flags, logging
 
 from vqd_jax.data import images
-from vqd_jax.data.builders import shapes_text
+from vqd_jax.data.sets import shapes_text
 from vqd_jax.errors import UserError
 from vqd_jax.evaluation.attributes import attribute_scores
 from vqd_jax.pipeline import VQDiffusion

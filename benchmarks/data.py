@@ -29,7 +29,7 @@ import torch
 from array_record.python import array_record_module
 from PIL import Image
 
-from vqd_jax.data import codes, pipeline
+from vqd_jax.data import batches, codes
 from vqd_jax.models import autoencoder
 from vqd_jax.training.cache import Codec
 
@@ -127,8 +127,8 @@ def pixels(folder: Path) -> None:
         paths = [folder / f"{side}_{i:05d}.jpg" for i in range(PHOTOS)]
         for path in paths:
             path.write_bytes(photo(rng, side))
-        crop = pipeline.Crop(SIZE, random=True)
-        ours = pipeline.image_dataset(
+        crop = batches.Crop(SIZE, random=True)
+        ours = batches.image_dataset(
             Files(paths), SIZE, BATCH, 0, True, crop=crop, num_threads=WORKERS
         )
         theirs = torch.utils.data.DataLoader(
@@ -187,17 +187,17 @@ def cached(folder: Path) -> None:
     cache = write_cache(folder)
     print(f"  wrote {RECORDS:,} records in {time.perf_counter() - start:.0f} s")
     for batch_size in (32, 256):
-        dataset = pipeline.code_dataset(cache, batch_size, 0, 0.1, train=True, with_ids=True)
+        dataset = batches.code_dataset(cache, batch_size, 0, 0.1, train=True, with_ids=True)
         iterator = iter(dataset)
-        batches = RECORDS // batch_size
+        num_batches = RECORDS // batch_size
         next(iterator)
         memory, seen = [resident()], np.zeros(RECORDS, np.int8)
         start, cpu_start = time.perf_counter(), time.process_time()
-        for index in range(1, batches):
+        for index in range(1, num_batches):
             seen[next(iterator)["id"]] += 1
-            if index in (batches // 2, batches - 1):
+            if index in (num_batches // 2, num_batches - 1):
                 memory.append(resident())
-        count = (batches - 1) * batch_size
+        count = (num_batches - 1) * batch_size
         speed = count / (time.perf_counter() - start)
         cpu_speed = count / (time.process_time() - cpu_start)
         print(

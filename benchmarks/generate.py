@@ -40,7 +40,7 @@ def build(folder):
     from configs import coco
     from vqd_jax import config as config_lib
     from vqd_jax.interop import convert
-    from vqd_jax.models import autoencoder, text_to_image
+    from vqd_jax.models import autoencoder, conditioned
     from vqd_jax.pipeline import VQDiffusion
 
     config = coco.get_config()
@@ -48,7 +48,7 @@ def build(folder):
     # Diffusers has no Gumbel quantiser and no remap; decoding is the same.
     config.autoencoder.quantizer, config.autoencoder.codebook_size = "nearest", 0
     key = jax.random.key(0)
-    params = text_to_image.init_params(config_lib.model_config(config), key)
+    params = conditioned.init_params(config_lib.model_config(config), key)
     codec = autoencoder.init_params(config_lib.autoencoder_config(config), key)
     VQDiffusion(config, params, codec).save_pretrained(f"{folder}/diffusers", format="diffusers")
     convert.convert(f"{folder}/diffusers", f"{folder}/ours")

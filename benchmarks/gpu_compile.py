@@ -28,7 +28,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import tpu_compile
 
 from vqd_jax import plan
-from vqd_jax.training import program, sharding
+from vqd_jax.parallel import program, sharding
 
 GIB = 2**30
 # Published bfloat16 FLOP/s without sparsity, and bytes/s of memory, of an H100 SXM.

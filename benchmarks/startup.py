@@ -30,7 +30,7 @@ def child(path: str, batch_size: int) -> None:
     import jax
     import numpy as np
 
-    from vqd_jax.training import sharding
+    from vqd_jax.parallel import sharding
     from vqd_jax.training import state as state_lib
 
     spec = importlib.util.spec_from_file_location("measured", path)

@@ -26,8 +26,8 @@ import jax.numpy as jnp
 from vqd_jax import config as config_lib
 from vqd_jax import plan, programs
 from vqd_jax.diffusion import sampler
-from vqd_jax.models import text_to_image
-from vqd_jax.training import program, sharding
+from vqd_jax.models import conditioned
+from vqd_jax.parallel import program, sharding
 from vqd_jax.training import state as state_lib
 
 GIB, MIB = 2**30, 2**20
@@ -143,7 +143,7 @@ def lower_sampler(config, mesh, rows: int) -> jax.stages.Lowered:
     """The sampler with guidance and truncation, T network calls; ``rows`` images of all chips."""
     model_config = config_lib.model_config(config)
     schedule = config_lib.noise_schedule(config)
-    params = jax.eval_shape(lambda: text_to_image.init_params(model_config, jax.random.key(0)))
+    params = jax.eval_shape(lambda: conditioned.init_params(model_config, jax.random.key(0)))
     params = sharding.with_shardings(params, sharding.shardings(params, mesh))
     placed, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows))

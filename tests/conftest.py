@@ -1,22 +1,32 @@
 """Shared by all tests: one prepared data folder, and runs of the command line in processes."""
 
+import json
 import os
+import socket
 import subprocess
 import sys
+import time
+import urllib.parse
+import urllib.request
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
+# Programs that one test process has compiled are there for the others, for their children and for
+# the next run. JAX reads these when it is imported, which is after this file.
+_CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "vqd_jax" / "tests"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
+
 
 @pytest.fixture(scope="session")
 def environment(tmp_path_factory):
-    """Environment of child processes: their own data folder, and compiled programs kept."""
+    """Environment of child processes: their own data folder, and no accelerator."""
     return os.environ | {
         "TFDS_DATA_DIR": str(tmp_path_factory.mktemp("data_sets")),
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PLATFORMS": "cpu",
     }
 
@@ -63,3 +73,73 @@ def tiny_run(run, tmp_path_factory):
     status, output = run(f"--config={ROOT}/configs/tiny.py", "--workdir=runs/tiny", cwd=folder)
     assert status == 0, output
     return folder / "runs" / "tiny"
+
+
+SERVER = ROOT / "tests" / "bucket_server.py"
+
+
+class Bucket:
+    """A bucket, called ``bucket``: its files, seen past the runs."""
+
+    def __init__(self, port):
+        self.url = f"http://127.0.0.1:{port}"
+        # For Google's libraries to take it for theirs.
+        self.env = {
+            "STORAGE_EMULATOR_HOST": self.url,
+            "TENSORSTORE_GCS_HTTP_URL": self.url,
+            # Another service, which tells the kind of a bucket, is not there.
+            "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
+        }
+
+    def names(self, prefix):
+        query = urllib.parse.urlencode({"prefix": prefix})
+        with urllib.request.urlopen(f"{self.url}/storage/v1/b/bucket/o?{query}") as answer:
+            return [item["name"] for item in json.load(answer)["items"]]
+
+    def steps(self, run):
+        """Steps with a file, and those of them that are complete."""
+        parts = [name.split("/") for name in self.names(run + "/")]
+        begun = {int(part[1]) for part in parts if part[1].isdigit()}
+        return begun, {s for s in begun if [run, str(s), "commit_success.txt"] in parts}
+
+    def read(self, name):
+        return urllib.request.urlopen(f"{self.url}/bucket/{urllib.parse.quote(name)}").read()
+
+    def write(self, name, content):
+        query = urllib.parse.urlencode({"uploadType": "media", "name": name})
+        url = f"{self.url}/upload/storage/v1/b/bucket/o?{query}"
+        urllib.request.urlopen(urllib.request.Request(url, data=content)).close()
+
+    def remove(self, prefix):
+        for name in self.names(prefix):
+            url = f"{self.url}/storage/v1/b/bucket/o/{urllib.parse.quote(name, safe='')}"
+            urllib.request.urlopen(urllib.request.Request(url, method="DELETE")).close()
+
+    def copy_to(self, run, folder):
+        for name in self.names(run + "/"):
+            target = folder / name.removeprefix(run + "/")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(self.read(name))
+
+
+@pytest.fixture(scope="module")
+def bucket():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    process = subprocess.Popen(
+        [sys.executable, SERVER, str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    bucket = Bucket(port)
+    for _ in range(600):
+        assert process.poll() is None
+        try:
+            bucket.names("")
+            break
+        except OSError:
+            time.sleep(0.1)
+    else:
+        pytest.fail("the bucket's server does not answer")
+    yield bucket
+    process.kill()
+    process.communicate()

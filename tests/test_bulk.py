@@ -10,8 +10,8 @@ from PIL import Image
 from configs import tiny
 from vqd_jax import bulk, programs
 from vqd_jax.errors import UserError
+from vqd_jax.parallel import sharding
 from vqd_jax.pipeline import VQDiffusion
-from vqd_jax.training import sharding
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

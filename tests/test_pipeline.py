@@ -7,7 +7,7 @@ from configs import tiny
 from vqd_jax import config as config_lib
 from vqd_jax.diffusion import rules
 from vqd_jax.errors import UserError
-from vqd_jax.models import autoencoder, text_to_image
+from vqd_jax.models import autoencoder, conditioned
 from vqd_jax.pipeline import RULES, VQDiffusion
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -18,7 +18,7 @@ PROMPTS = ["red heart", "", "a black cat"]
 @pytest.fixture(scope="module")
 def model():
     config = tiny.get_config()
-    params = text_to_image.init_params(config_lib.model_config(config), jax.random.key(0))
+    params = conditioned.init_params(config_lib.model_config(config), jax.random.key(0))
     # Large enough that the text and the guidance matter to an untrained network.
     params = jax.tree.map(lambda x: 8 * x, params)
     sizes = config_lib.autoencoder_config(config)

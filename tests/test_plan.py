@@ -5,7 +5,8 @@ import pytest
 from configs import tiny
 from vqd_jax import plan
 from vqd_jax.errors import UserError
-from vqd_jax.training import sharding, state
+from vqd_jax.parallel import sharding
+from vqd_jax.training import state
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

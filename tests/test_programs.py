@@ -7,11 +7,11 @@ import jax.numpy as jnp
 
 from vqd_jax import programs
 from vqd_jax.diffusion import sampler, schedule
-from vqd_jax.models import text_to_image
+from vqd_jax.models import conditioned
 from vqd_jax.models.denoiser import DenoiserConfig
 from vqd_jax.models.text_encoder import TextEncoderConfig
 
-CONFIG = text_to_image.TextToImageConfig(
+CONFIG = conditioned.TextToImageConfig(
     TextEncoderConfig(vocab_size=20, context_length=6, width=14, num_layers=2, num_heads=2),
     DenoiserConfig(
         num_codes=11, grid=(2, 3), num_steps=9, width=12, num_layers=3, num_heads=2, text_width=14
@@ -20,7 +20,7 @@ CONFIG = text_to_image.TextToImageConfig(
 
 
 def test_texts_and_times_are_worked_out_once_a_generation():
-    params = text_to_image.init_params(CONFIG, jax.random.key(0))
+    params = conditioned.init_params(CONFIG, jax.random.key(0))
     settings = sampler.Settings(num_steps=4, guidance=jnp.float32(5.0))
     keys, ids = jax.random.split(jax.random.key(1), 2), jnp.ones((2, 6), jnp.int32)
     program = jax.jit(

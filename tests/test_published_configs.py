@@ -6,8 +6,8 @@ import jax
 import pytest
 
 from vqd_jax import config as config_lib
-from vqd_jax.data import builders
-from vqd_jax.models import autoencoder, text_to_image
+from vqd_jax.data import sets
+from vqd_jax.models import autoencoder, conditioned
 
 # Parameters of the denoiser, its grid, and parameters of the image tokenizer with its codebook.
 SIZES = {
@@ -33,7 +33,7 @@ def test_sizes_are_the_published_ones(name):
     denoiser, grid, codec = SIZES[name]
     sizes = config_lib.model_config(config)
     key = jax.random.key(0)
-    shapes = jax.eval_shape(lambda: text_to_image.init_params(sizes, key))
+    shapes = jax.eval_shape(lambda: conditioned.init_params(sizes, key))
     assert count(shapes["denoiser"]) == denoiser
     assert sizes.denoiser.grid == (grid, grid)
     if sizes.text_encoder is not None:
@@ -49,9 +49,9 @@ def test_the_first_imagenet_model_has_no_null_class():
     config.denoiser.learned_null = False
     sizes = config_lib.model_config(config)
     key = jax.random.key(0)
-    shapes = jax.eval_shape(lambda: text_to_image.init_params(sizes, key))
+    shapes = jax.eval_shape(lambda: conditioned.init_params(sizes, key))
     assert count(shapes["denoiser"]) == 518_025_678
 
 
 def test_configs_know_every_data_set():
-    assert set(config_lib.DATA_SETS) == set(builders.NAMES)
+    assert set(config_lib.DATA_SETS) == set(sets.NAMES)

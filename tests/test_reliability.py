@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from configs import tiny
-from vqd_jax.training import checkpoint
+from vqd_jax import checkpoint
 from vqd_jax.training.state import create_state
 
 

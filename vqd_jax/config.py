@@ -14,9 +14,9 @@ from vqd_jax.diffusion import schedule
 from vqd_jax.errors import UserError
 from vqd_jax.models.attention import REMAT_POLICIES
 from vqd_jax.models.autoencoder import AutoencoderConfig
+from vqd_jax.models.conditioned import TextToImageConfig
 from vqd_jax.models.denoiser import CONDITIONS, DenoiserConfig
 from vqd_jax.models.text_encoder import TextEncoderConfig
-from vqd_jax.models.text_to_image import TextToImageConfig
 from vqd_jax.training.autoencoder import AutoencoderOptions
 
 VOCAB_SIZE = 49408
@@ -132,7 +132,7 @@ def default_config() -> ConfigDict:
     config.training.steps_per_call = 1  # steps in one program; more keep a fast device busy
     config.training.profile_steps = 0  # trace so many steps of a start to WORKDIR/profile
 
-    # Devices along every axis; -1 is what the others leave. See training/sharding.py.
+    # Devices along every axis; -1 is what the others leave. See parallel/sharding.py.
     config.mesh = ConfigDict()
     config.mesh.data = -1  # copies of the model, each with its part of the batch
     config.mesh.fsdp = 1  # parts of the model, which split the batch too

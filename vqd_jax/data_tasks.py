@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 
 from vqd_jax import config as config_lib
 from vqd_jax import pictures
-from vqd_jax.data import codes, inspection, pipeline
+from vqd_jax.data import batches, codes, report
 from vqd_jax.training import cache, stage_one, stage_two
 
 
@@ -50,24 +50,24 @@ def inspect(config: ConfigDict, workdir: str, *, num_samples: int = 32) -> None:
     samples = _samples(config, workdir, builder, content, num_samples)
     if samples:
         sheet = folder / "training_stream.png"
-        pictures.save(str(sheet), inspection.contact_sheet(samples))
+        pictures.save(str(sheet), report.contact_sheet(samples))
         logging.info("the training stream: %s", sheet)
     found = {
-        split: inspection.statistics(
-            pipeline.records(builder, split, decode=False), content, description=f"reading {split}"
+        split: report.statistics(
+            batches.records(builder, split, decode=False), content, description=f"reading {split}"
         )
         for split in builder.info.splits
     }
     page = folder / "statistics.md"
-    text = inspection.page(builder.info.full_name, found, content)
+    text = report.page(builder.info.full_name, found, content)
     scratch = page.with_suffix(".tmp")
     scratch.write_text(text, encoding="utf-8")
     scratch.replace(page)
     logging.info("what is in it: %s", page)
 
 
-def _samples(config, workdir, builder, content, count) -> list[inspection.Sample]:
-    source = pipeline.records(builder, cache.TRAIN, decode=False)
+def _samples(config, workdir, builder, content, count) -> list[report.Sample]:
+    source = batches.records(builder, cache.TRAIN, decode=False)
     path = stage_one.find(config, workdir)
     params = stage_one.load(config, path) if path else None
     codec = cache.Codec(config_lib.autoencoder_config(config), params) if path else None
@@ -80,5 +80,5 @@ def _samples(config, workdir, builder, content, count) -> list[inspection.Sample
     directory = cache.directory(config, workdir)
     if codec is not None and (Path(directory) / cache.TRAIN / codes.MANIFEST).exists():
         stored = cache.open_split(config, directory, cache.TRAIN, params)
-        return inspection.cached_samples(stored, source, codec, crop, content, **stream)
-    return inspection.source_samples(source, codec, crop, num_crops, content, **stream)
+        return report.cached_samples(stored, source, codec, crop, content, **stream)
+    return report.source_samples(source, codec, crop, num_crops, content, **stream)

@@ -77,20 +77,20 @@ def _use_model(model_dir: str | None) -> None:
     if not model_dir:
         raise UserError("--model=MODEL is missing, or --workdir: the folder of a run")
     from vqd_jax import config as config_lib
-    from vqd_jax import tasks
-    from vqd_jax.training import distributed
+    from vqd_jax import modes
+    from vqd_jax.parallel import processes
 
     if _MODE.value == "export":
-        tasks.export(model_dir, _require(_TARGET), _FORMAT.value)
+        modes.export(model_dir, _require(_TARGET), _FORMAT.value)
         return
     if _CONFIG.value is not None:
         config_lib.validate(_CONFIG.value)
     options = _values(_SAMPLING) | {"config": _CONFIG.value, "output": _OUTPUT.value}
-    with distributed.session(_DISTRIBUTED.value):
+    with processes.session(_DISTRIBUTED.value):
         if _PROMPTS.value:
-            tasks.sample_file(model_dir, _PROMPTS.value, format=_IMAGES.value, **options)
+            modes.sample_file(model_dir, _PROMPTS.value, format=_IMAGES.value, **options)
         else:
-            tasks.sample(model_dir, _PROMPT.value, **_values(_PICTURES), **options)
+            modes.sample(model_dir, _PROMPT.value, **_values(_PICTURES), **options)
 
 
 def _use_config(mode: str) -> None:
@@ -106,8 +106,8 @@ def _use_config(mode: str) -> None:
     if _PROMPT.value:
         raise UserError("--prompt belongs to --mode=sample; --config.sampling.prompts to training")
     from vqd_jax import config as config_lib
-    from vqd_jax import data_tasks, tasks
-    from vqd_jax.training import distributed
+    from vqd_jax import data_tasks, modes
+    from vqd_jax.parallel import processes
 
     config_lib.validate(config)
     if mode == "plan":
@@ -115,13 +115,13 @@ def _use_config(mode: str) -> None:
 
         plan.run(config, _TOPOLOGY.value, _HBM.value)
         return
-    with distributed.session(_DISTRIBUTED.value):
+    with processes.session(_DISTRIBUTED.value):
         if mode == "prepare":
             data_tasks.prepare(config)
         elif mode in ("encode", "inspect"):
             getattr(data_tasks, mode)(config, workdir)
         else:
-            getattr(tasks, mode)(config, workdir)
+            getattr(modes, mode)(config, workdir)
 
 
 def _require(flag: flags.FlagHolder) -> str:

@@ -18,14 +18,15 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from PIL import Image
 
+from vqd_jax import checkpoint, pictures, programs
 from vqd_jax import config as config_lib
-from vqd_jax import pictures, programs
 from vqd_jax.data.text import ClipTokenizer
 from vqd_jax.diffusion import rules, sampler
 from vqd_jax.errors import UserError
 from vqd_jax.interop import diffusers, folder, published
+from vqd_jax.parallel import sharding
 from vqd_jax.pictures import Picture
-from vqd_jax.training import checkpoint, sharding, stage_one
+from vqd_jax.training import stage_one
 from vqd_jax.training.state import create_state
 
 # What a step of the sampler does, by the name that configs and the command line use.
@@ -64,7 +65,7 @@ class VQDiffusion:
 
     Args:
       config: the config it was trained with.
-      params: of ``text_to_image``, usually the averaged ones.
+      params: of ``models.conditioned``, usually the averaged ones.
       autoencoder_params: of ``models.autoencoder``, codebook included.
       tokenizer: of prompts; None is CLIP's.
       mesh: devices to use, where the parameters are already (see ``on_mesh``); None is one.
@@ -192,7 +193,7 @@ class VQDiffusion:
         return other
 
     def on_mesh(self, mesh: Mesh) -> "VQDiffusion":
-        """The same model on several devices: parameters divided by ``training.sharding.RULES``, the
+        """The same model on several devices: parameters divided by ``parallel.sharding.RULES``, the
         images of a batch spread over ``data`` and ``fsdp``. Images do not depend on the mesh."""
         params = jax.device_put(self._params, sharding.shardings(self._params, mesh))
         codec = jax.device_put(self._autoencoder_params, sharding.replicated(mesh))

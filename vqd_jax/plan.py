@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from vqd_jax.errors import UserError
-from vqd_jax.training import program, sharding
+from vqd_jax.parallel import program, sharding
 from vqd_jax.training import state as state_lib
 
 GIB = 2**30

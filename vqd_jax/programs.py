@@ -11,13 +11,13 @@ from ml_collections import ConfigDict
 
 from vqd_jax import config as config_lib
 from vqd_jax.diffusion import sampler
-from vqd_jax.models import autoencoder, text_to_image
+from vqd_jax.models import autoencoder, conditioned
 
 
 def init(config: ConfigDict) -> Any:
-    """Parameters of a whole model: those of ``text_to_image`` and ``autoencoder``."""
+    """Parameters of a whole model: those of ``models.conditioned`` and ``autoencoder``."""
     key = jax.random.key(0)
-    params = text_to_image.init_params(config_lib.model_config(config), key)
+    params = conditioned.init_params(config_lib.model_config(config), key)
     codec = autoencoder.init_params(config_lib.autoencoder_config(config), key)
     return {**params, "autoencoder": codec}
 
@@ -34,7 +34,7 @@ def image_keys(seed, pairs):
 
 def sample(params, keys, condition, null, settings, *, model_config, schedule):
     """A ``sampler.Sample``, an image a key [B]; conditions [B, ...], the null one [1, ...]."""
-    model = text_to_image.bind(model_config, params)
+    model = conditioned.bind(model_config, params)
     batch, grid = keys.shape[0], model_config.denoiser.grid
     if settings.guidance is not None:
         condition = sampler.pairs(condition, jnp.broadcast_to(null, condition.shape))
@@ -54,12 +54,12 @@ def sample(params, keys, condition, null, settings, *, model_config, schedule):
 
 def encode_text(params, ids, *, config):
     """Features float32 [B, L, D] of ids int32 [B, L]."""
-    return text_to_image.bind(config, params).text_features(ids).astype(jnp.float32)
+    return conditioned.bind(config, params).text_features(ids).astype(jnp.float32)
 
 
 def log_x0(params, codes, condition, time, *, config):
     """log p0 float32 [B, N, K] of tokens [B, N] at times [B], given features, labels or None."""
-    denoiser = text_to_image.bind(config, params).denoiser
+    denoiser = conditioned.bind(config, params).denoiser
     return jax.nn.log_softmax(denoiser(codes, time, condition))
 
 

@@ -12,7 +12,7 @@ import jax
 import pytest
 
 from configs import tiny
-from vqd_jax.training import sharding
+from vqd_jax.parallel import sharding
 
 ROOT = Path(__file__).resolve().parents[2]
 

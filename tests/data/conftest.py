@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 
-from vqd_jax.data import builders, codes, encode
-from vqd_jax.data.builders.shapes_text import ShapesConfig, ShapesText
-from vqd_jax.data.pipeline import Crop
+from vqd_jax.data import codes, encode, sets
+from vqd_jax.data.batches import Crop
+from vqd_jax.data.sets.shapes_text import ShapesConfig, ShapesText
 from vqd_jax.data.text import ClipTokenizer
 
 
@@ -15,7 +15,7 @@ def data_dir(tmp_path_factory):
 @pytest.fixture(scope="session")
 def emoji(data_dir):
     """The prepared emoji builder."""
-    return builders.load("emoji_text", data_dir)
+    return sets.load("emoji_text", data_dir)
 
 
 @pytest.fixture(scope="session")

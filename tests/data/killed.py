@@ -10,9 +10,10 @@ import jax.numpy as jnp
 from configs import tiny
 from vqd_jax import config as config_lib
 from vqd_jax import data_tasks
-from vqd_jax.data import builders, codes, pipeline
+from vqd_jax.data import batches, codes, sets
 from vqd_jax.models import autoencoder
-from vqd_jax.training import cache, loop, sharding
+from vqd_jax.parallel import sharding
+from vqd_jax.training import cache, loop
 
 BATCH = 45  # Does not divide the 3155 records: epochs end inside batches.
 
@@ -31,7 +32,7 @@ def encode(folder):
     config = configured(folder)
     sizes = config_lib.autoencoder_config(config)
     params = jax.jit(functools.partial(autoencoder.init_params, sizes))(jax.random.key(0))
-    builder = builders.load(config.data.name, config.data.dir)
+    builder = sets.load(config.data.name, config.data.dir)
     cache.make(config, f"{folder}/codes", builder, "train", params, records_per_shard=64)
 
 
@@ -67,7 +68,7 @@ def train(folder, num_steps):
         "training",
         create,
         jax.jit(look, donate_argnums=0),
-        pipeline.code_dataset(source, BATCH, 3, 0.1, True, with_ids=True),
+        batches.code_dataset(source, BATCH, 3, 0.1, True, with_ids=True),
         directory=f"{folder}/run",
         prefix="train",
         config=config,

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vqd_jax.data import pipeline
+from vqd_jax.data import batches
 
 COUNTS = {"train": 3155, "validation": 176, "test": 193}
 
@@ -27,7 +27,7 @@ def test_splits_are_those_of_the_archive(emoji):
 def test_records_equal_the_archive(emoji, archive, split):
     lines = archive.read("captions.jsonl").decode().splitlines()
     rows = {r["file"][7:-5]: r for r in map(json.loads, lines) if r["split"] == split}
-    source = pipeline.records(emoji, split)
+    source = batches.records(emoji, split)
     found = [source[i] for i in range(0, len(source), 1 if split == "test" else 40)]
     for record in found:
         row = rows.pop(record["file"])

@@ -13,8 +13,8 @@ import jax
 import numpy as np
 import pytest
 
-from vqd_jax.data import builders, codes, pipeline
-from vqd_jax.training.checkpoint import load
+from vqd_jax.checkpoint import load
+from vqd_jax.data import batches, codes, sets
 
 HERE = Path(__file__).parent
 RECORDS, BATCH, STEPS = 3155, 45, 211  # Just over three epochs.
@@ -69,11 +69,11 @@ def reference(start, tmp_path_factory):
 
 def prepared(folder):
     """(file, captions, hash of the image) of every record, by split."""
-    builder = builders.load("emoji_text", f"{folder}/data")
+    builder = sets.load("emoji_text", f"{folder}/data")
     return {
         split: [
             (r["file"], tuple(r["captions"]), hashlib.sha256(r["image"]).hexdigest())
-            for r in pipeline.records(builder, split, decode=False)
+            for r in batches.records(builder, split, decode=False)
         ]
         for split in builder.info.splits
     }

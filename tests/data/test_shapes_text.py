@@ -3,8 +3,8 @@ import itertools
 import numpy as np
 import pytest
 
-from vqd_jax.data import pipeline
-from vqd_jax.data.builders import shapes_text
+from vqd_jax.data import batches
+from vqd_jax.data.sets import shapes_text
 
 NAMES = ("colour", "shape", "size", "position")
 FIRST = ("white", "blue", "circle", "small", "top right")
@@ -145,7 +145,7 @@ def test_prepared_records_equal_the_functions(shapes):
         "test": 20,
     }
     for split in ("train", "test"):
-        source = pipeline.records(shapes, split)
+        source = batches.records(shapes, split)
         seen = set()
         for i in range(len(source)):
             record = source[i]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from vqd_jax.data.builders import shapes_text
+from vqd_jax.data.sets import shapes_text
 from vqd_jax.evaluation import attributes
 
 

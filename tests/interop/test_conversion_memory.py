@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from vqd_jax.interop import torch_file
-from vqd_jax.models import text_to_image
+from vqd_jax.models import conditioned
 from vqd_jax.models.denoiser import DenoiserConfig
 from vqd_jax.models.text_encoder import TextEncoderConfig
 
@@ -21,7 +21,7 @@ import released  # noqa: E402
 from torch_writer import write  # noqa: E402
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-CONFIG = text_to_image.TextToImageConfig(
+CONFIG = conditioned.TextToImageConfig(
     TextEncoderConfig(
         vocab_size=49408, context_length=77, width=64, num_layers=1, num_heads=1, normalize=True
     ),
@@ -59,7 +59,7 @@ def peak(*flags):
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     """A file of 1.9 GB; 0.47 GB of it are wanted."""
-    abstract = jax.eval_shape(lambda: text_to_image.init_params(CONFIG, jax.random.key(0)))
+    abstract = jax.eval_shape(lambda: conditioned.init_params(CONFIG, jax.random.key(0)))
     params = released.fill(abstract, lambda shape: np.full(shape, 0.01, np.float32))
     codec = torch_file.load(GOLDEN / "patch_vqgan.pth")["model"]
     codec = released.codec_names({name: np.asarray(array) for name, array in codec.items()})

@@ -27,7 +27,7 @@ def run_ours(folder):
 
     from configs import ithq
     from vqd_jax import config as config_lib
-    from vqd_jax.models import autoencoder, text_to_image
+    from vqd_jax.models import autoencoder, conditioned
     from vqd_jax.pipeline import VQDiffusion
 
     config = ithq.get_config()
@@ -45,7 +45,7 @@ def run_ours(folder):
     def parameters(init, sizes):
         return jax.tree.map_with_path(draw, jax.eval_shape(lambda: init(sizes, key)))
 
-    params = parameters(text_to_image.init_params, config_lib.model_config(config))
+    params = parameters(conditioned.init_params, config_lib.model_config(config))
     codec = parameters(autoencoder.init_params, config_lib.autoencoder_config(config))
     model = VQDiffusion(config, params, codec)
     sizes = [x.size for x in jax.tree.leaves(params["denoiser"])]

@@ -14,7 +14,7 @@ import pytest
 from vqd_jax import config as config_lib
 from vqd_jax.errors import UserError
 from vqd_jax.interop import convert, torch_file
-from vqd_jax.models import autoencoder, text_to_image
+from vqd_jax.models import autoencoder, conditioned
 from vqd_jax.models.denoiser import DenoiserConfig
 from vqd_jax.models.text_encoder import TextEncoderConfig
 from vqd_jax.pipeline import VQDiffusion
@@ -26,7 +26,7 @@ from torch_writer import write  # noqa: E402
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-CONFIG = text_to_image.TextToImageConfig(
+CONFIG = conditioned.TextToImageConfig(
     TextEncoderConfig(
         vocab_size=49408, context_length=77, width=64, num_layers=1, num_heads=1, normalize=True
     ),
@@ -53,7 +53,7 @@ def codec():
 def params():
     """Random parameters of the denoiser ("raw" are those before averaging), CLIP and the null."""
     rng = np.random.default_rng(0)
-    abstract = jax.eval_shape(lambda: text_to_image.init_params(CONFIG, jax.random.key(0)))
+    abstract = jax.eval_shape(lambda: conditioned.init_params(CONFIG, jax.random.key(0)))
     abstract["raw"] = abstract["denoiser"]
     params = released.fill(abstract, lambda shape: rng.normal(scale=0.1, size=shape))
     # CLIP is released in half precision.
@@ -109,7 +109,7 @@ def test_the_networks_are_the_given_ones(model, source, params, weights, tmp_pat
         model = VQDiffusion.from_pretrained(str(tmp_path / "raw"))
     given = {name: params[name] for name in ("text_encoder", "null_text")}
     given["denoiser"] = params["denoiser" if weights == "ema" else "raw"]
-    exact = text_to_image.bind(CONFIG, given)
+    exact = conditioned.bind(CONFIG, given)
     prompts = ["teddy bear playing in the pool", ""]
     ids = model.tokenizer.encode_batch(prompts)
     features = model.encode_text(prompts)

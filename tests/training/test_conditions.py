@@ -10,10 +10,10 @@ import pytest
 
 from configs import tiny
 from vqd_jax import config as config_lib
-from vqd_jax.interop import folder
-from vqd_jax.models import text_to_image
+from vqd_jax.interop import folder, pretrained
+from vqd_jax.models import conditioned
 from vqd_jax.pipeline import VQDiffusion
-from vqd_jax.training import pretrained, stage_two, state
+from vqd_jax.training import stage_two, state
 
 LAYOUTS = Path(__file__).parents[1] / "data" / "layouts"
 
@@ -78,7 +78,7 @@ def parts():
     config = tiny.get_config()
     config.denoiser.learned_null = True
     sizes = config_lib.model_config(config)
-    params = jax.jit(lambda: text_to_image.init_params(sizes, jax.random.key(5)))()
+    params = jax.jit(lambda: conditioned.init_params(sizes, jax.random.key(5)))()
     return config, jax.tree.map(np.asarray, params)
 
 

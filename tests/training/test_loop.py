@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+from vqd_jax.checkpoint import Checkpoints, abstract
 from vqd_jax.errors import UserError
-from vqd_jax.training import loop, sharding
-from vqd_jax.training.checkpoint import Checkpoints, abstract
+from vqd_jax.parallel import sharding
+from vqd_jax.training import loop
 
 MESH = sharding.make_mesh(ConfigDict({"mesh": {"data": 1, "fsdp": 1, "tensor": 1}}))
 

@@ -14,7 +14,7 @@ from vqd_jax import data_tasks
 from vqd_jax.data import codes
 from vqd_jax.errors import UserError
 from vqd_jax.interop import folder
-from vqd_jax.models import text_to_image
+from vqd_jax.models import conditioned
 from vqd_jax.pipeline import VQDiffusion
 from vqd_jax.training import stage_two, state
 
@@ -24,7 +24,7 @@ END = 49407
 
 def text_params(config, seed=5):
     sizes = config_lib.model_config(config)
-    init = jax.jit(lambda: text_to_image.init_params(sizes, jax.random.key(seed)))
+    init = jax.jit(lambda: conditioned.init_params(sizes, jax.random.key(seed)))
     return jax.tree.map(np.asarray, init()["text_encoder"])
 
 
@@ -102,8 +102,8 @@ def test_a_learned_null_stands_in_for_cached_features_of_no_text(make_config):
     config = make_config("coco_text", "coco")
     config.denoiser.learned_null = True
     sizes = config_lib.model_config(config)
-    params = jax.jit(lambda: text_to_image.init_params(sizes, jax.random.key(1)))()
-    model = text_to_image.bind(sizes, params)
+    params = jax.jit(lambda: conditioned.init_params(sizes, jax.random.key(1)))()
+    model = conditioned.bind(sizes, params)
     ids = np.array([[END - 1, END] + [0] * 14, [END - 1, 320, END] + [0] * 13], np.int32)
     encoded = model.text_encoder(ids)
     features = model.text_features(ids, encoded)

@@ -6,7 +6,8 @@ import pytest
 
 from configs import tiny
 from vqd_jax.data.text import ClipTokenizer
-from vqd_jax.training import optimizer, sharding, state
+from vqd_jax.parallel import sharding
+from vqd_jax.training import optimizer, state
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

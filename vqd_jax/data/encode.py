@@ -22,8 +22,8 @@ from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from vqd_jax.data import codes
+from vqd_jax.data.batches import CheckedReader, Crop
 from vqd_jax.data.codes import CachedRecord
-from vqd_jax.data.pipeline import CheckedReader, Crop
 from vqd_jax.data.text import ClipTokenizer
 from vqd_jax.errors import UserError
 from vqd_jax.models import quantizer

@@ -1,6 +1,6 @@
 """What a picture of coloured shapes shows: measured from pixels, not taken from a model.
 
-The inverse of `vqd_jax.data.builders.shapes_text.render`, meant for reconstructions and samples:
+The inverse of `vqd_jax.data.sets.shapes_text.render`, meant for reconstructions and samples:
 it tolerates mild noise and blur. Letters: S image side in pixels.
 """
 
@@ -9,7 +9,7 @@ import itertools
 import numpy as np
 from scipy import ndimage
 
-from vqd_jax.data.builders import shapes_text
+from vqd_jax.data.sets import shapes_text
 
 ATTRIBUTES = ("colour", "shape", "size", "position")
 

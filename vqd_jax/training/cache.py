@@ -13,12 +13,11 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from vqd_jax import config as config_lib
-from vqd_jax.data import builders, codes, encode, pipeline
+from vqd_jax.data import batches, codes, encode, sets
 from vqd_jax.data.text import ClipTokenizer
-from vqd_jax.interop import folder
+from vqd_jax.interop import folder, pretrained
 from vqd_jax.models import autoencoder, text_encoder
 from vqd_jax.models.autoencoder import AutoencoderConfig
-from vqd_jax.training import pretrained
 
 TRAIN = "train"
 # Images on each device in one call of the autoencoder.
@@ -71,17 +70,17 @@ def _decode(params, tokens, *, config):
 
 
 def data_set(config: ConfigDict) -> tfds.core.DatasetBuilder:
-    """The data set of the config, prepared if it is not yet; see ``builders.load``."""
+    """The data set of the config, prepared if it is not yet; see ``sets.load``."""
     c = config.data
-    return builders.load(c.name, c.dir, c.prepared_dir, c.max_bad_share, c.beam)
+    return sets.load(c.name, c.dir, c.prepared_dir, c.max_bad_share, c.beam)
 
 
-def crop(config: ConfigDict, split: str) -> pipeline.Crop:
+def crop(config: ConfigDict, split: str) -> batches.Crop:
     """From the images of a split to what the autoencoder sees."""
     size = config.data.image_size
     if split != TRAIN:
-        return pipeline.Crop(size)
-    return pipeline.Crop(size, random=config.data.random_crop, flip=config.data.flip)
+        return batches.Crop(size)
+    return batches.Crop(size, random=config.data.random_crop, flip=config.data.flip)
 
 
 def num_crops(config: ConfigDict, split: str) -> int:
@@ -128,10 +127,10 @@ def make(
     codec = Codec(config_lib.autoencoder_config(config), params)
     return encode.encode_split(
         str(Path(where) / split),
-        pipeline.records(builder, split, decode=False),
+        batches.records(builder, split, decode=False),
         codec,
         {
-            "data": builders.source_fingerprint(builder),
+            "data": sets.source_fingerprint(builder),
             "split": split,
             "autoencoder": _fingerprint(params),
         },

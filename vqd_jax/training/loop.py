@@ -19,10 +19,10 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from vqd_jax.data import stream
+from vqd_jax.checkpoint import Checkpoints
+from vqd_jax.data import order
 from vqd_jax.errors import UserError
-from vqd_jax.training import sharding
-from vqd_jax.training.checkpoint import Checkpoints
+from vqd_jax.parallel import sharding
 from vqd_jax.training.metrics import MetricWriter, progress_bar
 
 
@@ -119,7 +119,7 @@ def fit(
         # Whatever ends the run, a write that has begun is completed.
         stack.callback(saved.close)
         fetch = functools.partial(_next_batches, mesh=mesh, count=steps_per_call)
-        iterator = iter(stream.Ahead(dataset, fetch))
+        iterator = iter(order.Ahead(dataset, fetch))
         if saved.latest_step is None:
             # Made where it lives: no device and no host ever holds the whole of it.
             state = jax.jit(create_state, out_shardings=placed)()

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from vqd_jax.training import distributed
+from vqd_jax.parallel import processes
 
 
 class MetricWriter:
@@ -20,7 +20,7 @@ class MetricWriter:
     """
 
     def __init__(self, workdir: str, step: int):
-        self._active = distributed.is_writer()
+        self._active = processes.is_writer()
         if not self._active:
             return
         self._path = Path(workdir) / "metrics.jsonl"
@@ -69,7 +69,7 @@ def progress_bar(name: str, total: int, start: int = 0) -> tqdm:
     """A bar with rate and time left; a line every half minute where there is no terminal."""
     live = sys.stderr.isatty()
     return tqdm(
-        disable=not distributed.is_writer(),
+        disable=not processes.is_writer(),
         desc=name,
         total=total,
         initial=start,

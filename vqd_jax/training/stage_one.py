@@ -17,12 +17,13 @@ from ml_collections import ConfigDict
 
 from vqd_jax import config as config_lib
 from vqd_jax import pictures
-from vqd_jax.data import builders, images, pipeline
+from vqd_jax.data import batches, images, sets
 from vqd_jax.errors import UserError
 from vqd_jax.interop import folder
 from vqd_jax.models import autoencoder
+from vqd_jax.parallel import processes, sharding
 from vqd_jax.training import autoencoder as training
-from vqd_jax.training import cache, distributed, loop, sharding
+from vqd_jax.training import cache, loop
 
 
 def model_folder(workdir: str) -> str:
@@ -96,8 +97,8 @@ def prepare(config: ConfigDict, workdir: str, builder) -> Any:
     else:
         params = _train(config, str(Path(workdir) / "autoencoder"), builder)
     # No process may take what is written here for what was there before.
-    distributed.barrier("autoencoder is there")
-    if distributed.is_writer():
+    processes.barrier("autoencoder is there")
+    if processes.is_writer():
         folder.save(target, dataclasses.asdict(config_lib.autoencoder_config(config)), params)
     return params
 
@@ -107,8 +108,8 @@ def _train(config: ConfigDict, directory: str, builder) -> Any:
     batch_size = config.autoencoder.batch_size
     mesh = sharding.make_mesh(config)
     sharding.require_divisible("autoencoder.batch_size", batch_size, mesh)
-    dataset = pipeline.image_dataset(
-        pipeline.records(builder, cache.TRAIN, decode=False),
+    dataset = batches.image_dataset(
+        batches.records(builder, cache.TRAIN, decode=False),
         sizes.image_size,
         batch_size // jax.process_count(),
         config.seed,
@@ -141,7 +142,7 @@ def _train(config: ConfigDict, directory: str, builder) -> Any:
         keep_checkpoints=config.training.keep_checkpoints,
     )
     params, codebook = jax.tree.map(np.asarray, (state.params, state.codebook.codebook))
-    if distributed.is_writer():
+    if processes.is_writer():
         _report(params, codebook, sizes, builder, directory)
     return training.with_codebook(params, codebook)
 
@@ -153,8 +154,8 @@ def _key(config: ConfigDict) -> jax.Array:
 
 def _report(params, codebook, sizes, builder, directory: str) -> None:
     """Logs the PSNR on validation pictures and draws some beside their reconstructions."""
-    split = builders.evaluation_split(builder)
-    read = pipeline.CheckedReader(pipeline.records(builder, split), 1.0, needs_captions=False)
+    split = sets.evaluation_split(builder)
+    read = batches.CheckedReader(batches.records(builder, split), 1.0, needs_captions=False)
     records = [
         r
         for r in map(read, range(min(64, builder.info.splits[split].num_examples)))

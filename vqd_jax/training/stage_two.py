@@ -11,24 +11,18 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
+from vqd_jax import checkpoint, pictures
 from vqd_jax import config as config_lib
-from vqd_jax import pictures
-from vqd_jax.data import builders, codes, pipeline
+from vqd_jax.data import batches, codes, sets
 from vqd_jax.data.codes import CachedRecord
 from vqd_jax.diffusion import objective
 from vqd_jax.errors import UserError
 from vqd_jax.evaluation.likelihood import caption_likelihood
-from vqd_jax.models import text_to_image
+from vqd_jax.interop import pretrained
+from vqd_jax.models import conditioned
+from vqd_jax.parallel import processes, sharding
 from vqd_jax.pipeline import VQDiffusion
-from vqd_jax.training import (
-    cache,
-    checkpoint,
-    distributed,
-    loop,
-    pretrained,
-    sharding,
-    stage_one,
-)
+from vqd_jax.training import cache, loop, stage_one
 from vqd_jax.training import state as state_lib
 
 LIKELIHOOD_BATCH = 64
@@ -45,9 +39,9 @@ def claim_workdir(config: ConfigDict, workdir: str) -> Iterator[None]:
       OSError: it cannot be written.
     """
     with contextlib.ExitStack() as stack:
-        if distributed.is_writer():
+        if processes.is_writer():
             stack.enter_context(_claimed(config, workdir))
-        distributed.barrier("workdir claimed")
+        processes.barrier("workdir claimed")
         yield
 
 
@@ -109,7 +103,7 @@ def train(config: ConfigDict, workdir: str) -> None:
             cache.open_split(config, where, cache.TRAIN, autoencoder_params)
             for where in config.data.more_codes
         ]
-        names = {"train": "train", "validation": builders.evaluation_split(builder)}
+        names = {"train": "train", "validation": sets.evaluation_split(builder)}
         splits = {
             name: cache.open_or_make(config, workdir, builder, split, autoencoder_params)
             for name, split in names.items()
@@ -122,7 +116,7 @@ def _train(config, workdir, splits, mixed, autoencoder_params) -> None:
     mesh = sharding.make_mesh(config)
     sharding.require_divisible("training.batch_size", c.batch_size, mesh, c.gradient_accumulation)
     rows = c.batch_size // jax.process_count()
-    dataset = pipeline.code_dataset(
+    dataset = batches.code_dataset(
         [splits["train"], *mixed],
         rows,
         config.seed,
@@ -194,7 +188,7 @@ class Evaluation:
 
         def bits(params, key_data, codes, conditions):
             key = jax.random.wrap_key_data(key_data)
-            model = text_to_image.bind(model_config, params)
+            model = conditioned.bind(model_config, params)
             with sharding.rows_apart(mesh):
                 context = model.context(conditions)
                 predict = lambda tokens, time: model.denoiser.denoise(  # noqa: E731
@@ -252,7 +246,7 @@ class Evaluation:
         if jax.process_count() > 1:
             # A leaf at a time: no device holds the whole model.
             params = jax.tree.map(lambda x: sharding.fetch(x, self._mesh), params)
-        if distributed.is_writer():
+        if processes.is_writer():
             self._draw(step, params, writer, grid_path)
 
     def _draw(self, step, params, writer, grid_path) -> None:

@@ -17,8 +17,9 @@ from ml_collections import ConfigDict
 
 from vqd_jax import config as config_lib
 from vqd_jax.diffusion import objective
-from vqd_jax.models import placement, text_to_image
-from vqd_jax.training import optimizer, sharding
+from vqd_jax.models import conditioned, placement
+from vqd_jax.parallel import sharding
+from vqd_jax.training import optimizer
 
 # What a batch calls the condition of the denoiser, by config.denoiser.condition.
 CONDITION_KEYS = {"text": "text_ids", "class": "label", "none": None}
@@ -62,7 +63,7 @@ def _optimizer(config: ConfigDict) -> tuple[optax.GradientTransformation, optax.
 def create_state(config: ConfigDict) -> TrainState:
     """The state before the first step, decided by ``config.seed``; wrap it in ``jax.jit``."""
     init_key, key = jax.random.split(jax.random.key(config.seed))
-    params = text_to_image.init_params(config_lib.model_config(config), init_key)
+    params = conditioned.init_params(config_lib.model_config(config), init_key)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
@@ -155,7 +156,7 @@ def _gradients(params, statistics, key, batch, config):
     model_config = config_lib.model_config(config)
 
     def loss_fn(params):
-        model = text_to_image.bind(model_config, params)
+        model = conditioned.bind(model_config, params)
         return objective.variational_bound(
             key,
             lambda tokens, time: placement.rows(

@@ -1,0 +1,101 @@
+import itertools
+
+import grain
+import jax
+import numpy as np
+import pytest
+
+from vqd_jax.data import order
+from vqd_jax.errors import UserError
+
+
+def take(iterator, count):
+    return list(itertools.islice(iterator, count))
+
+
+def batches(places, count, batch_size, process=(0, 1)):
+    make = lambda local: local.batch(batch_size, batch_fn=np.array).to_iter_dataset()  # noqa: E731
+    return order.Batches(places, make, count, batch_size, *process)
+
+
+def test_uniforms_are_uniform_and_independent_of_the_batch():
+    keys = np.arange(20_000)
+    numbers = order.uniforms(3, keys, 4)
+    assert numbers.shape == (4, 20_000)
+    assert 0 <= numbers.min() < numbers.max() < 1
+    # Twenty bins of 4000 +- 62.
+    assert np.abs(np.histogram(numbers, 20, (0, 1))[0] - 4000).max() < 5 * 62
+    assert np.abs(np.corrcoef(numbers) - np.eye(4)).max() < 0.03
+    np.testing.assert_array_equal(numbers[:, 500:510], order.uniforms(3, keys[500:510], 4))
+    assert not (order.uniforms((3, 1), keys[:9], 4) == numbers[:, :9]).any()
+
+
+def test_every_epoch_has_every_record_in_a_new_order():
+    keys = np.array([order.shuffled([30], 7)[place] for place in range(90)])
+    for epoch in range(3):
+        part = keys[30 * epoch : 30 * epoch + 30]
+        assert sorted(part) == list(range(30 * epoch, 30 * epoch + 30))
+    assert not (keys[:30] == keys[30:60] - 30).all()
+
+
+def test_mixed_sets_keep_their_share_and_their_epochs():
+    places = order.shuffled([40, 7, 3], 0, [5, 3, 2])
+    elements = np.array([places[place] for place in range(400)])
+    sets, keys = order.split_keys(elements, 3)
+    assert np.bincount(sets).tolist() == [200, 120, 80]
+    # At no moment is a set behind its share by more than one record.
+    for s, (share, count) in enumerate(((0.5, 40), (0.3, 7), (0.2, 3))):
+        due = share * np.arange(1, 401)
+        assert np.abs(np.cumsum(sets == s) - due).max() <= 1
+        mine = keys[sets == s]
+        whole = len(mine) // count * count
+        assert sorted(mine[:whole]) == list(range(whole))
+
+
+def test_without_weights_sets_count_by_their_records():
+    places = order.shuffled([30, 10], 0)
+    sets = np.array([places[place] for place in range(40)]) % 2
+    assert sets.sum() == 10
+
+
+@pytest.mark.parametrize("weights", [[1], [1, -1], [1, float("inf")]])
+def test_impossible_weights_are_named(weights):
+    with pytest.raises(UserError, match="one positive number to each data set"):
+        order.shuffled([3, 3], 0, weights)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 6])
+def test_processes_share_every_batch_of_one(count):
+    places = order.shuffled([50], 1)
+    whole = np.array(take(iter(batches(places, 50, 12)), 9))
+    parts = [take(iter(batches(places, 50, 12 // count, (p, count))), 9) for p in range(count)]
+    np.testing.assert_array_equal(whole, np.concatenate(parts, axis=1))
+
+
+def test_a_single_pass_ends_together_on_all_processes():
+    places = grain.MapDataset.range(50)
+    parts = [list(batches(places, 50, 4, (p, 3))) for p in range(3)]
+    assert [len(part) for part in parts] == [4, 4, 4]
+    assert sorted(np.concatenate(parts, axis=None)) == list(range(48))
+
+
+def put(iterator):
+    return jax.device_put(next(iterator))
+
+
+def test_batches_on_device_are_the_batches_and_count_what_was_handed_out():
+    places = order.shuffled([50], 1)
+    expected = take(iter(batches(places, 50, 10)), 9)
+    there = iter(order.Ahead(batches(places, 50, 10), put, ahead=3))
+    first = take(there, 4)
+    assert all(isinstance(batch, jax.Array) for batch in first)
+    state = there.get_state()
+    assert state == {"records": 40}
+    take(there, 3)
+    there.set_state(state)
+    np.testing.assert_array_equal(np.array(expected), np.array(first + take(there, 5)))
+
+
+def test_a_single_pass_on_device_ends():
+    made = list(order.Ahead(batches(grain.MapDataset.range(10), 10, 5), put, ahead=4))
+    assert np.array(made).tolist() == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]]

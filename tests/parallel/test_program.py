@@ -1,0 +1,60 @@
+# ruff: noqa: E501
+"""Texts in the style of the TPU compiler, with numbers that can be checked by hand."""
+
+from vqd_jax.parallel import program
+
+TEXT = """HloModule jit_step
+
+%all-reduce-scatter.1 (input.1: f32[8,4]) -> f32[2,4] {
+  %input.1 = f32[8,4]{1,0} parameter(0)
+  %all-reduce.9 = f32[8,4]{1,0} all-reduce(%input.1), channel_id=5, replica_groups=mesh['a'=2,'b'=4] {'b'}, to_apply=%add
+}
+
+%fused.1 (p.1: bf16[4,16]) -> bf16[16,16] {
+  %all-gather.1 = bf16[16,16]{1,0:T(8,128)(2,1)} all-gather(%p.1), channel_id=1, replica_groups=[2,4]<=[8], dimensions={0}
+}
+
+%fused.2 (p.2: bf16[4,16]) -> bf16[16,16] {
+  %all-gather.2 = bf16[16,16]{1,0:T(8,128)(2,1)} all-gather(%p.2), channel_id=1, replica_groups=[2,4]<=[8], dimensions={0}
+}
+
+%body (p.3: (s32[], bf16[4,16])) -> (s32[], bf16[4,16]) {
+  %fusion.1 = bf16[16,16]{1,0} fusion(%x), kind=kCustom, calls=%fused.1
+  %fusion.2 = bf16[16,16]{1,0} fusion(%x), kind=kCustom, calls=%fused.2
+}
+
+%condition (p.4: (s32[], bf16[4,16])) -> pred[] {
+  %constant.7 = s32[]{:T(128)} constant(19)
+  ROOT %lt = pred[]{:T(512)} compare(%i, %constant.7), direction=LT
+}
+
+ENTRY %main (p.5: f32[8,4]) -> f32[] {
+  %while.1 = (s32[], bf16[4,16]) while(%t), condition=%condition, body=%body
+  %fusion.3 = f32[2,4]{1,0} fusion(%g), kind=kCustom, calls=%all-reduce-scatter.1
+  %all-reduce.1 = (f32[10]{0}, f32[6]{0}) all-reduce(%a, %b), channel_id=2, replica_groups={{0,1,2,3,4,5,6,7}}, to_apply=%add
+  %all-reduce.2 = f32[10]{0} all-reduce(%a), channel_id=3, replica_groups={{0},{1}}, to_apply=%add
+  %start = (f32[4]{0}, f32[4]{0}, u32[], u32[]) collective-permute-start(%a), channel_id=4, source_target_pairs={{0,1}}
+}
+"""
+
+
+def test_collectives_are_counted_by_turns_and_channels():
+    table = program.by_kind(program.collectives(TEXT))
+    assert table == {
+        # 16 x 16 of two bytes, of which 3/4 come from elsewhere, in each of 19 turns; written in two
+        # fusions, it is one exchange.
+        "all-gather": (19, 19 * 384),
+        "all-reduce": (1, int(2 * 64 * 7 / 8)),
+        "reduce-scatter": (1, int(8 * 4 * 4 * 3 / 4)),
+        "collective-permute": (1, 16),
+    }
+
+
+def test_a_gathered_parameter_is_no_activation():
+    found = program.collectives(TEXT)
+    assert program.gathered_activations(found, [(19, 16, 16)], stream=64) == []
+    (gathered,) = program.gathered_activations(found, [(19, 16, 8)], stream=64)
+    assert gathered.shapes == ((16, 16),)
+    assert gathered.times == 19
+    # Of four devices, less than a stream of each.
+    assert program.gathered_activations(found, [(19, 16, 8)], stream=65) == []

@@ -1,0 +1,249 @@
+"""Checkpoints of a run: state, place in the data, config. The only module that imports Orbax."""
+
+import contextlib
+import importlib.util
+import json
+import os
+from typing import Any
+
+import grain
+import jax
+import orbax.checkpoint as ocp
+from absl import logging
+from etils import epath
+from ml_collections import ConfigDict
+
+from vqd_jax import config as config_lib
+from vqd_jax.errors import UserError
+from vqd_jax.parallel import processes
+
+
+def folder(config: ConfigDict, workdir: str) -> epath.Path:
+    """Where the checkpoints of the denoiser's training are; it may be in a bucket."""
+    return _absolute(config.training.checkpoints or os.path.join(workdir, "checkpoints"))
+
+
+def claim(config: ConfigDict, workdir: str) -> None:
+    """Makes the folder of the checkpoints, if it is not in the workdir.
+
+    Raises:
+      UserError: it cannot be written, or holds checkpoints of a run with another config.
+    """
+    if not config.training.checkpoints:
+        return
+    path = folder(config, workdir)
+    name = f"config.training.checkpoints={config.training.checkpoints}"
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        (path / ".writable").write_text("")
+        (path / ".writable").unlink()
+    except Exception as error:  # A bucket's client raises many kinds.
+        raise UserError(f"{name} cannot be written: {_reason(error)}") from error
+    for step in _steps(path):
+        try:
+            stored = json.loads((path / str(step) / "config" / "metadata").read_text())
+        except (OSError, ValueError):
+            # Damaged; what can be read decides.
+            continue
+        except Exception as error:  # A bucket's client raises many kinds.
+            raise UserError(f"{name} cannot be read: {_reason(error)}") from error
+        source = str(path / str(step))
+        changed = config_lib.differences(config_lib.from_dict(stored, source), config)
+        if changed:
+            raise UserError(
+                f"{name} holds checkpoints of a run with another config ({'; '.join(changed)}); "
+                "give every run a folder of its own"
+            )
+        return
+
+
+def exist(config: ConfigDict, workdir: str) -> bool:
+    """Whether there is a checkpoint to go on from."""
+    return bool(_steps(folder(config, workdir)))
+
+
+class Checkpoints:
+    """The checkpoints ``directory/<step>``, written in the background, the newest few kept.
+
+    A complete checkpoint is renamed into place or, in a bucket, marked by a file: one that was cut
+    off is never taken for a checkpoint, and is removed.
+    """
+
+    def __init__(self, directory: str, keep: int = 2):
+        self.directory = _absolute(directory)
+        policies = ocp.checkpoint_managers
+        self._manager = ocp.CheckpointManager(
+            self.directory,
+            options=ocp.CheckpointManagerOptions(
+                save_decision_policy=policies.FixedIntervalPolicy(1),
+                preservation_policy=policies.LatestN(keep),
+                cleanup_tmp_directories=True,
+                enable_async_checkpointing=True,
+            ),
+        )
+
+    @property
+    def latest_step(self) -> int | None:
+        """Step of the newest complete checkpoint."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: Any, iterator: grain.DatasetIterator, config: dict) -> None:
+        """Begins to write a checkpoint; returns when ``state`` may be overwritten.
+
+        An error of the write before it is raised here or by ``wait``.
+        """
+        if step in self._manager.all_steps():
+            return
+        with self._write_errors():
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state),
+                    # A place that all processes share, so that their number may change.
+                    data=ocp.args.JsonSave(iterator.get_state()),
+                    config=ocp.args.JsonSave(config),
+                ),
+            )
+
+    def wait(self) -> None:
+        """Returns when everything is on disk."""
+        with self._write_errors():
+            self._manager.wait_until_finished()
+
+    @contextlib.contextmanager
+    def _write_errors(self):
+        try:
+            yield
+        except Exception as error:  # TensorStore reports a full disk as a ValueError.
+            raise UserError(
+                f"a checkpoint could not be written to {self.directory}: "
+                f"{_reason(error)}. The newest complete one is of step "
+                f"{self.latest_step}; make room and run the same command again"
+            ) from error
+
+    def restore(self, abstract_state: Any, iterator: grain.DatasetIterator) -> Any:
+        """The newest readable state; ``iterator`` is put to its place in the data.
+
+        A checkpoint counts as readable if all processes can read it. It may have been written by
+        another number of them, on another mesh.
+
+        Args:
+          abstract_state: pytree of ``jax.ShapeDtypeStruct``, with shardings.
+          iterator: an iterator over the same data set.
+
+        Raises:
+          UserError: there are checkpoints but none can be read.
+        """
+        failures = []
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            problem = None
+            try:
+                restored = self._manager.restore(
+                    step,
+                    args=ocp.args.Composite(
+                        state=ocp.args.StandardRestore(abstract_state),
+                        data=ocp.args.JsonRestore(),
+                    ),
+                )
+                iterator.set_state(restored.data)
+            except Exception as error:  # Orbax and TensorStore raise many kinds.
+                problem = error
+            if not processes.all_agree(problem is None):
+                problem = problem or RuntimeError("another process cannot read it")
+                failures.append((step, problem))
+                _warn_damaged(self.directory / str(step), problem)
+                continue
+            if failures:
+                self._put_aside([bad for bad, _ in failures])
+            return restored.state
+        raise UserError(_none_readable(self.directory, failures))
+
+    def _put_aside(self, steps: list[int]) -> None:
+        """What follows is saved under these steps again."""
+        if processes.is_writer():
+            for step in steps:
+                (self.directory / str(step)).rename(self.directory / f"{step}.damaged")
+        processes.barrier("damaged checkpoints put aside")
+        self._manager.reload()
+
+    def close(self) -> None:
+        """Waits for the writes and stops the background threads."""
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
+
+
+def load(directory: str | epath.Path, abstract_state: Any) -> tuple[int, Any]:
+    """Reads the newest readable state for use, not for going on: (step, state).
+
+    Args:
+      directory: where ``Checkpoints`` wrote.
+      abstract_state: pytree of ``jax.ShapeDtypeStruct``; a dict of some fields reads these alone.
+
+    Raises:
+      UserError: there is no checkpoint, or none can be read.
+    """
+    path = _absolute(str(directory))
+    failures = []
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        for step in _steps(path):
+            try:
+                args = ocp.args.PyTreeRestore(
+                    abstract_state,
+                    restore_args=ocp.checkpoint_utils.construct_restore_args(abstract_state),
+                    partial_restore=True,
+                )
+                return step, reader.restore(path / str(step) / "state", args=args)
+            except Exception as error:  # Orbax and TensorStore raise many kinds.
+                failures.append((step, error))
+                _warn_damaged(path / str(step), error)
+    if failures:
+        raise UserError(_none_readable(path, failures))
+    raise UserError(f"no checkpoint in {path}; train first: run without --mode=sample")
+
+
+def abstract(tree: Any) -> Any:
+    """Shapes and dtypes of a pytree, placed on the first device."""
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+
+
+def _absolute(directory: str) -> epath.Path:
+    scheme, separator, _ = directory.partition("://")
+    if not separator:
+        # Orbax refuses relative paths, but only once it saves.
+        return epath.Path(os.path.abspath(directory))
+    if scheme != "gs":
+        raise UserError(f"{directory}: checkpoints go to a folder or to gs://BUCKET/...")
+    if not importlib.util.find_spec("gcsfs"):
+        raise UserError(f"{directory} needs gcsfs: pip install 'vqd_jax[gcs]'")
+    return epath.Path(directory)
+
+
+def _steps(path: epath.Path) -> list[int]:
+    """Steps of the complete checkpoints, the newest first."""
+    try:
+        steps = [child for child in path.iterdir() if child.name.isdigit()] if path.exists() else []
+        # In a bucket nothing is renamed: there a file says that a checkpoint is complete.
+        complete = (int(step.name) for step in steps if ocp.utils.is_checkpoint_finalized(step))
+        return sorted(complete, reverse=True)
+    except Exception as error:  # A bucket's client raises many kinds.
+        raise UserError(f"checkpoints of {path} cannot be listed: {_reason(error)}") from error
+
+
+def _warn_damaged(path: epath.Path, error: Exception) -> None:
+    logging.warning("checkpoint %s cannot be read, trying another: %s", path, _reason(error))
+
+
+def _reason(error: Exception) -> str:
+    first = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return first.split(" See full TensorStore details")[0][:500]
+
+
+def _none_readable(path: epath.Path, failures) -> str:
+    steps = ", ".join(str(step) for step, _ in failures)
+    return (
+        f"no checkpoint in {path} can be read (steps {steps}; {_reason(failures[0][1])}). "
+        "They are damaged or belong to another model; restore them or use another --workdir"
+    )

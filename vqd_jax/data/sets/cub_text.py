@@ -1,0 +1,135 @@
+"""CUB-200-2011 birds with the ten captions of Reed et al., in the two splits in use."""
+
+from collections.abc import Sequence
+
+import tensorflow_datasets as tfds
+
+from vqd_jax.data.sets.file_set import FileSet, Item
+from vqd_jax.data.sets.tree import Tree
+from vqd_jax.errors import UserError
+
+_DESCRIPTION = """\
+11,788 photographs of 200 kinds of birds, with ten captions each. Config `official`: the split of
+the data set's authors, 5,994 to train and 5,794 to test, all classes in both. Config `published`:
+the split of the text-to-image literature and of the published VQ-Diffusion (filenames.pickle),
+8,855 images of 150 classes to train and 2,933 of the other 50 to test.
+"""
+
+_CITATION = """\
+@techreport{WahCUB_200_2011,
+  title = {{The Caltech-UCSD Birds-200-2011 Dataset}},
+  author = {Wah, C. and Branson, S. and Welinder, P. and Perona, P. and Belongie, S.},
+  year = {2011},
+  institution = {California Institute of Technology},
+  number = {CNS-TR-2011-001},
+}
+@inproceedings{reed2016learning,
+  title = {Learning Deep Representations of Fine-Grained Visual Descriptions},
+  author = {Reed, Scott and Akata, Zeynep and Lee, Honglak and Schiele, Bernt},
+  booktitle = {IEEE Conference on Computer Vision and Pattern Recognition},
+  year = {2016},
+}
+"""
+
+_LICENSE = (
+    "Images: for non-commercial research and education; copyright remains with the photographers. "
+    "Captions: released for research by their authors without a stated licence."
+)
+
+_ROOTS = ("", "CUB_200_2011/", "birds/CUB_200_2011/")
+_CAPTIONS = (
+    "text_c10",
+    "cvpr2016_cub/text_c10",
+    "CUB_200_2011/text_c10",
+    "text/text",
+    "birds/text",
+)
+
+
+class CubText(FileSet):
+    """TFDS builder `cub_text`; see `FileSet` for the features. Labels are the class folders."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    RELEASE_NOTES = {"1.0.0": "First release."}
+    BUILDER_CONFIGS = [
+        tfds.core.BuilderConfig(name="official", description="train_test_split.txt"),
+        tfds.core.BuilderConfig(name="published", description="filenames.pickle"),
+    ]
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        return self._dataset_info(
+            labels=self._tree.folders(_images(self._tree)),
+            description=_DESCRIPTION,
+            citation=_CITATION,
+            license=_LICENSE,
+            homepage="https://www.vision.caltech.edu/datasets/cub_200_2011/",
+        )
+
+    @classmethod
+    def facts(cls, tree: Tree, config: str) -> dict[str, str]:
+        images, captions = _images(tree), _captions(tree)
+        facts = {name: tree.content_fact(name) for name in _split_files(tree, config)}
+        facts[images] = tree.listing_fact(tree.files(images))
+        facts[captions] = tree.listing_fact(tree.files(captions), sizes=True)
+        return facts
+
+    def items(self) -> dict[str, Sequence[Item]]:
+        tree = self._tree
+        config = self.builder_config.name
+        read = _published_split if config == "published" else _official_split
+        folder, captions = _images(tree), _captions(tree)
+        return {
+            split: [
+                Item(
+                    f"{folder}/{name}.jpg",
+                    caption_file=f"{captions}/{name}.txt",
+                    label=name.split("/")[0],
+                )
+                for name in names
+            ]
+            for split, names in read(tree, *_split_files(tree, config)).items()
+        }
+
+
+def _images(tree: Tree) -> str:
+    return tree.first("CUB-200-2011 images", *(f"{root}images" for root in _ROOTS))
+
+
+def _captions(tree: Tree) -> str:
+    return tree.first("captions of Reed et al.", *_CAPTIONS)
+
+
+def _split_files(tree: Tree, config: str) -> list[str]:
+    if config == "published":
+        return [
+            tree.first(f"list of {split} images", *(f"{p}{split}/filenames.pickle" for p in places))
+            for split, places in (("train", ("", "birds/")), ("test", ("", "birds/")))
+        ]
+    return [
+        tree.first("CUB-200-2011 split", *(f"{root}{name}" for root in _ROOTS))
+        for name in ("images.txt", "train_test_split.txt")
+    ]
+
+
+def _published_split(tree: Tree, train: str, test: str) -> dict[str, list[str]]:
+    return {"train": tree.strings(train), "test": tree.strings(test)}
+
+
+def _official_split(tree: Tree, images: str, split: str) -> dict[str, list[str]]:
+    names = _table(tree, images)
+    is_train = _table(tree, split)
+    if names.keys() != is_train.keys() or not set(is_train.values()) <= {"0", "1"}:
+        raise UserError(f"{tree.root / split} does not give 0 or 1 for each image of {images}")
+    stems = {number: name.rsplit(".", 1)[0] for number, name in names.items()}
+    return {
+        "train": [stems[number] for number in stems if is_train[number] == "1"],
+        "test": [stems[number] for number in stems if is_train[number] == "0"],
+    }
+
+
+def _table(tree: Tree, name: str) -> dict[str, str]:
+    """{first word: rest} of every line."""
+    rows = [line.split(maxsplit=1) for line in tree.required_text(name).splitlines() if line]
+    if not all(len(row) == 2 for row in rows):
+        raise UserError(f"{tree.root / name}: every line must hold a number and a value")
+    return {number: value.strip() for number, value in rows}

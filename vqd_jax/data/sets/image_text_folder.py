@@ -1,0 +1,222 @@
+"""Any folder of a user's own with images and texts, in one of three layouts.
+
+* Hugging Face imagefolder: `metadata.jsonl` or `metadata.csv` with `file_name` and `text` (or
+  `caption`, `captions`), beside the images or beside the folders that hold them.
+* Pairs: `name.jpg` with `name.txt`, one caption a line.
+* Tars of img2dataset or webdataset: samples of `key.jpg` and `key.txt`, or `key.json` with
+  `caption`; streamed.
+
+Folders `train`, `validation` (`val`, `valid`, `dev`) and `test` at the top are the splits. Without
+them everything is one set, of which every 20th image or tar is held out for validation.
+"""
+
+import csv
+import io
+import json
+from collections.abc import Callable, Iterator, Sequence
+
+import tensorflow_datasets as tfds
+
+from vqd_jax.data.sets.file_set import Bad, FileSet, Item, Record, clean, hold_out, read_item
+from vqd_jax.data.sets.tree import Tree, decode_text
+from vqd_jax.errors import UserError
+
+_SPLITS = {
+    "train": "train",
+    "validation": "validation",
+    "val": "validation",
+    "valid": "validation",
+    "dev": "validation",
+    "test": "test",
+}
+_IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
+_METADATA = ("metadata.jsonl", "metadata.csv")
+_CAPTION_KEYS = ("text", "caption", "captions")
+
+
+class ImageTextFolder(FileSet):
+    """TFDS builder `image_text_folder`; see `FileSet` for the features."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    RELEASE_NOTES = {"1.0.0": "First release."}
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        return self._dataset_info(
+            description=f"Images with texts from {self._tree.root}.",
+            citation="",
+            license="That of the user's own files.",
+            homepage="",
+        )
+
+    @classmethod
+    def facts(cls, tree: Tree, config: str) -> dict[str, str]:
+        del config
+        files = tree.files()
+        metadata, tars = _of_layout(tree, files)
+        if tars:
+            return {name: tree.listing_fact([name], sizes=True) for name in tars}
+        facts = {name: tree.content_fact(name) for name in metadata}
+        facts["images"] = tree.listing_fact([n for n in files if _is_image(n)])
+        texts = [] if metadata else [n for n in files if n.endswith(".txt")]
+        return facts | {"texts": tree.listing_fact(texts, sizes=True)}
+
+    def items(self) -> dict[str, Sequence[Item | str]]:
+        tree = self._tree
+        files = tree.files()
+        metadata, tars = _of_layout(tree, files)
+        if tars:
+            items = {name: [name] for name in tars}
+        elif metadata:
+            items = {name: _from_metadata(tree, name) for name in metadata}
+        else:
+            items = {name: [_pair(name)] for name in files if _is_image(name)}
+        splits = {}
+        for name, found in items.items():
+            top = name.split("/")[0] if "/" in name else ""
+            splits.setdefault(_SPLITS.get(top, ""), []).extend(found)
+        rest = splits.pop("", [])
+        if "train" not in splits:
+            return hold_out(rest) | splits if rest else _without_train(tree)
+        # Beside folders named by split, other images train.
+        splits["train"] = rest + splits["train"]
+        return splits
+
+    @property
+    def read(self) -> Callable:
+        return _read_tar_or_item
+
+
+def _without_train(tree: Tree) -> dict:
+    raise UserError(f"{tree.root} has a folder for validation or test, but no images to train on")
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(_IMAGES)
+
+
+def _of_layout(tree: Tree, files: list[str]) -> tuple[list[str], list[str]]:
+    """(metadata files, tars); neither means pairs."""
+    metadata = [n for n in files if n.rsplit("/", 1)[-1] in _METADATA]
+    tars = [n for n in files if n.endswith(".tar")]
+    if metadata:
+        return metadata, []
+    if tars:
+        for name in tars:
+            tree.check_tar(name)
+        return [], tars
+    stems = {_stem(n) for n in files if n.endswith(".txt")}
+    if not any(_is_image(n) for n in files):
+        raise UserError(f"{tree.root} holds no images ({', '.join(_IMAGES)}) and no .tar files")
+    if not any(_is_image(n) and _stem(n) in stems for n in files):
+        raise UserError(
+            f"{tree.root} holds images but no captions: give them in metadata.jsonl or "
+            "metadata.csv (file_name, text), or in a .txt beside each image"
+        )
+    return [], []
+
+
+def _stem(name: str) -> str:
+    return name.rsplit(".", 1)[0]
+
+
+def _pair(name: str) -> Item:
+    return Item(name, caption_file=f"{_stem(name)}.txt")
+
+
+def _from_metadata(tree: Tree, name: str) -> list[Item]:
+    """Items of one metadata file; rows of the same image become one item."""
+    prefix = name[: name.rfind("/") + 1]
+    captions: dict[str, list[str]] = {}
+    problems = []
+    for line, row in _rows(tree, name):
+        try:
+            if isinstance(row, json.JSONDecodeError):
+                raise row
+            file, texts = row["file_name"], _captions_of(row)
+            if not isinstance(file, str) or not file:
+                raise ValueError("file_name is empty")
+        except KeyError as error:
+            problems.append(Item(f"{name}#{line}", problem=f"no {error}"))
+        except (TypeError, ValueError) as error:
+            problems.append(Item(f"{name}#{line}", problem=str(error)))
+        else:
+            captions.setdefault(prefix + file, []).extend(texts)
+    if not captions:
+        raise UserError(
+            f"{tree.root / name} has no row with file_name and one of {', '.join(_CAPTION_KEYS)}"
+        )
+    return [Item(file, tuple(texts)) for file, texts in captions.items()] + problems
+
+
+def _rows(tree: Tree, name: str) -> Iterator[tuple[int, dict | json.JSONDecodeError]]:
+    text = tree.required_text(name)
+    if name.endswith(".csv"):
+        reader = csv.DictReader(io.StringIO(text))
+        for row in reader:
+            yield reader.line_num, row
+        return
+    # Not `splitlines`, which would also cut inside of texts.
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            try:
+                yield number, json.loads(line)
+            except json.JSONDecodeError as error:
+                yield number, error
+
+
+def _captions_of(row: dict) -> list[str]:
+    for key in _CAPTION_KEYS:
+        if row.get(key) is not None:
+            value = row[key]
+            texts = [value] if isinstance(value, str) else value
+            if not isinstance(texts, list) or not all(isinstance(t, str) for t in texts):
+                raise ValueError(f"{key} is neither a text nor a list of texts")
+            return texts
+    raise ValueError(f"none of {', '.join(_CAPTION_KEYS)}")
+
+
+def _read_tar_or_item(tree: Tree, item: Item | str) -> Iterator[Record | Bad]:
+    return read_item(tree, item) if isinstance(item, Item) else _read_tar(tree, item)
+
+
+def _read_tar(tree: Tree, tar: str) -> Iterator[Record | Bad]:
+    """The samples of a tar: runs of members whose names are equal up to the first dot."""
+    seen = set()
+    key, parts = "", {}
+    for name, data in tree.tar(tar):
+        folder, _, base = name.rpartition("/")
+        stem, _, extension = base.partition(".")
+        if data is None:
+            yield Bad(f"{tar}/{name}", "a link, a device or a name that leads out: refused")
+            continue
+        new_key = f"{folder}/{stem}" if folder else stem
+        if new_key != key:
+            yield from _sample(tar, key, parts, seen)
+            key, parts = new_key, {}
+        parts[extension.lower()] = data
+    yield from _sample(tar, key, parts, seen)
+
+
+def _sample(tar: str, key: str, parts: dict[str, bytes], seen: set[str]) -> Iterator[Record | Bad]:
+    extension = next((e for e in parts if f".{e}" in _IMAGES), None)
+    if not parts or (extension is None and not parts.keys() & {"txt", "json"}):
+        return
+    file = f"{tar}/{key}.{extension}" if extension else f"{tar}/{key}"
+    if extension is None:
+        yield Bad(file, "a text without an image")
+    elif key in seen:
+        yield Bad(file, "an earlier sample of this tar has the same key")
+    else:
+        seen.add(key)
+        try:
+            yield Record(file, parts[extension], clean(_sample_captions(file, parts)))
+        except (ValueError, AttributeError) as error:
+            yield Bad(file, f"captions: {error}")
+
+
+def _sample_captions(file: str, parts: dict[str, bytes]) -> list[str]:
+    if "txt" in parts:
+        return decode_text(parts["txt"], file).split("\n")
+    if "json" in parts:
+        return _captions_of(json.loads(decode_text(parts["json"], file)))
+    return []

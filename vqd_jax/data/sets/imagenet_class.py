@@ -1,0 +1,100 @@
+"""ImageNet (ILSVRC 2012) with class labels and no texts."""
+
+import csv
+from collections.abc import Sequence
+
+import tensorflow_datasets as tfds
+
+from vqd_jax.data.sets.file_set import FileSet, Item
+from vqd_jax.data.sets.tree import Tree
+from vqd_jax.errors import UserError
+
+_DESCRIPTION = """\
+1,281,167 images to train and 50,000 to validate, of 1,000 classes. The label of a class is its
+place in the sorted list of WordNet ids, as in all published models; no captions.
+"""
+
+_CITATION = """\
+@article{ILSVRC15,
+  title = {{ImageNet Large Scale Visual Recognition Challenge}},
+  author = {Russakovsky, Olga and Deng, Jia and Su, Hao and Krause, Jonathan and
+            Satheesh, Sanjeev and Ma, Sean and Huang, Zhiheng and Karpathy, Andrej and
+            Khosla, Aditya and Bernstein, Michael and Berg, Alexander C. and Fei-Fei, Li},
+  journal = {International Journal of Computer Vision},
+  year = {2015},
+  volume = {115},
+  number = {3},
+  pages = {211--252},
+}
+"""
+
+_LICENSE = (
+    "For non-commercial research and education only, under the terms of access of "
+    "image-net.org; copyright remains with the owners of the images."
+)
+
+_ROOTS = ("", "ILSVRC/Data/CLS-LOC/", "Data/CLS-LOC/")
+# Which class each validation image has, for a `val` folder without class folders.
+_VALIDATION_CLASSES = "LOC_val_solution.csv"
+
+
+class ImagenetClass(FileSet):
+    """TFDS builder `imagenet_class`; see `FileSet` for the features. Labels are WordNet ids."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    RELEASE_NOTES = {"1.0.0": "First release."}
+    NEEDS_CAPTIONS = False
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        return self._dataset_info(
+            labels=self._tree.folders(_folder(self._tree, "train")),
+            description=_DESCRIPTION,
+            citation=_CITATION,
+            license=_LICENSE,
+            homepage="https://image-net.org/challenges/LSVRC/2012/",
+        )
+
+    @classmethod
+    def facts(cls, tree: Tree, config: str) -> dict[str, str]:
+        del config
+        facts = {}
+        for phase in ("train", "val"):
+            folder = _folder(tree, phase)
+            facts[folder] = tree.listing_fact(tree.files(folder))
+        if not tree.folders(_folder(tree, "train")):
+            raise UserError(f"{tree.root / _folder(tree, 'train')} has no folders named by class")
+        if not tree.folders(_folder(tree, "val")):
+            tree.first("class of each validation image", _VALIDATION_CLASSES)
+            facts[_VALIDATION_CLASSES] = tree.content_fact(_VALIDATION_CLASSES)
+        return facts
+
+    def items(self) -> dict[str, Sequence[Item]]:
+        tree = self._tree
+        train, validation = _folder(tree, "train"), _folder(tree, "val")
+        classes = set(tree.folders(train))
+        if tree.folders(validation):
+            held_out = [(name, name.split("/")[-2]) for name in tree.files(validation)]
+        else:
+            solution = _validation_classes(tree)
+            stems = ((n, n.rsplit("/", 1)[-1].split(".")[0]) for n in tree.files(validation))
+            held_out = [(name, solution.get(stem, "")) for name, stem in stems]
+        return {
+            "train": [_item(name, name.split("/")[-2], classes) for name in tree.files(train)],
+            "validation": [_item(name, label, classes) for name, label in held_out],
+        }
+
+
+def _item(name: str, label: str, classes: set[str]) -> Item:
+    if label not in classes:
+        return Item(name, problem=f"class {label or 'unknown'}, which train does not have")
+    return Item(name, label=label)
+
+
+def _folder(tree: Tree, phase: str) -> str:
+    return tree.first(f"ImageNet {phase} images", *(f"{root}{phase}" for root in _ROOTS))
+
+
+def _validation_classes(tree: Tree) -> dict[str, str]:
+    """{image name without extension: class}; a row has name and "class x1 y1 x2 y2 class ..."."""
+    rows = csv.reader(tree.required_text(_VALIDATION_CLASSES).splitlines()[1:])
+    return {row[0]: row[1].split()[0] for row in rows if len(row) == 2 and row[1].split()}

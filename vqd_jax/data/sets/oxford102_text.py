@@ -1,0 +1,127 @@
+"""Oxford 102 flowers with the ten captions of Reed et al."""
+
+from collections.abc import Sequence
+from io import BytesIO
+
+import numpy as np
+import scipy.io
+import tensorflow_datasets as tfds
+
+from vqd_jax.data.sets.file_set import FileSet, Item
+from vqd_jax.data.sets.tree import Tree
+from vqd_jax.errors import UserError
+
+_DESCRIPTION = """\
+8,189 photographs of 102 kinds of flowers, with ten captions each, in the split of the data set's
+authors: 1,020 to train, 1,020 to validate, 6,149 to test, all classes in each.
+"""
+
+_CITATION = """\
+@inproceedings{Nilsback08,
+  title = {Automated Flower Classification over a Large Number of Classes},
+  author = {Nilsback, M-E. and Zisserman, A.},
+  booktitle = {Indian Conference on Computer Vision, Graphics and Image Processing},
+  year = {2008},
+}
+@inproceedings{reed2016learning,
+  title = {Learning Deep Representations of Fine-Grained Visual Descriptions},
+  author = {Reed, Scott and Akata, Zeynep and Lee, Honglak and Schiele, Bernt},
+  booktitle = {IEEE Conference on Computer Vision and Pattern Recognition},
+  year = {2016},
+}
+"""
+
+_LICENSE = (
+    "Images: collected from the web for research; no licence is stated and copyright remains with "
+    "their owners. Captions: released for research by their authors without a stated licence."
+)
+
+# In the order of the numbers in imagelabels.mat.
+_CLASSES = """
+pink primrose, hard-leaved pocket orchid, canterbury bells, sweet pea, english marigold, tiger
+lily, moon orchid, bird of paradise, monkshood, globe thistle, snapdragon, colt's foot, king
+protea, spear thistle, yellow iris, globe-flower, purple coneflower, peruvian lily, balloon
+flower, giant white arum lily, fire lily, pincushion flower, fritillary, red ginger, grape
+hyacinth, corn poppy, prince of wales feathers, stemless gentian, artichoke, sweet william,
+carnation, garden phlox, love in the mist, mexican aster, alpine sea holly, ruby-lipped
+cattleya, cape flower, great masterwort, siam tulip, lenten rose, barbeton daisy, daffodil,
+sword lily, poinsettia, bolero deep blue, wallflower, marigold, buttercup, oxeye daisy, common
+dandelion, petunia, wild pansy, primula, sunflower, pelargonium, bishop of llandaff, gaura,
+geranium, orange dahlia, pink-yellow dahlia?, cautleya spicata, japanese anemone, black-eyed
+susan, silverbush, californian poppy, osteospermum, spring crocus, bearded iris, windflower,
+tree poppy, gazania, azalea, water lily, rose, thorn apple, morning glory, passion flower,
+lotus, toad lily, anthurium, frangipani, clematis, hibiscus, columbine, desert-rose, tree
+mallow, magnolia, cyclamen, watercress, canna lily, hippeastrum, bee balm, ball moss, foxglove,
+bougainvillea, camellia, mallow, mexican petunia, bromelia, blanket flower, trumpet creeper,
+blackberry lily
+"""
+
+_SPLITS = {"train": "trnid", "validation": "valid", "test": "tstid"}
+
+
+class Oxford102Text(FileSet):
+    """TFDS builder `oxford102_text`; see `FileSet` for the features."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    RELEASE_NOTES = {"1.0.0": "First release."}
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        return self._dataset_info(
+            labels=class_names(),
+            description=_DESCRIPTION,
+            citation=_CITATION,
+            license=_LICENSE,
+            homepage="https://www.robots.ox.ac.uk/~vgg/data/flowers/102/",
+        )
+
+    @classmethod
+    def facts(cls, tree: Tree, config: str) -> dict[str, str]:
+        del config
+        images, captions = _images(tree), _captions(tree)
+        files = [tree.first("Oxford 102 table", f"{n}.mat") for n in ("imagelabels", "setid")]
+        facts = {name: tree.content_fact(name) for name in files}
+        facts[images] = tree.listing_fact(tree.files(images))
+        facts[captions] = tree.listing_fact(tree.files(captions), sizes=True)
+        return facts
+
+    def items(self) -> dict[str, Sequence[Item]]:
+        tree = self._tree
+        images, captions = _images(tree), _captions(tree)
+        labels = _table(tree, "imagelabels.mat", "labels")
+        names = class_names()
+
+        def item(number: int) -> Item:
+            file = f"{images}/image_{number:05d}.jpg"
+            if not 1 <= number <= len(labels) or not 1 <= labels[number - 1] <= len(names):
+                return Item(file, problem="imagelabels.mat has no class for it")
+            label = int(labels[number - 1])
+            texts = f"{captions}/class_{label:05d}/image_{number:05d}.txt"
+            return Item(file, caption_file=texts, label=names[label - 1])
+
+        return {
+            split: [item(int(number)) for number in _table(tree, "setid.mat", key)]
+            for split, key in _SPLITS.items()
+        }
+
+
+def class_names() -> list[str]:
+    """The 102 classes, in the order of the data set."""
+    return [name.strip() for name in _CLASSES.replace("\n", " ").split(",")]
+
+
+def _images(tree: Tree) -> str:
+    return tree.first("Oxford 102 images", "jpg", "102flowers/jpg")
+
+
+def _captions(tree: Tree) -> str:
+    return tree.first("captions of Reed et al.", "text_c10", "cvpr2016_flowers/text_c10")
+
+
+def _table(tree: Tree, name: str, key: str) -> np.ndarray:
+    try:
+        return scipy.io.loadmat(BytesIO(tree.required(name)), variable_names=[key])[key].ravel()
+    except UserError:
+        raise
+    # scipy reports damage in many ways, and a key that is missing as KeyError.
+    except Exception as error:
+        raise UserError(f"{tree.root / name} has no table {key!r}: {error}") from error
