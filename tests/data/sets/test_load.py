@@ -12,9 +12,9 @@ from vqd_jax.data import sets
 ROOT = pathlib.Path(__file__).parents[3]
 LOAD = """
 import sys
-from vqd_jax.data import sets, batches
+from vqd_jax.data import batches, sets
 builder = sets.load('emoji_text', sys.argv[1])
-source = pipeline.records(builder, 'train')
+source = batches.records(builder, 'train')
 print(len(source), source[7]['image'].shape, 'tensorflow' in sys.modules)
 """
 

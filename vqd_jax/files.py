@@ -1,0 +1,178 @@
+"""Files that appear whole or not at all, locks, reads that are tried again, and fingerprints.
+
+Whatever this program writes for later use is written beside its place under a scratch name and
+then renamed: a reader sees the old file or the new one, never a part of one.
+"""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from vqd_jax.errors import UserError
+
+T = TypeVar("T")
+
+_SCRATCH = ".tmp-"
+# What another attempt will not mend.
+_LASTING = {
+    errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG,
+    errno.ELOOP, errno.EROFS, errno.ENOSPC,
+}  # fmt: skip
+
+
+@contextlib.contextmanager
+def appearing(target: str | os.PathLike) -> Iterator[Path]:
+    """A scratch path beside ``target``, to be written; it becomes ``target`` at the end.
+
+    The caller writes a file or makes a folder there. After an error the scratch path is removed and
+    ``target`` stays what it was. Several processes may write the same target at once; the last one
+    wins. Parent folders are made.
+
+    Raises:
+      OSError: the file cannot be written.
+    """
+    # An absolute path, so that "." and ".." have a name and a parent.
+    target = Path(os.path.abspath(target))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # Libraries choose the format by the suffix, so the scratch path keeps that of the target.
+    scratch = target.with_name(f"{_SCRATCH}{secrets.token_hex(4)}-{target.name}")
+    try:
+        yield scratch
+        if scratch.is_dir():
+            if target.exists():
+                shutil.rmtree(target)
+        else:
+            with open(scratch, "rb") as file:
+                os.fsync(file.fileno())
+        os.replace(scratch, target)
+    finally:
+        if scratch.is_dir():
+            shutil.rmtree(scratch, ignore_errors=True)
+        else:
+            scratch.unlink(missing_ok=True)
+
+
+def remove_remains(target: str | os.PathLike) -> None:
+    """Removes what killed writers of ``target`` left. Hold a lock: it ends other writers' work."""
+    target = Path(os.path.abspath(target))
+    for remains in target.parent.glob(f"{_SCRATCH}*-{target.name}"):
+        if remains.is_dir():
+            shutil.rmtree(remains, ignore_errors=True)
+        else:
+            remains.unlink(missing_ok=True)
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Writes a UTF-8 file that appears whole."""
+    with appearing(path) as scratch:
+        scratch.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | os.PathLike, value: Any) -> None:
+    """Writes a JSON file that appears whole."""
+    write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def read_json(path: str | os.PathLike, remedy: str) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Args:
+      path: of the file.
+      remedy: what to do about a damaged file; it ends the message.
+
+    Raises:
+      UserError: the file is damaged, or does not hold an object.
+      OSError: it cannot be read.
+    """
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}); {remedy}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} does not hold a JSON object; {remedy}")
+    return value
+
+
+@contextlib.contextmanager
+def lock(path: str | os.PathLike, *, busy: str | None = None) -> Iterator[None]:
+    """Held by one process at a time; the system frees it when the process ends, however it ends.
+
+    Args:
+      path: of the lock file, which is made and stays.
+      busy: what to tell the user if another process holds the lock; None waits for it.
+
+    Raises:
+      UserError: another process holds the lock, and ``busy`` is given.
+    """
+    with open(path, "w", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
+        except BlockingIOError as error:
+            raise UserError(busy) from error
+        yield
+
+
+def read_again(read: Callable[[], T], *, attempts: int = 3, seconds: float = 0.2) -> T:
+    """``read()``, tried again after an OSError that may pass: a network file system has such.
+
+    Raises:
+      OSError: the last attempt failed, or the error is of a kind that lasts.
+    """
+    for attempt in range(1, attempts + 1):
+        try:
+            return read()
+        except OSError as error:
+            if error.errno is None or error.errno in _LASTING or attempt == attempts:
+                raise
+            time.sleep(seconds * 2**attempt)
+    raise AssertionError("unreachable")
+
+
+def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{'encoder.conv_in.kernel': leaf, ...} of nested dicts."""
+    flat = {}
+    for key, value in nested.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def fingerprint(nested: Mapping[str, Any]) -> str:
+    """Hexadecimal SHA-256 of nested dicts of arrays and JSON values.
+
+    Two models, runs or caches are the same if and only if their fingerprints are. Put in whatever
+    decides the result and nothing else: no path, no date.
+    """
+    digest = hashlib.sha256()
+    flat = flatten(nested)
+    for name in sorted(flat):
+        value = flat[name]
+        if hasattr(value, "dtype"):
+            array = np.asarray(value, order="C")
+            digest.update(f"{name} {array.dtype} {array.shape}".encode())
+            digest.update(array.tobytes())
+        else:
+            digest.update(f"{name} {json.dumps(value, sort_keys=True)}".encode())
+    return digest.hexdigest()
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """'key: old -> new' for every key of two flat dicts whose values differ, sorted by key."""
+    return [
+        f"{key}: {old.get(key)!r} -> {new.get(key)!r}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
+    ]
