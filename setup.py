@@ -26,7 +26,7 @@ setup(
         "grain>=0.2.16,<0.4",
         # tensorflow-datasets imports it without asking for it.
         "importlib_resources>=6.4",
-        "jax>=0.10.2,<0.12",
+        "jax>=0.10.2,<0.13",
         "ml_collections>=1.0",
         "ml_dtypes>=0.5",
         "numpy>=2.0",

@@ -1,0 +1,139 @@
+"""Draws the rooms of vqd_jax and the imports between them: house.png beside this file.
+
+pip install -e '.[docs]'
+python docs/figures/house.py
+
+The drawing is read off the source; tests/test_house.py uses the same reading to keep the imports
+going down.
+"""
+
+import ast
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = "vqd_jax"
+
+# From the top floor to the ground. A room is a folder or a module right below vqd_jax. An import
+# goes to a lower floor or stays in its room.
+FLOORS = (
+    ("main",),
+    ("modes",),
+    ("web",),
+    ("training",),
+    ("evaluation",),
+    ("pipeline",),
+    ("interop",),
+    ("data",),
+    ("checkpoint",),
+    ("parallel",),
+    ("config",),
+    ("diffusion", "models"),
+    ("files",),
+    ("console",),
+    ("errors",),
+)
+FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+
+
+class Import(NamedTuple):
+    """One import of a module of the package by another: dotted names without the package's."""
+
+    module: str
+    imported: str
+    line: int
+
+
+def modules(root: Path = ROOT) -> dict[str, Path]:
+    """Dotted name without the package's -> file, of all modules; packages by their own name."""
+    found = {}
+    for path in sorted((root / PACKAGE).rglob("*.py")):
+        parts = path.relative_to(root / PACKAGE).with_suffix("").parts
+        if parts[-1] == "__init__":
+            parts = parts[:-1]
+        found[".".join(parts)] = path
+    return found
+
+
+def imports(root: Path = ROOT) -> list[Import]:
+    """Every import between modules of the package, those inside functions included."""
+    known = modules(root)
+    found = []
+    for name, path in known.items():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            for imported in _imported(node, known):
+                found.append(Import(name, imported, node.lineno))
+    return found
+
+
+def _imported(node: ast.AST, known: dict[str, Path]) -> list[str]:
+    if isinstance(node, ast.Import):
+        names = [alias.name for alias in node.names]
+    elif isinstance(node, ast.ImportFrom) and node.module:
+        names = [f"{node.module}.{alias.name}" for alias in node.names]
+    else:
+        return []
+    inside = [n.removeprefix(PACKAGE).lstrip(".") for n in names if n.split(".")[0] == PACKAGE]
+    # A name that is no module is something in a module.
+    return [n if n in known else n.rpartition(".")[0] for n in inside]
+
+
+def room(module: str) -> str:
+    """The room of a module: the first part of its dotted name."""
+    return module.split(".")[0]
+
+
+def lines_of_code(path: Path) -> int:
+    """Lines of a file that are neither blank, nor comment, nor docstring."""
+    text = path.read_text(encoding="utf-8")
+    silent = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(
+            node
+        ):
+            silent |= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    return sum(
+        bool(line.strip()) and not line.lstrip().startswith("#")
+        for number, line in enumerate(text.splitlines(), 1)
+        if number not in silent
+    )
+
+
+def draw(target: Path) -> None:
+    """Writes the drawing as a PNG."""
+    import matplotlib.pyplot as plt
+
+    sizes = dict.fromkeys(FLOOR_OF, 0)
+    for name, path in modules().items():
+        if room(name) in sizes:
+            sizes[room(name)] += lines_of_code(path)
+    floors = [[r for r in rooms if sizes[r]] for rooms in FLOORS]
+    floors = [rooms for rooms in floors if rooms]
+    place = {}
+    for height, rooms in enumerate(reversed(floors)):
+        for column, name in enumerate(rooms):
+            # Rooms step to the side, so that arrows do not run through them.
+            shift = 0.9 * (height % 2) if len(rooms) == 1 else 0
+            place[name] = (2.2 * column + shift + (0 if len(rooms) > 1 else 0.6), height)
+    figure, axes = plt.subplots(figsize=(7.5, 9))
+    arrows = {(room(i.module), room(i.imported)) for i in imports()}
+    for start, end in sorted(arrows):
+        if start == end or start not in place or end not in place:
+            continue
+        (x0, y0), (x1, y1) = place[start], place[end]
+        bend = 0.18 * (1 if x1 >= x0 else -1) if y0 - y1 > 1 else 0.0
+        style = f"arc3,rad={bend}"
+        arrow = {"arrowstyle": "->", "color": "0.6", "connectionstyle": style, "lw": 0.8}
+        axes.annotate("", (x1, y1 + 0.17), (x0, y0 - 0.17), arrowprops=arrow)
+    for name, (x, y) in place.items():
+        box = {"boxstyle": "round,pad=0.35", "facecolor": "#e8f0fb", "edgecolor": "#3b6ea5"}
+        label = f"{name}  ({sizes[name]:,})"
+        axes.text(x, y, label, ha="center", va="center", fontsize=9, bbox=box)
+    axes.set(xlim=(-1.2, 4.2), ylim=(-0.6, len(floors) - 0.4))
+    axes.axis("off")
+    figure.savefig(target, dpi=90, bbox_inches="tight")
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    draw(Path(__file__).with_name("house.png"))
