@@ -155,11 +155,16 @@ def lower_sampler(config, mesh, rows: int) -> jax.stages.Lowered:
     settings = sampler.Settings(guidance=guidance, truncation=struct((), jnp.float32))
 
     def sample(params, keys, condition, null, settings):
-        with sharding.rows_apart(mesh):
-            return programs.sample(
-                params, keys, condition, null, settings,
-                model_config=model_config, schedule=schedule,
-            ).codes  # fmt: skip
+        return programs.sample(
+            params,
+            keys,
+            condition,
+            null,
+            settings,
+            model_config=model_config,
+            schedule=schedule,
+            placement=sharding.placement(mesh),
+        ).codes
 
     return jax.jit(sample, out_shardings=placed).lower(
         params,

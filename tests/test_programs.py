@@ -11,7 +11,7 @@ from vqd_jax.models import conditioned
 from vqd_jax.models.denoiser import DenoiserConfig
 from vqd_jax.models.text_encoder import TextEncoderConfig
 
-CONFIG = conditioned.TextToImageConfig(
+CONFIG = conditioned.ConditionedDenoiserConfig(
     TextEncoderConfig(vocab_size=20, context_length=6, width=14, num_layers=2, num_heads=2),
     DenoiserConfig(
         num_codes=11, grid=(2, 3), num_steps=9, width=12, num_layers=3, num_heads=2, text_width=14

@@ -14,7 +14,7 @@ from vqd_jax.diffusion import schedule
 from vqd_jax.errors import UserError
 from vqd_jax.models.attention import REMAT_POLICIES
 from vqd_jax.models.autoencoder import AutoencoderConfig
-from vqd_jax.models.conditioned import TextToImageConfig
+from vqd_jax.models.conditioned import ConditionedDenoiserConfig
 from vqd_jax.models.denoiser import CONDITIONS, DenoiserConfig
 from vqd_jax.models.text_encoder import TextEncoderConfig
 from vqd_jax.training.autoencoder import AutoencoderOptions
@@ -296,7 +296,7 @@ def autoencoder_options(config: ConfigDict) -> AutoencoderOptions:
     )
 
 
-def model_config(config: ConfigDict) -> TextToImageConfig:
+def model_config(config: ConfigDict) -> ConditionedDenoiserConfig:
     """Sizes of the text encoder and the denoiser."""
     text, denoiser = config.text_encoder, config.denoiser
     grid = autoencoder_config(config).grid_size
@@ -310,7 +310,7 @@ def model_config(config: ConfigDict) -> TextToImageConfig:
         normalize=text.normalize,
         dtype=denoiser.dtype,
     )
-    return TextToImageConfig(
+    return ConditionedDenoiserConfig(
         text_encoder=text_encoder if has_text else None,
         freeze_text_encoder=has_text and bool(text.path),
         denoiser=DenoiserConfig(

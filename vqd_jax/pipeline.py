@@ -24,6 +24,8 @@ from vqd_jax.data.text import ClipTokenizer
 from vqd_jax.diffusion import rules, sampler
 from vqd_jax.errors import UserError
 from vqd_jax.interop import diffusers, folder, published
+from vqd_jax.models import autoencoder
+from vqd_jax.models.attention import ONE_DEVICE
 from vqd_jax.parallel import sharding
 from vqd_jax.pictures import Picture
 from vqd_jax.training import stage_one
@@ -87,21 +89,14 @@ class VQDiffusion:
         self._sizes = sizes = config_lib.model_config(config)
         codec = config_lib.autoencoder_config(config)
         schedule = config_lib.noise_schedule(config)
-        self._sample = self._compiled(programs.sample, model_config=sizes, schedule=schedule)
-        self._encode_text = self._compiled(programs.encode_text, config=sizes)
-        self._log_x0 = self._compiled(programs.log_x0, config=sizes)
-        self._encode = self._compiled(programs.encode, config=codec)
-        self._decode = self._compiled(programs.decode, config=codec)
-
-    def _compiled(self, function: Callable, **static: Any) -> Callable:
-        if self._mesh is None:
-            return jax.jit(functools.partial(function, **static))
-
-        def on_rows(*args):
-            with sharding.rows_apart(self._mesh):
-                return function(*args, **static)
-
-        return jax.jit(on_rows)
+        place = ONE_DEVICE if mesh is None else sharding.placement(mesh)
+        self._sample = _compiled(
+            programs.sample, model_config=sizes, schedule=schedule, placement=place
+        )
+        self._encode_text = _compiled(programs.encode_text, config=sizes, placement=place)
+        self._log_x0 = _compiled(programs.log_x0, config=sizes, placement=place)
+        self._encode = _compiled(autoencoder.encode, config=codec)
+        self._decode = _compiled(autoencoder.decode, config=codec)
 
     @classmethod
     def from_workdir(cls, workdir: str) -> "VQDiffusion":
@@ -447,6 +442,10 @@ class VQDiffusion:
             "the model folder lacks the tokenizer that belongs to it",
         )
         return self.tokenizer.encode_batch(list(texts))
+
+
+def _compiled(function: Callable, **static: Any) -> Callable:
+    return jax.jit(functools.partial(function, **static))
 
 
 def _require(condition: bool, message: str) -> None:

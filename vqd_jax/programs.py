@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from vqd_jax import config as config_lib
 from vqd_jax.diffusion import sampler
 from vqd_jax.models import autoencoder, conditioned
+from vqd_jax.models.attention import ONE_DEVICE, Placement
 
 
 def init(config: ConfigDict) -> Any:
@@ -32,9 +33,19 @@ def image_keys(seed, pairs):
     return jax.vmap(fold)(pairs)
 
 
-def sample(params, keys, condition, null, settings, *, model_config, schedule):
+def sample(
+    params,
+    keys,
+    condition,
+    null,
+    settings,
+    *,
+    model_config,
+    schedule,
+    placement: Placement = ONE_DEVICE,
+):
     """A ``sampler.Sample``, an image a key [B]; conditions [B, ...], the null one [1, ...]."""
-    model = conditioned.bind(model_config, params)
+    model = conditioned.bind(model_config, params, placement=placement)
     batch, grid = keys.shape[0], model_config.denoiser.grid
     if settings.guidance is not None:
         condition = sampler.pairs(condition, jnp.broadcast_to(null, condition.shape))
@@ -52,22 +63,13 @@ def sample(params, keys, condition, null, settings, *, model_config, schedule):
     return sampler.sample(keys, predict_log_x0, (batch, grid[0] * grid[1]), schedule, settings)
 
 
-def encode_text(params, ids, *, config):
+def encode_text(params, ids, *, config, placement: Placement = ONE_DEVICE):
     """Features float32 [B, L, D] of ids int32 [B, L]."""
-    return conditioned.bind(config, params).text_features(ids).astype(jnp.float32)
+    model = conditioned.bind(config, params, placement=placement)
+    return model.text_features(ids).astype(jnp.float32)
 
 
-def log_x0(params, codes, condition, time, *, config):
+def log_x0(params, codes, condition, time, *, config, placement: Placement = ONE_DEVICE):
     """log p0 float32 [B, N, K] of tokens [B, N] at times [B], given features, labels or None."""
-    denoiser = conditioned.bind(config, params).denoiser
+    denoiser = conditioned.bind(config, params, placement=placement).denoiser
     return jax.nn.log_softmax(denoiser(codes, time, condition))
-
-
-def encode(params, images, *, config):
-    """Codes int32 [B, N] of pictures uint8 [B, S, S, 3]."""
-    return autoencoder.bind(config, params).codes(autoencoder.from_pixels(images))
-
-
-def decode(params, codes, *, config):
-    """Pictures uint8 [B, S, S, 3] of codes int32 [B, N]."""
-    return autoencoder.to_pixels(autoencoder.bind(config, params).decode(codes))

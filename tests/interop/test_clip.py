@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 from vqd_jax.errors import UserError
 from vqd_jax.interop import clip, tables, tensors, torch_file
 from vqd_jax.models import clip as clip_model
-from vqd_jax.models.image_encoder import resize_and_crop
+from vqd_jax.models.clip import resize_and_crop
 from vqd_jax.models.text_encoder import TextEncoder
 
 sys.path.insert(0, str(Path(__file__).parent))

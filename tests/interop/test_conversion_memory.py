@@ -21,7 +21,7 @@ import released  # noqa: E402
 from torch_writer import write  # noqa: E402
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-CONFIG = conditioned.TextToImageConfig(
+CONFIG = conditioned.ConditionedDenoiserConfig(
     TextEncoderConfig(
         vocab_size=49408, context_length=77, width=64, num_layers=1, num_heads=1, normalize=True
     ),

@@ -26,7 +26,7 @@ from torch_writer import write  # noqa: E402
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-CONFIG = conditioned.TextToImageConfig(
+CONFIG = conditioned.ConditionedDenoiserConfig(
     TextEncoderConfig(
         vocab_size=49408, context_length=77, width=64, num_layers=1, num_heads=1, normalize=True
     ),

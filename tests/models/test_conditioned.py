@@ -11,7 +11,7 @@ from vqd_jax.models.text_encoder import TextEncoderConfig
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-CONFIG = conditioned.TextToImageConfig(
+CONFIG = conditioned.ConditionedDenoiserConfig(
     TextEncoderConfig(vocab_size=11, context_length=5, width=6, num_layers=1, num_heads=2),
     DenoiserConfig(
         num_codes=7, grid=(2, 3), num_steps=5, width=8, num_layers=2, num_heads=2, text_width=6
@@ -72,7 +72,7 @@ def test_bind_works_under_jit_and_grad(params):
 
 def test_the_widths_must_meet():
     with pytest.raises(ValueError, match=r"text_encoder\.width=6 is not denoiser\.text_width=8"):
-        conditioned.TextToImageConfig(
+        conditioned.ConditionedDenoiserConfig(
             CONFIG.text_encoder,
             DenoiserConfig(
                 num_codes=7, grid=(2, 3), num_steps=5, width=8, num_layers=2, num_heads=2,

@@ -71,12 +71,14 @@ def sample(config, mesh, params):
     schedule = config_lib.noise_schedule(config)
 
     def run(params, key_data, ids):
-        model = conditioned.bind(model_config, params)
-        with sharding.rows_apart(mesh):
-            keys = jax.random.wrap_key_data(key_data)
-            predict = lambda tokens, time: model.log_x0(tokens, time, ids)  # noqa: E731
-            settings = sampler.Settings(num_steps=5)
-            return sampler.sample(keys, predict, (len(ids), 16), schedule, settings).codes
+        model = conditioned.bind(model_config, params, placement=sharding.placement(mesh))
+        keys = jax.random.wrap_key_data(key_data)
+        settings = sampler.Settings(num_steps=5)
+
+        def predict(tokens, time):
+            return model.log_x0(tokens, time, ids)
+
+        return sampler.sample(keys, predict, (len(ids), 16), schedule, settings).codes
 
     keys = np.asarray(jax.random.key_data(jax.random.split(jax.random.key(5), 16)))
     ids = np.arange(16 * 16, dtype=np.int32).reshape(16, 16)

@@ -16,8 +16,7 @@ from vqd_jax.errors import UserError
 from vqd_jax.interop import tables, tensors, torch_file
 from vqd_jax.interop.tables import Row
 from vqd_jax.models import clip
-from vqd_jax.models.clip import ClipConfig
-from vqd_jax.models.image_encoder import ImageEncoderConfig
+from vqd_jax.models.clip import ClipConfig, ImageEncoderConfig
 from vqd_jax.models.text_encoder import TextEncoder, TextEncoderConfig
 
 # Tensors that are constants of the network, or of no use: a size, a mask, 0, 1, 2, ...

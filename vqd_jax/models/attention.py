@@ -5,13 +5,12 @@ Letters: B batch, N queries, M keys, D width, H heads.
 
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-
-from vqd_jax.models import placement
 
 _PRODUCT = "product"
 
@@ -39,47 +38,93 @@ REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
-# Scores of this many bytes are not kept at once on a CPU: one head at a time stays in its cache.
+# Above this many bytes of scores, a CPU computes one head at a time, which stays in its cache.
 _MOST_SCORES = 2**24
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, *, causal: bool = False) -> jax.Array:
+def _unconstrained(x: jax.Array, heads_axis: int) -> jax.Array:
+    return x
+
+
+class Placement(NamedTuple):
+    """What a model is told of the devices that its program is made for; the default is one device.
+
+    On several devices the rows of a batch stay apart: the models mark the stream between their
+    layers. Without the marks, the partitioner may divide activations along their width, as the
+    parameters are, and then exchanges activations instead of parameters.
+
+    Attributes:
+      constrain: (x [B, ...], axis of the heads or 0) -> x with its rows, and its heads, on the
+        devices that should hold them.
+      compute_capability: of the GPU, such as 9.0 for an H100; 0 is no GPU of NVIDIA. None is that
+        of this machine's first device. A program may be compiled for other devices.
+    """
+
+    constrain: Callable[[jax.Array, int], jax.Array] = _unconstrained
+    compute_capability: float | None = None
+
+    def rows(self, x: jax.Array) -> jax.Array:
+        """``x`` [B, ...] with its rows in their place."""
+        return self.constrain(x, 0)
+
+    def heads(self, x: jax.Array) -> jax.Array:
+        """``x`` [B, N, H, D/H] with its rows and its heads in their place."""
+        return self.constrain(x, 2)
+
+
+ONE_DEVICE = Placement()
+
+
+def compute_capability(device: jax.Device) -> float:
+    """Of a GPU of NVIDIA, such as 9.0 for an H100; 0 for any other device."""
+    found = str(getattr(device, "compute_capability", ""))
+    # AMD's are called gfx942 and the like.
+    return float(found) if device.platform == "gpu" and found[:1].isdigit() else 0.0
+
+
+def attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    causal: bool = False,
+    placement: Placement = ONE_DEVICE,
+) -> jax.Array:
     """softmax(q k^T / sqrt(D/H)) v; q [B, N, H, D/H], k and v [B, M, H, D/H] -> like q.
 
-    The softmax is in float32. On a GPU that can, it is one fused kernel of cuDNN; on a CPU, where
-    no gradient is asked for, one head follows another.
+    This function alone chooses the backend: cuDNN's fused kernel on a GPU that has one, one head
+    after another on a CPU where no gradient is asked for, and XLA's products everywhere else. The
+    softmax is in float32.
     """
-    cudnn = cudnn_applies(q.dtype, q.shape[-1], placement.compute_capability())
-    if causal:
-        return _attend_at_once(q, k, v, cudnn, causal=True)
-    return _attend(q, k, v, cudnn)
+    capability = placement.compute_capability
+    if capability is None:
+        capability = compute_capability(jax.local_devices()[0])
+    if cudnn_applies(q.dtype, q.shape[-1], capability):
+        # cuDNN's partitioning wants all three divided over the devices in the same way.
+        q, k, v = map(placement.heads, (q, k, v))
+        return attend_padded(q, k, v, causal=causal)
+    return _attend_with_xla(q, k, v, is_causal=True) if causal else _attend(q, k, v)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
-def _attend(q, k, v, cudnn):
+_attend_with_xla = functools.partial(jax.nn.dot_product_attention, implementation="xla")
+
+
+@jax.custom_jvp
+def _attend(q, k, v):
     # Decided when the program is lowered, which may be for another machine than this one.
-    at_once = functools.partial(_attend_at_once, cudnn=cudnn)
-    return jax.lax.platform_dependent(q, k, v, cpu=_attend_by_heads, default=at_once)
+    return jax.lax.platform_dependent(q, k, v, cpu=_attend_by_heads, default=_attend_with_xla)
 
 
 @_attend.defjvp
-def _attend_jvp(cudnn, primals, tangents):
-    return jax.jvp(functools.partial(_attend_at_once, cudnn=cudnn), primals, tangents)
-
-
-def _attend_at_once(q, k, v, cudnn, causal=False):
-    if cudnn:
-        # It takes the three divided alike over the devices, or not at all.
-        q, k, v = map(placement.heads, (q, k, v))
-        return attend_padded(q, k, v, causal=causal, implementation="cudnn")
-    return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="xla")
+def _attend_jvp(primals, tangents):
+    return jax.jvp(_attend_with_xla, primals, tangents)
 
 
 def attend_padded(q, k, v, *, causal: bool = False, implementation: str = "cudnn") -> jax.Array:
     """``attend`` with shapes that cuDNN takes: N and M even, D/H a multiple of 8.
 
-    The gradient of cuDNN's kernel is refused for odd lengths (CLIP has 77 positions), and heads of
-    VQ-Diffusion-S are 12 wide. Zeros are added and, of keys, left out by their number.
+    cuDNN refuses the gradient for odd lengths (CLIP has 77 positions), and heads of VQ-Diffusion-S
+    are 12 wide. Zeros are added; the lengths tell the kernel which keys to leave out.
     """
     batch, num_queries, _, width = q.shape
     lengths = {}
@@ -91,9 +136,14 @@ def attend_padded(q, k, v, *, causal: bool = False, implementation: str = "cudnn
         return jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, -width % 8)))
 
     out = jax.nn.dot_product_attention(
-        padded(q), padded(k), padded(v), scale=width**-0.5, is_causal=causal,
-        implementation=implementation, **lengths,
-    )  # fmt: skip
+        padded(q),
+        padded(k),
+        padded(v),
+        scale=width**-0.5,
+        is_causal=causal,
+        implementation=implementation,
+        **lengths,
+    )
     return out[:, :num_queries, :, :width]
 
 
@@ -143,9 +193,17 @@ class Attention(nnx.Module):
     """Attention with separate query, key, value and output projections, all with bias."""
 
     def __init__(
-        self, width: int, context_width: int, num_heads: int, *, make_linear: Callable, rngs
+        self,
+        width: int,
+        context_width: int,
+        num_heads: int,
+        *,
+        make_linear: Callable,
+        rngs: nnx.Rngs,
+        placement: Placement = ONE_DEVICE,
     ):
         self.num_heads = num_heads
+        self.placement = placement
         self.query = make_linear(width, width, rngs=rngs)
         self.key = make_linear(context_width, width, rngs=rngs)
         self.value = make_linear(context_width, width, rngs=rngs)
@@ -153,13 +211,14 @@ class Attention(nnx.Module):
 
     def keys_values(self, context: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Keys and values [B, M, H, D/H] of a context [B, M, context_width]."""
-        split = lambda x: split_heads(product(x), self.num_heads)  # noqa: E731
-        return split(self.key(context)), split(self.value(context))
+        keys, values = product(self.key(context)), product(self.value(context))
+        return split_heads(keys, self.num_heads), split_heads(values, self.num_heads)
 
     def __call__(self, x: jax.Array, keys_values, *, causal: bool = False) -> jax.Array:
         """[B, N, D] attends to ``keys_values`` and comes back as [B, N, D]."""
         q = split_heads(product(self.query(x)), self.num_heads)
-        return product(self.proj(merge_heads(attend(q, *keys_values, causal=causal))))
+        mixed = attend(q, *keys_values, causal=causal, placement=self.placement)
+        return product(self.proj(merge_heads(mixed)))
 
 
 def stack_layers(make_layer: Callable, num_layers: int, rngs: nnx.Rngs) -> nnx.Module:
@@ -174,11 +233,16 @@ def stack_layers(make_layer: Callable, num_layers: int, rngs: nnx.Rngs) -> nnx.M
 
 
 def scan_layers(
-    layers: nnx.Module, x: jax.Array, extras, remat: str = "none", unroll: int = 1
+    layers: nnx.Module,
+    x: jax.Array,
+    extras,
+    remat: str = "none",
+    unroll: int = 1,
+    placement: Placement = ONE_DEVICE,
 ) -> jax.Array:
     """x <- layer(x, extra) for every layer; ``extras`` is a pytree with a leading layer axis.
 
-    ``remat`` is a key of ``REMAT_POLICIES``; ``unroll`` layers make up one turn of the loop.
+    ``remat`` is a key of ``REMAT_POLICIES``; one turn of the loop computes ``unroll`` layers.
     """
     graphdef, params = nnx.split(layers)
 
@@ -193,7 +257,7 @@ def scan_layers(
     return jax.lax.scan(body, placement.rows(x), (params, extras), unroll=unroll)[0]
 
 
-def map_layers(layers: nnx.Module, method: Callable):
+def map_layers(layers: nnx.Module, method: Callable, placement: Placement = ONE_DEVICE):
     """``method(layer)`` for every layer at once; results get a leading layer axis."""
     graphdef, params = nnx.split(layers)
 

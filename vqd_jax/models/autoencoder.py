@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from vqd_jax.models import quantizer
+from vqd_jax.models import functional, quantizer
 
 QUANTIZERS = ("nearest", "gumbel")
 
@@ -325,16 +325,17 @@ class Codebook(nnx.Module):
         return quantizer.draw_codes(self.proj(z), key)
 
 
-class Remap(nnx.Module):
-    """Which codes are left of the codebook, ``full_to_code`` int32 [F] in 0..K-1.
+class Buffer(nnx.Variable):
+    """An array that belongs to a model and that nothing trains."""
 
-    It is a parameter so that it travels with the model; nothing trains it.
-    """
+
+class Remap(nnx.Module):
+    """Which codes are left of the codebook, ``full_to_code`` int32 [F] in 0..K-1."""
 
     def __init__(self, config: AutoencoderConfig):
         self.num_codes = config.num_codes
         ids = jnp.arange(config.codebook_size, dtype=jnp.int32)
-        self.full_to_code = nnx.Param(jnp.where(ids < config.num_codes, ids, 0))
+        self.full_to_code = Buffer(jnp.where(ids < config.num_codes, ids, 0))
 
     def to_codes(self, full: jax.Array) -> jax.Array:
         """Codes int32 [...] in 0..K-1 of codes in 0..F-1."""
@@ -402,17 +403,8 @@ class Autoencoder(nnx.Module):
         return jnp.clip(images, -1.0, 1.0)
 
 
-@functools.lru_cache(maxsize=8)
-def _split(config: AutoencoderConfig) -> tuple[nnx.GraphDef, Any]:
-    """The static part of an ``Autoencoder``, and its parameters as shapes."""
-    model = nnx.eval_shape(lambda: Autoencoder(config, rngs=nnx.Rngs(0)))
-    graphdef, params = nnx.split(model, nnx.Param)
-    return graphdef, nnx.to_pure_dict(params)
-
-
-def abstract_params(config: AutoencoderConfig) -> Any:
-    """Shapes of the parameters: a nested dict of ``jax.ShapeDtypeStruct``."""
-    return _split(config)[1]
+abstract_params = functools.partial(functional.abstract, Autoencoder)
+bind = functools.partial(functional.bind, Autoencoder)
 
 
 def init_params(config: AutoencoderConfig, key: jax.Array) -> Any:
@@ -431,7 +423,7 @@ def init_params(config: AutoencoderConfig, key: jax.Array) -> Any:
       ``quant_conv``, ``post_quant_conv`` and ``quantize`` (the codebook), and ``remap`` where the
       config has one.
     """
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(_split(config)[1])
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(abstract_params(config))
     noise = jax.random.normal(key, (sum(leaf.size for _, leaf in leaves),), jnp.float32)
     params, start = [], 0
     for path, leaf in leaves:
@@ -448,6 +440,19 @@ def init_params(config: AutoencoderConfig, key: jax.Array) -> Any:
         params.append(value)
         start += leaf.size
     return treedef.unflatten(params)
+
+
+def encode(params: Any, images: jax.Array, *, config: AutoencoderConfig) -> jax.Array:
+    """Codes int32 [B, N] of images uint8 [B, S, S, 3], S the side; the likeliest of a Gumbel codec.
+
+    Pure; compile it with ``jax.jit``, the config as a static argument.
+    """
+    return bind(config, params).codes(from_pixels(images))
+
+
+def decode(params: Any, codes: jax.Array, *, config: AutoencoderConfig) -> jax.Array:
+    """Images uint8 [B, S, S, 3], S the side, of codes int32 [B, N]; pure, as ``encode``."""
+    return to_pixels(bind(config, params).decode(codes))
 
 
 def with_remap(
@@ -476,13 +481,3 @@ def with_remap(
     config = dataclasses.replace(config, num_codes=num_codes, codebook_size=config.num_codes)
     remap = {"full_to_code": np.asarray(full_to_code, np.int32)}
     return config, {**params, "remap": remap}
-
-
-def bind(config: AutoencoderConfig, params: Any) -> Autoencoder:
-    """The ``Autoencoder`` with the parameters ``params``; usable inside ``jit``.
-
-    Args:
-      config: sizes.
-      params: nested dict as ``init_params`` returns it.
-    """
-    return nnx.merge(_split(config)[0], params)

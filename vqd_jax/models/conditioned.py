@@ -12,12 +12,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from vqd_jax.models import functional
+from vqd_jax.models.attention import ONE_DEVICE, Placement
 from vqd_jax.models.denoiser import Denoiser, DenoiserConfig, TextContext
 from vqd_jax.models.text_encoder import TextEncoder, TextEncoderConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class TextToImageConfig:
+class ConditionedDenoiserConfig:
     """Sizes of the two networks.
 
     Attributes:
@@ -43,7 +45,7 @@ class TextToImageConfig:
             )
 
 
-class TextToImage(nnx.Module):
+class ConditionedDenoiser(nnx.Module):
     """The two networks.
 
     The null condition of guidance is the empty caption; where the null text is learned, its
@@ -51,12 +53,18 @@ class TextToImage(nnx.Module):
     section 3.1).
     """
 
-    def __init__(self, config: TextToImageConfig, *, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: ConditionedDenoiserConfig,
+        *,
+        rngs: nnx.Rngs,
+        placement: Placement = ONE_DEVICE,
+    ):
         self.config = config
         text = config.text_encoder
         if text is not None:
-            self.text_encoder = TextEncoder(text, rngs=rngs)
-        self.denoiser = Denoiser(config.denoiser, rngs=rngs)
+            self.text_encoder = TextEncoder(text, rngs=rngs, placement=placement)
+        self.denoiser = Denoiser(config.denoiser, rngs=rngs, placement=placement)
         if text is not None and config.denoiser.learned_null:
             shape = (text.context_length, text.width)
             self.null_text = nnx.Param(jax.random.normal(rngs.params(), shape))
@@ -102,17 +110,6 @@ class TextToImage(nnx.Module):
         return jax.nn.log_softmax(logits)
 
 
-def init_params(config: TextToImageConfig, key: jax.Array):
-    """Initial parameters: a nested dict of float32 arrays."""
-    model = TextToImage(config, rngs=nnx.Rngs(params=key))
-    return nnx.to_pure_dict(nnx.state(model, nnx.Param))
-
-
-@functools.lru_cache(maxsize=8)
-def _graphdef(config: TextToImageConfig):
-    return nnx.graphdef(nnx.eval_shape(lambda: TextToImage(config, rngs=nnx.Rngs(0))))
-
-
-def bind(config: TextToImageConfig, params) -> TextToImage:
-    """The model with the parameters of ``init_params``; usable inside ``jit``."""
-    return nnx.merge(_graphdef(config), params)
+init_params = functools.partial(functional.init, ConditionedDenoiser)
+abstract_params = functools.partial(functional.abstract, ConditionedDenoiser)
+bind = functools.partial(functional.bind, ConditionedDenoiser)

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from vqd_jax.models import attention
+from vqd_jax.models.attention import ONE_DEVICE, Placement
 
 CONDITIONS = ("text", "class", "none")
 
@@ -147,12 +148,18 @@ class AdaLayerNorm(nnx.Module):
 class Block(nnx.Module):
     """One layer of the denoiser."""
 
-    def __init__(self, config: DenoiserConfig, rngs: nnx.Rngs):
+    def __init__(
+        self, config: DenoiserConfig, *, rngs: nnx.Rngs, placement: Placement = ONE_DEVICE
+    ):
         dtype = attention.float_dtype(config.dtype)
         make_linear = functools.partial(nnx.Linear, kernel_init=normal(config), dtype=dtype)
         width, hidden = config.width, config.width * config.mlp_ratio
         make_attention = functools.partial(
-            attention.Attention, num_heads=config.num_heads, make_linear=make_linear, rngs=rngs
+            attention.Attention,
+            num_heads=config.num_heads,
+            make_linear=make_linear,
+            rngs=rngs,
+            placement=placement,
         )
         make_norm = functools.partial(AdaLayerNorm, config, make_linear=make_linear, rngs=rngs)
         self.condition = config.condition
@@ -209,8 +216,11 @@ class Block(nnx.Module):
 class Denoiser(nnx.Module):
     """Noisy tokens, time and condition -> logits of the clean codes."""
 
-    def __init__(self, config: DenoiserConfig, *, rngs: nnx.Rngs):
+    def __init__(
+        self, config: DenoiserConfig, *, rngs: nnx.Rngs, placement: Placement = ONE_DEVICE
+    ):
         self.config = config
+        self.placement = placement
         dtype = attention.float_dtype(config.dtype)
         rows, columns = config.positions
         embed = functools.partial(
@@ -220,7 +230,7 @@ class Denoiser(nnx.Module):
         self.row_embedding = embed(rows)
         self.column_embedding = embed(columns)
         self.blocks = attention.stack_layers(
-            lambda rngs: Block(config, rngs), config.num_layers, rngs
+            lambda rngs: Block(config, rngs=rngs, placement=placement), config.num_layers, rngs
         )
         self.norm_out = nnx.LayerNorm(config.width, epsilon=1e-5, dtype=dtype, rngs=rngs)
         self.to_logits = nnx.Linear(
@@ -230,7 +240,7 @@ class Denoiser(nnx.Module):
     @jax.named_scope("denoiser")
     def modulations(self, time: jax.Array) -> jax.Array:
         """[layers, ..., norms, 2, D]: what depends on the times [...] in 1..T alone."""
-        return attention.map_layers(self.blocks, lambda block: block.modulations(time))
+        return self._of_layers(lambda block: block.modulations(time))
 
     @jax.named_scope("denoiser")
     def context(self, condition: jax.Array | None) -> TextContext | jax.Array | None:
@@ -247,7 +257,10 @@ class Denoiser(nnx.Module):
             return None
         if self.config.condition == "text":
             condition = condition.astype(attention.float_dtype(self.config.dtype))
-        return attention.map_layers(self.blocks, lambda block: block.context(condition))
+        return self._of_layers(lambda block: block.context(condition))
+
+    def _of_layers(self, method):
+        return attention.map_layers(self.blocks, method, self.placement)
 
     def positions(self) -> jax.Array:
         """[1, N, D]: row plus column embedding of every token."""
@@ -273,10 +286,11 @@ class Denoiser(nnx.Module):
         chex.assert_shape(tokens, (None, math.prod(self.config.grid)))
         h = self.code_embedding(tokens) + self.positions()
         c = self.config
+        unroll = min(c.scan_unroll, c.num_layers)
         h = attention.scan_layers(
-            self.blocks, h, (modulations, context), c.remat, min(c.scan_unroll, c.num_layers)
+            self.blocks, h, (modulations, context), c.remat, unroll, self.placement
         )
-        return self.to_logits(self.norm_out(h)).astype(jnp.float32)
+        return self.placement.rows(self.to_logits(self.norm_out(h)).astype(jnp.float32))
 
     def __call__(
         self, tokens: jax.Array, time: jax.Array, condition: jax.Array | None = None

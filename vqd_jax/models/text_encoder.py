@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from vqd_jax.models import attention
+from vqd_jax.models import attention, functional
+from vqd_jax.models.attention import ONE_DEVICE, Placement
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +56,9 @@ class EncoderBlock(nnx.Module):
       rngs: with a ``params`` stream.
     """
 
-    def __init__(self, config: Any, *, causal: bool, rngs: nnx.Rngs):
+    def __init__(
+        self, config: Any, *, causal: bool, rngs: nnx.Rngs, placement: Placement = ONE_DEVICE
+    ):
         width, dtype = config.width, attention.float_dtype(config.dtype)
         normal = nnx.initializers.normal
         # Initial scales after the published tower: the deeper, the smaller a branch starts.
@@ -65,7 +68,12 @@ class EncoderBlock(nnx.Module):
         self.causal = causal
         self.norm_attention = nnx.LayerNorm(width, epsilon=1e-5, dtype=dtype, rngs=rngs)
         self.attention = attention.Attention(
-            width, width, config.num_heads, make_linear=make_linear, rngs=rngs
+            width,
+            width,
+            config.num_heads,
+            make_linear=make_linear,
+            rngs=rngs,
+            placement=placement,
         )
         self.norm_mlp = nnx.LayerNorm(width, epsilon=1e-5, dtype=dtype, rngs=rngs)
         self.mlp_in = linear(width, 4 * width, kernel_init=normal((2 * width) ** -0.5), rngs=rngs)
@@ -81,8 +89,11 @@ class EncoderBlock(nnx.Module):
 class TextEncoder(nnx.Module):
     """Token ids int32 [B, L] -> features [B, L, D]."""
 
-    def __init__(self, config: TextEncoderConfig, *, rngs: nnx.Rngs):
+    def __init__(
+        self, config: TextEncoderConfig, *, rngs: nnx.Rngs, placement: Placement = ONE_DEVICE
+    ):
         self.config = config
+        self.placement = placement
         dtype, normal = attention.float_dtype(config.dtype), nnx.initializers.normal
         self.token_embedding = nnx.Embed(
             config.vocab_size, config.width, embedding_init=normal(0.02), dtype=dtype, rngs=rngs
@@ -91,7 +102,9 @@ class TextEncoder(nnx.Module):
             normal(0.01)(rngs.params(), (config.context_length, config.width))
         )
         self.blocks = attention.stack_layers(
-            lambda rngs: EncoderBlock(config, causal=True, rngs=rngs), config.num_layers, rngs
+            lambda rngs: EncoderBlock(config, causal=True, rngs=rngs, placement=placement),
+            config.num_layers,
+            rngs,
         )
         self.norm_out = nnx.LayerNorm(config.width, epsilon=1e-5, dtype=dtype, rngs=rngs)
 
@@ -100,14 +113,11 @@ class TextEncoder(nnx.Module):
         chex.assert_shape(ids, (None, self.config.context_length))
         h = self.token_embedding(ids)
         h = h + self.position_embedding[...].astype(h.dtype)[None]
-        h = attention.scan_layers(self.blocks, h, None)
+        h = attention.scan_layers(self.blocks, h, None, placement=self.placement)
         h = self.norm_out(h)
         if self.config.normalize:
             h = h / jnp.linalg.norm(h.astype(jnp.float32), axis=-1, keepdims=True).astype(h.dtype)
         return h
 
 
-def bind(config: TextEncoderConfig, params: Any) -> TextEncoder:
-    """The encoder with the parameters ``params``, a nested dict; usable inside ``jit``."""
-    graphdef = nnx.graphdef(nnx.eval_shape(lambda: TextEncoder(config, rngs=nnx.Rngs(0))))
-    return nnx.merge(graphdef, params)
+bind = functools.partial(functional.bind, TextEncoder)

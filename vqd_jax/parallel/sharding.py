@@ -8,7 +8,7 @@ the same program runs on one device.
 Letters: B batch.
 """
 
-import contextlib
+import functools
 import math
 import re
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from vqd_jax.errors import UserError
-from vqd_jax.models import placement
+from vqd_jax.models.attention import Placement, compute_capability
 
 AXES = ("data", "fsdp", "tensor")
 # The axes that the rows of a batch are spread over.
@@ -124,14 +124,16 @@ def batch_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*[None] * leading, BATCH_AXES))
 
 
-def rows_apart(mesh: Mesh) -> contextlib.AbstractContextManager:
-    """A context to trace a model in: its activations [B, ...] are divided by rows, and by heads.
+@functools.lru_cache(maxsize=8)
+def placement(mesh: Mesh) -> Placement:
+    """What a model needs to know of a mesh: activations [B, ...] are divided by rows, and by heads.
 
-    What has too few rows for all devices (as the times of a sampler) is left to the partitioner.
+    An array with too few rows for all devices (as the times of a sampler) is left to the
+    partitioner.
     """
     shards = num_row_shards(mesh)
 
-    def place(x, heads_axis):
+    def constrain(x, heads_axis):
         if x.shape[0] % shards:
             return x
         spec = [BATCH_AXES, *[None] * heads_axis]
@@ -139,7 +141,7 @@ def rows_apart(mesh: Mesh) -> contextlib.AbstractContextManager:
             spec[heads_axis] = "tensor"
         return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*spec)))
 
-    return placement.rows_placed_by(place, mesh.devices.flat[0])
+    return Placement(constrain, compute_capability(mesh.devices.flat[0]))
 
 
 def shardings(abstract: Any, mesh: Mesh, rules: Sequence[tuple[str, PartitionSpec]] = RULES) -> Any:

@@ -43,8 +43,8 @@ class Codec:
         self._rows = NamedSharding(mesh, PartitionSpec("data"))
         self._num_devices = len(devices)
         self._params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
-        self._encode = jax.jit(functools.partial(_encode, config=sizes))
-        self._decode = jax.jit(functools.partial(_decode, config=sizes))
+        self._encode = jax.jit(functools.partial(autoencoder.encode, config=sizes))
+        self._decode = jax.jit(functools.partial(autoencoder.decode, config=sizes))
 
     def encode(self, images: np.ndarray) -> jax.Array:
         """uint8 [B, S, S, 3] -> int32 [B, N]; returns before it is computed."""
@@ -59,14 +59,6 @@ class Codec:
         padded = np.concatenate([rows, rows[:1].repeat(missing, 0)]) if missing else rows
         made = function(self._params, jax.device_put(padded, self._rows))
         return made[: len(rows)] if missing else made
-
-
-def _encode(params, images, *, config):
-    return autoencoder.bind(config, params).codes(autoencoder.from_pixels(images))
-
-
-def _decode(params, tokens, *, config):
-    return autoencoder.to_pixels(autoencoder.bind(config, params).decode(tokens))
 
 
 def data_set(config: ConfigDict) -> tfds.core.DatasetBuilder:

@@ -188,14 +188,14 @@ class Evaluation:
 
         def bits(params, key_data, codes, conditions):
             key = jax.random.wrap_key_data(key_data)
-            model = conditioned.bind(model_config, params)
-            with sharding.rows_apart(mesh):
-                context = model.context(conditions)
-                predict = lambda tokens, time: model.denoiser.denoise(  # noqa: E731
-                    tokens, model.denoiser.modulations(time), context
-                )
-                draws = min(config.evaluation.num_draws, schedule.num_steps)
-                return objective.likelihood(key, predict, codes, schedule, draws)
+            model = conditioned.bind(model_config, params, placement=sharding.placement(mesh))
+            context = model.context(conditions)
+
+            def predict(tokens, time):
+                return model.denoiser.denoise(tokens, model.denoiser.modulations(time), context)
+
+            draws = min(config.evaluation.num_draws, schedule.num_steps)
+            return objective.likelihood(key, predict, codes, schedule, draws)
 
         self._compiled_bits = jax.jit(bits, out_shardings=sharding.replicated(mesh))
 

@@ -17,7 +17,8 @@ from ml_collections import ConfigDict
 
 from vqd_jax import config as config_lib
 from vqd_jax.diffusion import objective
-from vqd_jax.models import conditioned, placement
+from vqd_jax.models import conditioned
+from vqd_jax.models.attention import ONE_DEVICE, Placement
 from vqd_jax.parallel import sharding
 from vqd_jax.training import optimizer
 
@@ -106,7 +107,11 @@ def abstract_batch(config: ConfigDict, mesh: Mesh) -> dict[str, jax.ShapeDtypeSt
 
 
 def train_step(
-    state: TrainState, batch: dict[str, jax.Array], *, config: ConfigDict
+    state: TrainState,
+    batch: dict[str, jax.Array],
+    *,
+    config: ConfigDict,
+    placement: Placement = ONE_DEVICE,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One step: noise, predict, bound, AdamW, EMA. Pure; compile it with ``jit_train_step``.
 
@@ -116,6 +121,7 @@ def train_step(
         int32 [B]; maybe ``text_features`` [B, L, text width], what the text encoder makes of the
         ids.
       config: the resolved config.
+      placement: of the model on several devices.
 
     Returns:
       The next state and float32 scalars: ``loss`` (nats a token), ``bound_bits`` (the variational
@@ -126,10 +132,10 @@ def train_step(
     parts = config.training.gradient_accumulation
     if parts == 1:
         gradients, statistics, values = _gradients(
-            state.params, state.time_statistics, key, batch, config
+            state.params, state.time_statistics, key, batch, config, placement
         )
     else:
-        gradients, statistics, values = _accumulate(state, key, batch, config, parts)
+        gradients, statistics, values = _accumulate(state, key, batch, config, parts, placement)
     transform, rate = _optimizer(config)
     metrics = values | {"learning_rate": rate(state.step)}
     with jax.named_scope("optimizer"):
@@ -148,7 +154,7 @@ def train_step(
     ), metrics
 
 
-def _gradients(params, statistics, key, batch, config):
+def _gradients(params, statistics, key, batch, config, placement=ONE_DEVICE):
     """Gradients, updated time statistics and metrics of the objective on one batch."""
     condition = batch.get(CONDITION_KEYS[config.denoiser.condition])
     if condition is not None:
@@ -156,12 +162,10 @@ def _gradients(params, statistics, key, batch, config):
     model_config = config_lib.model_config(config)
 
     def loss_fn(params):
-        model = conditioned.bind(model_config, params)
+        model = conditioned.bind(model_config, params, placement=placement)
         return objective.variational_bound(
             key,
-            lambda tokens, time: placement.rows(
-                model.log_x0(tokens, time, condition, batch.get("text_features"))
-            ),
+            lambda tokens, time: model.log_x0(tokens, time, condition, batch.get("text_features")),
             batch["codes"],
             config_lib.noise_schedule(config),
             statistics,
@@ -176,7 +180,7 @@ def _gradients(params, statistics, key, batch, config):
     )
 
 
-def _accumulate(state, key, batch, config, parts):
+def _accumulate(state, key, batch, config, parts, placement=ONE_DEVICE):
     """``_gradients`` as the mean over parts of the batch, one after the other."""
     # Part a has the rows a, a + A, ...: every device keeps the rows that it has.
     split = lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1)  # noqa: E731
@@ -185,7 +189,7 @@ def _accumulate(state, key, batch, config, parts):
         statistics, total = carry
         index, rows = at
         gradients, statistics, values = _gradients(
-            state.params, statistics, jax.random.fold_in(key, index), rows, config
+            state.params, statistics, jax.random.fold_in(key, index), rows, config, placement
         )
         new = jax.tree.map(lambda t, g: t + g / parts, total, (gradients, values))
         return (statistics, new), None
@@ -205,11 +209,7 @@ def jit_train_step(config: ConfigDict, mesh: Mesh) -> Callable:
     an axis before their rows, and so have the metrics.
     """
     placed = state_shardings(config, mesh)
-
-    def step(state, batch):
-        with sharding.rows_apart(mesh):
-            return train_step(state, batch, config=config)
-
+    step = functools.partial(train_step, config=config, placement=sharding.placement(mesh))
     several = config.training.steps_per_call > 1
     return jax.jit(
         (lambda state, batches: jax.lax.scan(step, state, batches)) if several else step,
