@@ -213,6 +213,18 @@ class Block(nnx.Module):
         return self.mlp_out(attention.quick_gelu(hidden)).reshape(x.shape)
 
 
+@jax.custom_jvp
+def _product_in_float32(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    return jnp.matmul(x, kernel, preferred_element_type=jnp.float32)
+
+
+@_product_in_float32.defjvp
+def _product_in_float32_jvp(primals, tangents):
+    # The gradient's products have inputs of the compute dtype, which is what makes them fast.
+    tangent = jax.jvp(jnp.matmul, primals, tangents)[1]
+    return _product_in_float32(*primals), tangent.astype(jnp.float32)
+
+
 class Denoiser(nnx.Module):
     """Noisy tokens, time and condition -> logits of the clean codes."""
 
@@ -290,7 +302,16 @@ class Denoiser(nnx.Module):
         h = attention.scan_layers(
             self.blocks, h, (modulations, context), c.remat, unroll, self.placement
         )
-        return self.placement.rows(self.to_logits(self.norm_out(h)).astype(jnp.float32))
+        return self.placement.rows(self.logits(self.norm_out(h)))
+
+    def logits(self, h: jax.Array) -> jax.Array:
+        """Float32 [B, N, K] of the normalised stream [B, N, D], in any compute dtype.
+
+        Guidance multiplies what rounding makes different between two logits, so nothing is rounded
+        to bfloat16 here: products are added up in float32.
+        """
+        kernel, bias = self.to_logits.kernel[...], self.to_logits.bias[...]
+        return _product_in_float32(h, kernel.astype(h.dtype)) + bias[None, None]
 
     def __call__(
         self, tokens: jax.Array, time: jax.Array, condition: jax.Array | None = None
