@@ -36,6 +36,37 @@ def test_cudnn_is_asked_only_for_what_it_has(dtype, head_width, capability, appl
     assert attention.cudnn_applies(jnp.dtype(dtype), head_width, capability) == applies
 
 
+def test_only_a_gpu_of_nvidia_has_a_compute_capability():
+    class Device:
+        def __init__(self, platform, **attributes):
+            self.platform = platform
+            self.__dict__ |= attributes
+
+    found = [
+        attention.compute_capability(device)
+        for device in (
+            Device("gpu", compute_capability="9.0"),
+            Device("gpu", compute_capability="gfx942"),
+            Device("cpu"),
+        )
+    ]
+    assert found == [9.0, 0.0, 0.0]
+
+
+def test_the_stream_between_layers_is_constrained(stack):
+    marked = []
+
+    def constrain(x, heads_axis):
+        marked.append((x.shape, heads_axis))
+        return x
+
+    placement = attention.Placement(constrain, 0.0)
+    x, extras = jnp.ones((2, 3)), jnp.ones((4, 3))
+    attention.scan_layers(stack, x, extras, placement=placement)
+    # Before the first layer, and after each: a scan traces its body once.
+    assert marked == [((2, 3), 0)] * 2
+
+
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("num_queries, num_keys, width", [(16, 77, 64), (77, 77, 12), (6, 8, 8)])
 def test_what_is_padded_for_cudnn_changes_nothing(num_queries, num_keys, width, causal):

@@ -88,8 +88,18 @@ def test_adaptive_norm_is_the_formula(model, inputs):
     np.testing.assert_allclose(ours, normal * (1 + scale) + shift, atol=1e-4)
 
 
+@pytest.fixture(params=[False, True] if hasattr(jax.config, "jax_remat3") else [False])
+def remat3(request):
+    """Also with the coming implementation of ``jax.checkpoint``, where JAX has it."""
+    if request.param:
+        jax.config.update("jax_remat3", True)
+    yield request.param
+    if request.param:
+        jax.config.update("jax_remat3", False)
+
+
 @pytest.mark.parametrize("remat", ["dots", "full"])
-def test_remat_leaves_values_and_gradients(model, inputs, remat):
+def test_remat_leaves_values_and_gradients(model, inputs, remat, remat3):
     graphdef, params = nnx.split(model, nnx.Param)
 
     def loss(params, policy):
@@ -146,7 +156,7 @@ def test_bfloat16_is_near_and_leaves_parameters_alone(model, inputs):
 
 
 def test_guidance_of_bfloat16_logits_is_that_of_float32_logits():
-    """Total variation at guidance 5; with logits rounded to bfloat16 it is 0.017."""
+    """Total variation at guidance 5; with logits rounded to bfloat16 it is 0.020."""
     config = dataclasses.replace(CONFIG, num_codes=200, width=64, dtype="bfloat16", init_std=0.125)
     model = Denoiser(config, rngs=nnx.Rngs(0))
     kernel = model.to_logits.kernel[...]
@@ -293,16 +303,18 @@ def test_remat_names_are_checked_by_the_scan(model):
     assert set(attention.REMAT_POLICIES) == {"none", "dots", "full"}
 
 
-def test_what_remat_works_out_again():
+def test_what_remat_works_out_again(remat3):
     def products(remat):
         """In the gradient, of one layer and what is outside of them."""
         config = dataclasses.replace(CONFIG, remat=remat)
         graphdef, params = nnx.split(Denoiser(config, rngs=nnx.Rngs(0)))
         tokens, time, text = jnp.zeros((2, 6), int), jnp.ones(2, int), jnp.ones((2, 5, 6))
         gradient = jax.grad(lambda params: nnx.merge(graphdef, params)(tokens, time, text).sum())
-        return str(jax.make_jaxpr(gradient)(params)).count("dot_general[")
+        return jax.jit(gradient).lower(params).as_text().count("stablehlo.dot_general")
 
     none, dots, full = map(products, ("none", "dots", "full"))
-    # Two products of each attention, without cuDNN; with "full" seven projections too.
-    assert dots - none == 4
     assert full - none == 11
+    # Two products of each attention, without cuDNN; with "full" seven projections too. The first
+    # versions of remat3 ask no policy but JAX's own.
+    old = remat3 and jax.__version_info__ < (0, 12)
+    assert dots - none in ((4, 11) if old else (4,))

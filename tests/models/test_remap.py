@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from vqd_jax.models import autoencoder, quantizer
 from vqd_jax.models.autoencoder import AutoencoderConfig
@@ -90,3 +91,12 @@ def test_impossible_values_are_named():
         dataclasses.replace(CONFIG, quantizer="ema")
     with pytest.raises(ValueError, match=r"codebook_size=8: must be at least num_codes=9"):
         dataclasses.replace(CONFIG, codebook_size=8)
+
+
+def test_nothing_trains_the_remap():
+    config = dataclasses.replace(CONFIG, num_codes=4, codebook_size=7)
+    model = nnx.eval_shape(lambda: autoencoder.Autoencoder(config, rngs=nnx.Rngs(0)))
+    trained = jax.tree.leaves(nnx.state(model, nnx.Param))
+    assert {x.dtype for x in trained} == {jnp.dtype(jnp.float32)}
+    # It is in the nested dict, and so in a model folder, under the name that it always had.
+    assert autoencoder.abstract_params(config)["remap"]["full_to_code"].shape == (7,)

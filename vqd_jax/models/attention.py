@@ -211,11 +211,13 @@ class Attention(nnx.Module):
 
     def keys_values(self, context: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Keys and values [B, M, H, D/H] of a context [B, M, context_width]."""
-        keys, values = product(self.key(context)), product(self.value(context))
+        keys, values = self.key(context), self.value(context)
         return split_heads(keys, self.num_heads), split_heads(values, self.num_heads)
 
-    def __call__(self, x: jax.Array, keys_values, *, causal: bool = False) -> jax.Array:
-        """[B, N, D] attends to ``keys_values`` and comes back as [B, N, D]."""
+    def __call__(self, x: jax.Array, keys_values=None, *, causal: bool = False) -> jax.Array:
+        """[B, N, D] attends to ``keys_values``, or without them to itself -> [B, N, D]."""
+        if keys_values is None:
+            keys_values = [product(y) for y in self.keys_values(x)]
         q = split_heads(product(self.query(x)), self.num_heads)
         mixed = attend(q, *keys_values, causal=causal, placement=self.placement)
         return product(self.proj(merge_heads(mixed)))

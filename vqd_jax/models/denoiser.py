@@ -199,7 +199,7 @@ class Block(nnx.Module):
     def __call__(self, h: jax.Array, extra) -> jax.Array:
         modulations, context = extra
         x = self.norm_self(h, modulations[:, 0])
-        h = h + self.self_attention(x, self.self_attention.keys_values(x))
+        h = h + self.self_attention(x)
         if self.condition == "text":
             x = self.norm_cross(h, modulations[:, 1])
             h = h + self.cross_attention(x, context)

@@ -82,7 +82,7 @@ class EncoderBlock(nnx.Module):
     @jax.named_scope("text_encoder")
     def __call__(self, h: jax.Array, _: Any) -> jax.Array:
         x = self.norm_attention(h)
-        h = h + self.attention(x, self.attention.keys_values(x), causal=self.causal)
+        h = h + self.attention(x, causal=self.causal)
         return h + self.mlp_out(attention.quick_gelu(self.mlp_in(self.norm_mlp(h))))
 
 
