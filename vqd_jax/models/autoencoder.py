@@ -1,12 +1,12 @@
 """The image tokenizer: a convolutional autoencoder with a codebook in the middle (VQGAN).
 
-Letters: B batch, H/W image side, h/w side of the token grid, N = h w image tokens, C channels,
-K codes, E codebook dimension, F entries of the codebook (K of them, unless a remap leaves out
-some). Images are [B, H, W, C] (channels last).
+The network is that of Esser et al., "Taming Transformers for High-Resolution Image Synthesis"
+(CVPR 2021). The modules have the names of its published weights, so that a table of keys is enough
+to load them. In ``down`` and ``up``, index 0 is full resolution.
 
-The network is the one of Esser et al., "Taming Transformers for High-Resolution Image Synthesis"
-(CVPR 2021), and the modules bear the names of its published weights, so that a table of keys is
-enough to load them. In ``down`` and ``up``, index 0 is full resolution.
+Letters: B batch, H/W image side (S where they are equal), h/w side of the token grid, N = h w image
+tokens, C channels, K codes, E codebook dimension, F entries of the codebook (F = K without a
+remap). Channels are last.
 """
 
 import dataclasses
@@ -30,19 +30,19 @@ class AutoencoderConfig:
     """Shape of an autoencoder.
 
     Attributes:
-      image_size: H = W, in pixels.
+      image_size: S, in pixels.
       channels: width at full resolution.
       channel_multipliers: width of each level as a multiple of ``channels``, full resolution
         first; every level but the last halves the side.
-      num_res_blocks: residual blocks a level in the encoder; the decoder has one more.
+      num_res_blocks: residual blocks of a level in the encoder; the decoder has one more.
       attention_resolutions: sides, in pixels, of the levels with attention after every block.
       latent_channels: width between the encoder and the 1x1 convolution to E.
       codebook_dim: E.
-      num_codes: K, the codes that the network speaks.
+      num_codes: K, the codes that the denoiser predicts.
       norm_groups: groups of every group normalisation; 32 in all published weights.
       quantizer: how latents become codes: "nearest" takes the closest entry of the codebook;
         "gumbel" has a 1x1 convolution to F logits (the tokenizer of the published text models).
-      codebook_size: F, where a remap leaves K of F codes; None is F = K without one.
+      codebook_size: F, where a remap keeps K of F codes; None is F = K without a remap.
 
     Raises:
       ValueError: a value is impossible; the message names the field.
@@ -66,17 +66,14 @@ class AutoencoderConfig:
         object.__setattr__(self, "attention_resolutions", tuple(self.attention_resolutions))
         if not self.channel_multipliers or min(self.channel_multipliers) < 1:
             raise ValueError(
-                f"channel_multipliers={self.channel_multipliers}: give one positive integer a level"
+                f"channel_multipliers={self.channel_multipliers}: give one positive integer for "
+                "each level"
             )
-        for name, least in (
-            ("image_size", 1),
-            ("channels", 1),
-            ("num_res_blocks", 1),
-            ("latent_channels", 1),
-            ("codebook_dim", 1),
-            ("num_codes", 2),
-            ("norm_groups", 1),
-        ):
+        positive = (
+            "image_size", "channels", "num_res_blocks", "latent_channels", "codebook_dim",
+            "norm_groups",
+        )  # fmt: skip
+        for name, least in (*((name, 1) for name in positive), ("num_codes", 2)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least {least}")
         if self.image_size % self.downsampling:
@@ -90,7 +87,7 @@ class AutoencoderConfig:
             )
         if self.quantizer not in QUANTIZERS:
             raise ValueError(f"quantizer={self.quantizer!r}: must be one of {QUANTIZERS}")
-        if self.codebook_size is not None and self.codebook_size < self.num_codes:
+        if self.num_entries < self.num_codes:
             raise ValueError(
                 f"codebook_size={self.codebook_size}: must be at least num_codes={self.num_codes}"
             )
@@ -103,8 +100,13 @@ class AutoencoderConfig:
             )
 
     @property
+    def widths(self) -> list[int]:
+        """Channels of every level, full resolution first."""
+        return [self.channels * multiplier for multiplier in self.channel_multipliers]
+
+    @property
     def downsampling(self) -> int:
-        """Pixels a token covers, along one side."""
+        """Pixels that one token covers along one side."""
         return 2 ** (len(self.channel_multipliers) - 1)
 
     @property
@@ -117,6 +119,11 @@ class AutoencoderConfig:
         """N, the tokens of an image."""
         return self.grid_size**2
 
+    @property
+    def num_entries(self) -> int:
+        """F, the entries of the codebook."""
+        return self.num_codes if self.codebook_size is None else self.codebook_size
+
 
 def from_pixels(pixels: jax.Array) -> jax.Array:
     """uint8 [...] in 0..255 -> float32 [...] in [-1, 1]."""
@@ -126,7 +133,7 @@ def from_pixels(pixels: jax.Array) -> jax.Array:
 def to_pixels(images: jax.Array) -> jax.Array:
     """float [...] in [-1, 1] -> uint8 [...] in 0..255, clipped and rounded to nearest.
 
-    The published code cuts the fraction off instead; rounding makes ``from_pixels`` reversible.
+    The published code truncates instead; rounding makes ``from_pixels`` reversible.
     """
     return jnp.round((jnp.clip(images, -1.0, 1.0) + 1.0) * 127.5).astype(jnp.uint8)
 
@@ -144,7 +151,7 @@ def _norm(channels: int, config: AutoencoderConfig, rngs: nnx.Rngs) -> nnx.Group
 
 
 class ResBlock(nnx.Module):
-    """Normalise, swish, convolve, twice, plus the input; [B, H, W, in] -> [B, H, W, out]."""
+    """x + (normalise, swish, convolve, twice); [B, H, W, in] -> [B, H, W, out]."""
 
     def __init__(
         self, in_channels: int, out_channels: int, config: AutoencoderConfig, *, rngs: nnx.Rngs
@@ -165,7 +172,7 @@ class ResBlock(nnx.Module):
 
 
 class AttentionBlock(nnx.Module):
-    """Single-head self-attention over all positions, plus the input; keeps [B, H, W, C]."""
+    """x + single-head self-attention over all positions; keeps [B, H, W, C]."""
 
     def __init__(self, channels: int, config: AutoencoderConfig, *, rngs: nnx.Rngs):
         self.norm = _norm(channels, config, rngs)
@@ -209,25 +216,23 @@ class Upsample(nnx.Module):
 
 
 class _Level(nnx.Module):
-    """One resolution: residual blocks, each followed by attention where it is asked for."""
+    """One resolution: ``num_blocks`` residual blocks, each with attention where it is asked for."""
 
     def __init__(
         self,
         in_channels: int,
-        out_channels: int,
+        index: int,
         num_blocks: int,
-        side: int,
         config: AutoencoderConfig,
         *,
         rngs: nnx.Rngs,
     ):
-        widths = [in_channels] + [out_channels] * num_blocks
-        attends = side in config.attention_resolutions
-        self.block = nnx.List(
-            [ResBlock(a, b, config, rngs=rngs) for a, b in zip(widths, widths[1:], strict=False)]
-        )
+        width = config.widths[index]
+        attends = config.image_size >> index in config.attention_resolutions
+        inputs = [in_channels] + [width] * (num_blocks - 1)
+        self.block = nnx.List([ResBlock(n, width, config, rngs=rngs) for n in inputs])
         self.attn = nnx.List(
-            [AttentionBlock(out_channels, config, rngs=rngs) for _ in range(num_blocks * attends)]
+            [AttentionBlock(width, config, rngs=rngs) for _ in range(num_blocks * attends)]
         )
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -254,21 +259,17 @@ class Encoder(nnx.Module):
     """Images [B, H, W, 3] -> features [B, h, w, latent_channels]."""
 
     def __init__(self, config: AutoencoderConfig, *, rngs: nnx.Rngs):
-        widths = [config.channels * m for m in config.channel_multipliers]
+        widths, levels = config.widths, []
         self.conv_in = _conv3(3, config.channels, rngs)
-        levels = []
-        in_channels = config.channels
-        for index, width in enumerate(widths):
-            side = config.image_size >> index
-            level = _Level(in_channels, width, config.num_res_blocks, side, config, rngs=rngs)
+        for index, in_channels in enumerate([config.channels, *widths[:-1]]):
+            level = _Level(in_channels, index, config.num_res_blocks, config, rngs=rngs)
             if index < len(widths) - 1:
-                level.downsample = Downsample(width, rngs=rngs)
+                level.downsample = Downsample(widths[index], rngs=rngs)
             levels.append(level)
-            in_channels = width
         self.down = nnx.List(levels)
-        self.mid = _Middle(in_channels, config, rngs=rngs)
-        self.norm_out = _norm(in_channels, config, rngs)
-        self.conv_out = _conv3(in_channels, config.latent_channels, rngs)
+        self.mid = _Middle(widths[-1], config, rngs=rngs)
+        self.norm_out = _norm(widths[-1], config, rngs)
+        self.conv_out = _conv3(widths[-1], config.latent_channels, rngs)
 
     def __call__(self, images: jax.Array) -> jax.Array:
         x = self.conv_in(images)
@@ -283,22 +284,17 @@ class Decoder(nnx.Module):
     """Features [B, h, w, latent_channels] -> images [B, H, W, 3], not limited to [-1, 1]."""
 
     def __init__(self, config: AutoencoderConfig, *, rngs: nnx.Rngs):
-        widths = [config.channels * m for m in config.channel_multipliers]
+        widths, levels = config.widths, []
         self.conv_in = _conv3(config.latent_channels, widths[-1], rngs)
         self.mid = _Middle(widths[-1], config, rngs=rngs)
-        levels = []
-        in_channels = widths[-1]
-        for index in reversed(range(len(widths))):
-            side = config.image_size >> index
-            width = widths[index]
-            level = _Level(in_channels, width, config.num_res_blocks + 1, side, config, rngs=rngs)
+        for index, in_channels in enumerate([*widths[1:], widths[-1]]):
+            level = _Level(in_channels, index, config.num_res_blocks + 1, config, rngs=rngs)
             if index > 0:
-                level.upsample = Upsample(width, rngs=rngs)
-            levels.insert(0, level)
-            in_channels = width
+                level.upsample = Upsample(widths[index], rngs=rngs)
+            levels.append(level)
         self.up = nnx.List(levels)
-        self.norm_out = _norm(in_channels, config, rngs)
-        self.conv_out = _conv3(in_channels, 3, rngs)
+        self.norm_out = _norm(widths[0], config, rngs)
+        self.conv_out = _conv3(widths[0], 3, rngs)
 
     def __call__(self, latents: jax.Array) -> jax.Array:
         x = self.mid(self.conv_in(latents))
@@ -308,43 +304,6 @@ class Decoder(nnx.Module):
             if index > 0:
                 x = level.upsample(x)
         return self.conv_out(jax.nn.swish(self.norm_out(x)))
-
-
-class Codebook(nnx.Module):
-    """The code vectors, ``embedding`` [F, E], and the logits of a Gumbel quantiser."""
-
-    def __init__(self, config: AutoencoderConfig, *, rngs: nnx.Rngs):
-        size, width = config.codebook_size or config.num_codes, config.codebook_dim
-        self.embedding = nnx.Param(jax.random.normal(rngs.params(), (size, width)))
-        self.proj = _conv1(width, size, rngs) if config.quantizer == "gumbel" else None
-
-    def codes(self, z: jax.Array, key: jax.Array | None) -> jax.Array:
-        """int32 [...] in 0..F-1 of latents [..., E]; ``key`` as in ``Autoencoder.codes``."""
-        if self.proj is None:
-            return quantizer.nearest_codes(z, self.embedding[...])
-        return quantizer.draw_codes(self.proj(z), key)
-
-
-class Buffer(nnx.Variable):
-    """An array that belongs to a model and that nothing trains."""
-
-
-class Remap(nnx.Module):
-    """Which codes are left of the codebook, ``full_to_code`` int32 [F] in 0..K-1."""
-
-    def __init__(self, config: AutoencoderConfig):
-        self.num_codes = config.num_codes
-        ids = jnp.arange(config.codebook_size, dtype=jnp.int32)
-        self.full_to_code = Buffer(jnp.where(ids < config.num_codes, ids, 0))
-
-    def to_codes(self, full: jax.Array) -> jax.Array:
-        """Codes int32 [...] in 0..K-1 of codes in 0..F-1."""
-        return self.full_to_code[...][full]
-
-    def to_full(self, codes: jax.Array) -> jax.Array:
-        """Codes int32 [...] in 0..F-1 of codes in 0..K-1."""
-        inverse = quantizer.code_to_full(self.full_to_code[...], self.num_codes)
-        return jnp.take(inverse, codes, mode="clip")
 
 
 class Autoencoder(nnx.Module):
@@ -361,8 +320,13 @@ class Autoencoder(nnx.Module):
         self.decoder = Decoder(config, rngs=rngs)
         self.quant_conv = _conv1(config.latent_channels, config.codebook_dim, rngs)
         self.post_quant_conv = _conv1(config.codebook_dim, config.latent_channels, rngs)
-        self.quantize = Codebook(config, rngs=rngs)
-        self.remap = None if config.codebook_size is None else Remap(config)
+        self.quantize = quantizer.Codebook(
+            config.num_entries, config.codebook_dim, gumbel=config.quantizer == "gumbel", rngs=rngs
+        )
+        remap = None
+        if config.codebook_size is not None:
+            remap = quantizer.Remap(config.codebook_size, config.num_codes)
+        self.remap = remap
 
     def encode(self, images: jax.Array) -> jax.Array:
         """Images, float [B, H, W, 3] in [-1, 1] -> latents before quantisation [B, h, w, E]."""
@@ -407,12 +371,25 @@ abstract_params = functools.partial(functional.abstract, Autoencoder)
 bind = functools.partial(functional.bind, Autoencoder)
 
 
+def encode(params: Any, images: jax.Array, *, config: AutoencoderConfig) -> jax.Array:
+    """Images uint8 [B, S, S, 3] -> codes int32 [B, N]; the most likely ones of a Gumbel quantiser.
+
+    Pure; compile it with ``jax.jit(functools.partial(encode, config=config))``.
+    """
+    return bind(config, params).codes(from_pixels(images))
+
+
+def decode(params: Any, codes: jax.Array, *, config: AutoencoderConfig) -> jax.Array:
+    """Codes int32 [B, N] -> images uint8 [B, S, S, 3]; pure, like ``encode``."""
+    return to_pixels(bind(config, params).decode(codes))
+
+
 def init_params(config: AutoencoderConfig, key: jax.Array) -> Any:
     """Initial parameters of an autoencoder.
 
     Convolution kernels are normal with variance 1 / fan-in, codes standard normal, biases 0 and
-    scales 1; a remap keeps the first K codes. One draw serves all of them: compiling a draw for
-    each takes ten times as long.
+    scales 1; a remap keeps the first K codes. All kernels are slices of one draw: compiling a draw
+    for each takes ten times as long.
 
     Args:
       config: sizes.
@@ -420,8 +397,8 @@ def init_params(config: AutoencoderConfig, key: jax.Array) -> Any:
 
     Returns:
       A nested dict of float32 arrays with the top-level keys ``encoder``, ``decoder``,
-      ``quant_conv``, ``post_quant_conv`` and ``quantize`` (the codebook), and ``remap`` where the
-      config has one.
+      ``quant_conv``, ``post_quant_conv`` and ``quantize`` (the codebook); where the config has a
+      remap, also ``remap``, with int32 ids.
     """
     leaves, treedef = jax.tree_util.tree_flatten_with_path(abstract_params(config))
     noise = jax.random.normal(key, (sum(leaf.size for _, leaf in leaves),), jnp.float32)
@@ -433,7 +410,7 @@ def init_params(config: AutoencoderConfig, key: jax.Array) -> Any:
         elif kind == "bias":
             value = jnp.zeros(leaf.shape)
         elif kind == "full_to_code":
-            value = Remap(config).full_to_code[...]
+            value = quantizer.first_codes(leaf.size, config.num_codes)
         else:
             fan_in = 1 if kind == "embedding" else math.prod(leaf.shape[:-1])
             value = noise[start : start + leaf.size].reshape(leaf.shape) * fan_in**-0.5
@@ -442,23 +419,10 @@ def init_params(config: AutoencoderConfig, key: jax.Array) -> Any:
     return treedef.unflatten(params)
 
 
-def encode(params: Any, images: jax.Array, *, config: AutoencoderConfig) -> jax.Array:
-    """Codes int32 [B, N] of images uint8 [B, S, S, 3], S the side; the likeliest of a Gumbel codec.
-
-    Pure; compile it with ``jax.jit``, the config as a static argument.
-    """
-    return bind(config, params).codes(from_pixels(images))
-
-
-def decode(params: Any, codes: jax.Array, *, config: AutoencoderConfig) -> jax.Array:
-    """Images uint8 [B, S, S, 3], S the side, of codes int32 [B, N]; pure, as ``encode``."""
-    return to_pixels(bind(config, params).decode(codes))
-
-
 def with_remap(
     config: AutoencoderConfig, params: Any, full_to_code: np.ndarray
 ) -> tuple[AutoencoderConfig, Any]:
-    """The same autoencoder with codes left out, as it is given to a denoiser.
+    """The same autoencoder without the codes that a remap leaves out.
 
     Args:
       config: sizes, without a remap.

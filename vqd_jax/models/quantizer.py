@@ -1,15 +1,15 @@
 """Vector quantisation: latents -> codes, codebooks learnt as a moving average, and code remaps.
 
-Letters: B batch, N image tokens, M = number of latent vectors in a batch, K codes,
-E codebook dimension.
+A moving average replaces the gradient of the codebook: every code follows the mean of the encoder
+outputs that chose it (van den Oord et al., "Neural Discrete Representation Learning", 2017,
+appendix A.1). Codes that no output chooses are re-seeded from encoder outputs of the batch, so that
+all K stay in use.
 
-The moving average replaces a gradient: every code follows the mean of the encoder outputs that
-chose it (van den Oord et al., "Neural Discrete Representation Learning", 2017, appendix A.1).
-Codes that nobody chooses are re-seeded from encoder outputs of the batch, so that all K stay in
-use.
+A remap leaves out codes of a large codebook that a data set never uses: the denoiser then predicts
+K of the F codes. Published models have one.
 
-A remap leaves out codes of a large codebook that a data set never uses: the denoiser then sees K
-codes, some of the full codebook. Published models have one.
+Letters: M latent vectors of a batch, K codes, E codebook dimension, F entries of the codebook, if a
+remap keeps K of them.
 """
 
 import chex
@@ -17,15 +17,16 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 
 @flax.struct.dataclass
 class CodebookState:
-    """A codebook and the running sums that it is the quotient of.
+    """A codebook and the running sums whose quotient it is.
 
     Attributes:
       codebook: float32 [K, E], the code vectors.
-      cluster_size: float32 [K], moving average of the latents a batch assigns to each code.
+      cluster_size: float32 [K], moving average of the number of latents that choose each code.
       cluster_sum: float32 [K, E], moving average of the sum of those latents.
     """
 
@@ -35,10 +36,10 @@ class CodebookState:
 
 
 def init_codebook(key: jax.Array, num_codes: int, codebook_dim: int) -> CodebookState:
-    """Returns a standard normal codebook that has never been used.
+    """A standard normal codebook that has never been used.
 
     All usage counts are zero, so the first ``update_codebook`` with revival replaces the whole
-    codebook: a code that many latents chose becomes their mean, every other one a latent.
+    codebook: a code that many latents chose becomes their mean, and every other code a latent.
 
     Args:
       key: PRNG key.
@@ -70,7 +71,7 @@ def squared_distances(z: jax.Array, codebook: jax.Array) -> jax.Array:
 
 
 def nearest_codes(z: jax.Array, codebook: jax.Array) -> jax.Array:
-    """Returns the index of the closest code, the smaller index where two are equally close.
+    """The index of the closest code; the smaller index where two are equally close.
 
     Args:
       z: [..., E] latents.
@@ -88,23 +89,23 @@ def nearest_codes(z: jax.Array, codebook: jax.Array) -> jax.Array:
 def draw_codes(logits: jax.Array, key: jax.Array | None = None) -> jax.Array:
     """Codes of a Gumbel quantiser.
 
-    The published code draws even when it is not training, so published models saw drawn codes.
+    The published code always draws, also outside of training, so published models saw drawn codes.
 
     Args:
       logits: float [..., K].
-      key: PRNG key of a draw from softmax(logits); None takes the most likely code.
+      key: PRNG key; a code is then drawn from softmax(logits). None takes the most likely code.
 
     Returns:
       int32 [...].
     """
     if key is None:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    # The default noise never makes a code win whose logit is 16 below the best one.
+    # With the default noise, a code whose logit is 16 below the best one never wins.
     return jax.random.categorical(key, logits, mode="high").astype(jnp.int32)
 
 
 def lookup(codes: jax.Array, codebook: jax.Array) -> jax.Array:
-    """Returns the code vectors of ``codes``.
+    """The code vectors of ``codes``.
 
     Args:
       codes: integers [...], 0 <= code < K. Other values are clamped into the range.
@@ -135,9 +136,9 @@ def update_codebook(
 
     (Laplace smoothing: a code without latents does not divide by zero.) A code whose size is
     below ``revival_threshold`` of an even share M / K then becomes one of the batch's latents.
-    Latents are drawn without replacement and in proportion to their squared distance from their
-    code, so new codes go where the codebook is poor; each starts with an even share, which gives
-    it log(revival_threshold) / log(decay) steps to find users.
+    Latents are drawn without replacement, with probability proportional to their squared distance
+    from their code, so new codes go where the codebook is poor. Each starts with an even share; if
+    no latent chooses it, it is replaced again after log(revival_threshold) / log(decay) steps.
 
     Args:
       state: ``CodebookState``.
@@ -145,8 +146,8 @@ def update_codebook(
       codes: int32 [...], the code each latent chose.
       key: PRNG key for the choice of latents at revival.
       decay: of the moving averages, 0 <= decay < 1.
-      epsilon: of the smoothing, in latents.
-      revival_threshold: share of an even usage under which a code is dead; 0 revives nothing.
+      epsilon: of the smoothing, as a number of latents.
+      revival_threshold: share of an even usage below which a code is dead; 0 revives nothing.
 
     Returns:
       The new ``CodebookState``.
@@ -156,7 +157,7 @@ def update_codebook(
     z = jax.lax.stop_gradient(z.astype(jnp.float32)).reshape(-1, codebook_dim)
     codes = codes.reshape(-1)
 
-    # A product with one-hot rows adds in a fixed order; a scatter on a GPU does not.
+    # A product with one-hot rows adds in a fixed order; a scatter-add on a GPU does not.
     chosen = jax.nn.one_hot(codes, num_codes, dtype=jnp.float32)
     batch_sum = jnp.matmul(chosen.T, z, precision=jax.lax.Precision.HIGHEST)
     size = decay * state.cluster_size + (1.0 - decay) * jnp.sum(chosen, axis=0)
@@ -173,10 +174,11 @@ def update_codebook(
 def _revive(
     state: CodebookState, z: jax.Array, error: jax.Array, key: jax.Array, threshold: float
 ) -> CodebookState:
-    """Re-seeds dead codes from latents z [M, E] drawn in proportion to ``error`` [M]."""
+    """Re-seeds dead codes from latents z [M, E], drawn in proportion to ``error`` [M]."""
     even_share = z.shape[0] / state.codebook.shape[0]
     dead = state.cluster_size < threshold * even_share
-    # Gumbel top-k: sorted by log(error) + Gumbel noise, any prefix is a draw without replacement.
+    # Gumbel top-k: every prefix of the order by log(error) + Gumbel noise is a draw without
+    # replacement.
     noise = jax.random.gumbel(key, error.shape)
     order = jnp.argsort(-(jnp.log(error + 1e-12) + noise))
     rank = jnp.cumsum(dead) - 1
@@ -196,8 +198,8 @@ def code_usage(codes: jax.Array, num_codes: int) -> tuple[jax.Array, jax.Array]:
       num_codes: K.
 
     Returns:
-      Two float32 scalars: perplexity, exp of the entropy of the code frequencies (1: a single
-      code; K: all equally often), and how many of the K codes occur at all.
+      Two float32 scalars. The perplexity is exp of the entropy of the code frequencies: 1 for a
+      single code, K where all are equally frequent. The second is how many of the K codes occur.
     """
     counts = jnp.bincount(codes.reshape(-1), length=num_codes)
     share = counts / codes.size
@@ -206,16 +208,16 @@ def code_usage(codes: jax.Array, num_codes: int) -> tuple[jax.Array, jax.Array]:
 
 
 def build_remap(usage_counts: np.ndarray) -> np.ndarray:
-    """The remap of a codebook of which a data set uses a part, by the published rule.
+    """The remap of a codebook that a data set uses in part, by the published rule.
 
-    Used codes become 1, 2, ... in their order, all others 0. Where all are used, every code stays
-    what it is.
+    Used codes become 1, 2, ... in their order, all others 0. If all are used, every code keeps its
+    id.
 
     Args:
-      usage_counts: [codes of the full codebook], how often each occurs.
+      usage_counts: [F], how often each code occurs.
 
     Returns:
-      int32 like ``usage_counts``: full code -> code id.
+      int32 [F]: code of the codebook -> code id.
     """
     used = np.asarray(usage_counts) > 0
     if used.all():
@@ -224,11 +226,11 @@ def build_remap(usage_counts: np.ndarray) -> np.ndarray:
 
 
 def num_remapped(full_to_code: np.ndarray) -> int:
-    """K, the code ids of a remap.
+    """K, the number of code ids of a remap [F].
 
     Raises:
-      ValueError: it is no remap: not a vector of integers, or an id between 0 and the largest that
-        no full code has; the message tells which.
+      ValueError: it is no vector of integers, or an id between 0 and the largest is missing; the
+        message tells which.
     """
     full_to_code = np.asarray(full_to_code)
     if full_to_code.ndim != 1 or not np.issubdtype(full_to_code.dtype, np.integer):
@@ -241,11 +243,7 @@ def num_remapped(full_to_code: np.ndarray) -> int:
 
 
 def code_to_full(full_to_code: jax.Array, num_codes: int) -> jax.Array:
-    """The way back through a remap: of every code id the first full code that has it.
-
-    Args:
-      full_to_code: int32 [codes of the full codebook].
-      num_codes: K.
+    """The way back through a remap int32 [F]: for every code id, the first code that has it.
 
     Returns:
       int32 [K].
@@ -254,3 +252,44 @@ def code_to_full(full_to_code: jax.Array, num_codes: int) -> jax.Array:
     return (
         jnp.full(num_codes, size, jnp.int32).at[full_to_code].min(jnp.arange(size, dtype=jnp.int32))
     )
+
+
+def first_codes(size: int, num_codes: int) -> jax.Array:
+    """The remap int32 [F] that keeps the first K codes, for weights that are yet to be loaded."""
+    ids = jnp.arange(size, dtype=jnp.int32)
+    return jnp.where(ids < num_codes, ids, 0)
+
+
+class Buffer(nnx.Variable):
+    """An array that belongs to a model and that nothing trains."""
+
+
+class Codebook(nnx.Module):
+    """The code vectors, ``embedding`` [F, E]; a Gumbel quantiser has a projection to F logits."""
+
+    def __init__(self, size: int, width: int, *, gumbel: bool, rngs: nnx.Rngs):
+        self.embedding = nnx.Param(jax.random.normal(rngs.params(), (size, width)))
+        self.proj = nnx.Conv(width, size, (1, 1), rngs=rngs) if gumbel else None
+
+    def codes(self, z: jax.Array, key: jax.Array | None) -> jax.Array:
+        """Latents [B, h, w, E] -> int32 [B, h, w] in 0..F-1; ``key`` as in ``draw_codes``."""
+        if self.proj is None:
+            return nearest_codes(z, self.embedding[...])
+        return draw_codes(self.proj(z), key)
+
+
+class Remap(nnx.Module):
+    """Which codes are left of the codebook: ``full_to_code`` int32 [F] in 0..K-1."""
+
+    def __init__(self, size: int, num_codes: int):
+        self.num_codes = num_codes
+        self.full_to_code = Buffer(first_codes(size, num_codes))
+
+    def to_codes(self, full: jax.Array) -> jax.Array:
+        """Codes int32 [...] in 0..F-1 -> 0..K-1."""
+        return self.full_to_code[...][full]
+
+    def to_full(self, codes: jax.Array) -> jax.Array:
+        """Codes int32 [...] in 0..K-1 -> 0..F-1."""
+        inverse = code_to_full(self.full_to_code[...], self.num_codes)
+        return jnp.take(inverse, codes, mode="clip")
