@@ -112,6 +112,7 @@ class VQDiffusion:
         if not Path(stage_one.model_folder(workdir)).exists():
             raise UserError(f"stage one of {path} is not finished; run the training command again")
         autoencoder_params = stage_one.load(config, stage_one.model_folder(workdir))
+        sharding.warn_of_slow_dtype(config, jax.devices()[0])
         abstract = checkpoint.abstract(jax.eval_shape(functools.partial(create_state, config)))
         # Moments of the optimizer, and what was not averaged, stay on disk.
         wanted = {"ema_params": abstract.ema_params}
@@ -146,6 +147,7 @@ class VQDiffusion:
                 "autoencoder"
             )
         config = config_lib.load(str(path / "config.json"))
+        sharding.warn_of_slow_dtype(config, jax.devices()[0])
         abstract = jax.eval_shape(functools.partial(programs.init, config))
         params = folder.load_params(path, abstract, place=jax.device_put)
         codec = params.pop("autoencoder")

@@ -116,4 +116,28 @@ def test_one_process_has_all_rows_and_gets_them_back():
     np.testing.assert_array_equal(sharding.local_rows(real, 6), np.arange(6))
     rows = np.arange(12, dtype=np.int32).reshape(6, 2)
     for put in (sharding.put_batch, sharding.put_rows):
-        np.testing.assert_array_equal(sharding.fetch(put({"x": rows}, real), real)["x"], rows)
+        np.testing.assert_array_equal(sharding.fetch(put({"x": rows}, real))["x"], rows)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_slow_dtype_is_told_in_one_line(dtype, caplog):
+    slow = config()
+    slow.denoiser.dtype = dtype
+    with caplog.at_level("WARNING"):
+        sharding.warn_of_slow_dtype(slow, jax.devices("cpu")[0])
+    messages = [r.getMessage() for r in caplog.records if "denoiser.dtype" in r.getMessage()]
+    assert [m.split(":")[0] for m in messages] == (
+        ["denoiser.dtype=bfloat16 is slow on a CPU"] if dtype == "bfloat16" else []
+    )
+
+
+def test_a_placement_divides_rows_and_heads():
+    place = sharding.placement(sharding.make_mesh(config()))
+    assert place.compute_capability == 0.0
+    x = jnp.ones((2, 3, 4, 5))
+    rows, heads = (
+        jax.make_jaxpr(constrain)(x).eqns[0].params["sharding"].spec
+        for constrain in (place.rows, place.heads)
+    )
+    assert rows == PartitionSpec(("data", "fsdp"))
+    assert heads == PartitionSpec(("data", "fsdp"), None, "tensor")

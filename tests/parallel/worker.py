@@ -83,8 +83,8 @@ def sample(config, mesh, params):
     keys = np.asarray(jax.random.key_data(jax.random.split(jax.random.key(5), 16)))
     ids = np.arange(16 * 16, dtype=np.int32).reshape(16, 16)
     rows = sharding.put_rows((keys, ids), mesh)
-    made = jax.jit(run, out_shardings=sharding.replicated(mesh))(params, *rows)
-    return np.asarray(made).tolist()
+    made = jax.jit(run, out_shardings=sharding.batch_sharding(mesh))(params, *rows)
+    return sharding.fetch(made).tolist()
 
 
 def main():

@@ -1,4 +1,4 @@
-"""Multi-head attention and the scanned stack of layers that the transformers here share.
+"""Multi-head attention, its backend, and the scanned stack of layers of all transformers here.
 
 Letters: B batch, N queries, M keys, D width, H heads.
 """
@@ -16,15 +16,15 @@ _PRODUCT = "product"
 
 
 def product(x: jax.Array) -> jax.Array:
-    """Marks ``x`` as what ``remat`` "dots" keeps: a matrix product, its bias added.
+    """Marks ``x``, a matrix product with its bias, as what ``remat`` "dots" keeps.
 
-    To keep what is before the bias would part the sum from the kernel of the product.
+    Were the product kept without its bias, XLA could not add the bias in the product's kernel.
     """
     return checkpoint_name(x, _PRODUCT)
 
 
 def _keeps_products(primitive, *args, **params) -> bool:
-    # Of cuDNN's attention what its backward pass reads has no name.
+    # What the backward pass of cuDNN's attention reads has no name, so its primitive is asked for.
     named = jax.checkpoint_policies.save_only_these_names(_PRODUCT)
     return primitive.name.startswith("dot_product_attention_fwd") or named(
         primitive, *args, **params
@@ -56,8 +56,8 @@ class Placement(NamedTuple):
     Attributes:
       constrain: (x [B, ...], axis of the heads or 0) -> x with its rows, and its heads, on the
         devices that should hold them.
-      compute_capability: of the GPU, such as 9.0 for an H100; 0 is no GPU of NVIDIA. None is that
-        of this machine's first device. A program may be compiled for other devices.
+      compute_capability: of the GPUs (see the function); None asks the first device of this
+        machine. A program may be compiled for devices of another machine.
     """
 
     constrain: Callable[[jax.Array, int], jax.Array] = _unconstrained
@@ -76,9 +76,9 @@ ONE_DEVICE = Placement()
 
 
 def compute_capability(device: jax.Device) -> float:
-    """Of a GPU of NVIDIA, such as 9.0 for an H100; 0 for any other device."""
+    """That of an NVIDIA GPU, such as 9.0 for an H100; 0 for any other device."""
     found = str(getattr(device, "compute_capability", ""))
-    # AMD's are called gfx942 and the like.
+    # Those of AMD have names such as gfx942.
     return float(found) if device.platform == "gpu" and found[:1].isdigit() else 0.0
 
 
@@ -92,8 +92,8 @@ def attend(
 ) -> jax.Array:
     """softmax(q k^T / sqrt(D/H)) v; q [B, N, H, D/H], k and v [B, M, H, D/H] -> like q.
 
-    This function alone chooses the backend: cuDNN's fused kernel on a GPU that has one, one head
-    after another on a CPU where no gradient is asked for, and XLA's products everywhere else. The
+    The backend is chosen here and nowhere else: cuDNN's fused kernel on a GPU that has one; matrix
+    products of single heads on a CPU, unless a gradient is needed; XLA's attention otherwise. The
     softmax is in float32.
     """
     capability = placement.compute_capability
@@ -111,7 +111,7 @@ _attend_with_xla = functools.partial(jax.nn.dot_product_attention, implementatio
 
 @jax.custom_jvp
 def _attend(q, k, v):
-    # Decided when the program is lowered, which may be for another machine than this one.
+    # The platform is known when the program is lowered, which may be for another machine.
     return jax.lax.platform_dependent(q, k, v, cpu=_attend_by_heads, default=_attend_with_xla)
 
 
@@ -148,7 +148,7 @@ def attend_padded(q, k, v, *, causal: bool = False, implementation: str = "cudnn
 
 
 def _attend_by_heads(q, k, v):
-    """``attend`` as matrix products, which a CPU does many times faster than strided ones."""
+    """``attend`` as one matrix product for each head, which a CPU computes several times faster."""
 
     def one_head(qkv):
         q, k, v = qkv  # [N, D/H], [M, D/H], [M, D/H]
@@ -167,10 +167,7 @@ def _attend_by_heads(q, k, v):
 
 
 def cudnn_applies(dtype: jnp.dtype, head_width: int, capability: float) -> bool:
-    """Whether cuDNN has a kernel for this dtype and D/H on a GPU; capability 0 is no GPU.
-
-    It raises where it has none, so that the question is asked before.
-    """
+    """Whether cuDNN has a kernel for this dtype and D/H on a GPU; JAX raises where it has none."""
     return capability >= 8.0 and dtype in (jnp.bfloat16, jnp.float16) and head_width <= 128
 
 
@@ -253,9 +250,9 @@ def scan_layers(
         return placement.rows(nnx.merge(graphdef, layer_params)(x, extra)), None
 
     if remat != "none":
-        # Between the two passes of a loop there is nothing to share; without one there is.
-        alone = unroll < jax.tree.leaves(params)[0].shape[0]
-        body = jax.checkpoint(body, policy=REMAT_POLICIES[remat], prevent_cse=not alone)
+        # XLA would merge what is computed again with the first time, but not across two loops.
+        in_a_loop = unroll < jax.tree.leaves(params)[0].shape[0]
+        body = jax.checkpoint(body, policy=REMAT_POLICIES[remat], prevent_cse=not in_a_loop)
     return jax.lax.scan(body, placement.rows(x), (params, extras), unroll=unroll)[0]
 
 

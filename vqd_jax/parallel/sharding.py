@@ -1,9 +1,9 @@
-"""Where every array lives: the mesh, and the rules from parameter paths to its axes.
+"""The place of every array: the mesh, and the rules from parameter paths to its axes.
 
-The mesh has three axes. ``data`` and ``fsdp`` both split the batch; ``fsdp`` also splits the
-parameters, their averages and the optimizer's moments, which are gathered a layer at a time where
-they are used; ``tensor`` splits the heads and the hidden units of one layer. With all three at 1
-the same program runs on one device.
+The mesh has three axes. ``data`` and ``fsdp`` both split the batch. ``fsdp`` also splits the
+parameters, their averages and the optimizer's moments; a layer's parameters are gathered where they
+are used. ``tensor`` splits the heads and the hidden units of a layer. With all three at 1, the same
+program runs on one device.
 
 Letters: B batch.
 """
@@ -16,6 +16,8 @@ from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
@@ -26,12 +28,12 @@ AXES = ("data", "fsdp", "tensor")
 # The axes that the rows of a batch are spread over.
 BATCH_AXES = ("data", "fsdp")
 
-# Leaves of so many elements must be named by a rule; smaller ones (biases, norms) are replicated.
+# A rule must name every leaf of this many elements; smaller ones (biases, norms) are replicated.
 LARGE = 2**20
 
-# A spec belongs to the last axes of an array, so that one rule serves a layer, a stack of layers
-# and a convolution. The first rule that matches counts. A path is that of a parameter, such as
-# 'denoiser.blocks.mlp_in.kernel', wherever it ends: averages and moments follow.
+# A spec is that of the last axes of an array, so one rule serves a layer, a stack of layers and a
+# convolution. The first rule that matches counts. Patterns match the end of paths such as
+# 'denoiser.blocks.mlp_in.kernel'; averages and moments have the same ends.
 RULES = (
     (r"\.(query|key|value|mlp_in)\.kernel$", PartitionSpec("fsdp", "tensor")),
     (r"\.(query|key|value|mlp_in)\.bias$", PartitionSpec("tensor")),
@@ -40,8 +42,8 @@ RULES = (
     (r"\.linear\.kernel$", PartitionSpec("fsdp", None)),
     # The number of codes (2887) has no useful divisor.
     (r"\.to_logits\.kernel$", PartitionSpec("fsdp", None)),
-    # What is read off a table divided by width is divided by width, and the layer after it would
-    # exchange rows instead of its kernel.
+    # Rows read from a table that is divided by width are divided by width, too; the layer after it
+    # would then exchange rows instead of its kernel.
     (r"\.norm_\w+\.embedding\.embedding$", PartitionSpec()),
     (r"embedding$", PartitionSpec("fsdp")),
 )
@@ -51,9 +53,9 @@ def make_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -
     """The mesh of ``config.mesh`` over all devices of all processes.
 
     Args:
-      config: ``data``, ``fsdp`` and ``tensor`` of ``config.mesh`` are sizes; one may be -1, which
-        is what the others leave.
-      devices: use these instead, such as those of a topology that is not there.
+      config: ``data``, ``fsdp`` and ``tensor`` of ``config.mesh`` are sizes; one may be -1 and is
+        then what the others leave.
+      devices: use these instead, such as those of a topology to compile for.
 
     Raises:
       UserError: the sizes do not multiply to the number of devices.
@@ -77,7 +79,7 @@ def mesh_shape(config: ConfigDict, num_devices: int) -> tuple[int, int, int]:
 
 
 def num_row_shards(mesh: Mesh) -> int:
-    """Into how many parts the rows of a batch are divided."""
+    """The number of parts that the rows of a batch are divided into."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
@@ -85,10 +87,10 @@ def require_divisible(key: str, batch_size: int, mesh: Mesh, accumulation: int =
     """Raises ``UserError`` unless every device gets the same number of rows of every batch.
 
     Args:
-      key: of the config, which is named.
+      key: field of the config, for the message.
       batch_size: rows of a batch of all processes.
       mesh: what they are spread over.
-      accumulation: parts that a batch is worked through in.
+      accumulation: number of parts that a batch is processed in, one after the other.
     """
     shards = num_row_shards(mesh)
     if batch_size % (shards * accumulation):
@@ -102,16 +104,23 @@ def require_divisible(key: str, batch_size: int, mesh: Mesh, accumulation: int =
     processes = jax.process_count()
     if processes > 1 and len(local_rows(mesh, batch_size)) * processes != batch_size:
         raise UserError(
-            f"config.mesh.tensor={mesh.shape['tensor']} spans processes, of which each has "
-            f"{jax.local_device_count()} devices; choose a divisor of that"
+            f"config.mesh.tensor={mesh.shape['tensor']} spans processes; each of them has "
+            f"{jax.local_device_count()} devices, so choose a divisor of that"
+        )
+
+
+def warn_of_slow_dtype(config: ConfigDict, device: jax.Device) -> None:
+    """Logs one line if a model is to compute in bfloat16 on a CPU."""
+    if device.platform == "cpu" and config.denoiser.dtype == "bfloat16":
+        logging.warning(
+            "denoiser.dtype=bfloat16 is slow on a CPU: with some versions of JAX, a training step "
+            "takes several times as long as with --config.denoiser.dtype=float32"
         )
 
 
 def dotted(path: tuple) -> str:
     """'params.denoiser.to_logits.kernel' of a tree path."""
-    return ".".join(
-        str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path
-    )
+    return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -198,8 +207,7 @@ def with_shardings(abstract: Any, placed: Any) -> Any:
     """
 
     def branch(sharding, leaves):
-        place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)  # noqa: E731
-        return jax.tree.map(place, leaves)
+        return jax.tree.map(lambda x: x.update(sharding=sharding), leaves)
 
     return jax.tree.map(branch, placed, abstract)
 
@@ -222,15 +230,15 @@ def put_batch(batch: Any, mesh: Mesh, leading: int = 0) -> Any:
       leading: axes before that of the rows.
     """
     placed = batch_sharding(mesh, leading)
-    # The one transfer of a step, and meant, where a guard looks for others.
+    # This is the one transfer of a step that is meant; a guard may forbid all others.
     with jax.transfer_guard_host_to_device("allow"):
         return jax.tree.map(lambda x: jax.make_array_from_process_local_data(placed, x), batch)
 
 
 def put_rows(tree: Any, mesh: Mesh) -> Any:
-    """Arrays on the mesh from host arrays that every process has whole, [B, ...] each.
+    """Arrays on the mesh from host arrays [B, ...] that every process has whole.
 
-    The rows are spread over the devices where their number allows it.
+    The rows are spread over the devices if their number allows it.
     """
 
     def put(x):
@@ -240,7 +248,6 @@ def put_rows(tree: Any, mesh: Mesh) -> Any:
     return jax.tree.map(put, tree)
 
 
-def fetch(tree: Any, mesh: Mesh) -> Any:
-    """NumPy arrays, whole, on every process; the whole of each must fit on one device."""
-    gather = jax.jit(lambda tree: tree, out_shardings=replicated(mesh))
-    return jax.tree.map(np.asarray, gather(tree))
+def fetch(tree: Any) -> Any:
+    """Whole NumPy arrays, on every process; each array must fit on one device."""
+    return multihost_utils.process_allgather(tree, tiled=True)

@@ -114,6 +114,7 @@ def train(config: ConfigDict, workdir: str) -> None:
 def _train(config, workdir, splits, mixed, autoencoder_params) -> None:
     c = config.training
     mesh = sharding.make_mesh(config)
+    sharding.warn_of_slow_dtype(config, mesh.devices.flat[0])
     sharding.require_divisible("training.batch_size", c.batch_size, mesh, c.gradient_accumulation)
     rows = c.batch_size // jax.process_count()
     dataset = batches.code_dataset(
@@ -245,7 +246,7 @@ class Evaluation:
         params = state.ema_params
         if jax.process_count() > 1:
             # A leaf at a time: no device holds the whole model.
-            params = jax.tree.map(lambda x: sharding.fetch(x, self._mesh), params)
+            params = sharding.fetch(params)
         if processes.is_writer():
             self._draw(step, params, writer, grid_path)
 
