@@ -1,10 +1,13 @@
 import importlib
+import json
 
 import jax
+import numpy as np
 import pytest
 
 from configs import tiny
 from vqd_jax import config as config_lib
+from vqd_jax.diffusion import schedule
 from vqd_jax.errors import UserError
 from vqd_jax.training import stage_one, state
 from vqd_jax.training.autoencoder import create_state
@@ -38,13 +41,20 @@ def test_config_survives_json(name, tmp_path):
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("data.image_size", 18, "image_size=18: must be a multiple of 4"),
+        ("data.image_size", 18, "config.data.image_size=18: must be a multiple of 4"),
         ("autoencoder.num_codes", 1, "num_codes=1: must be at least 2"),
         ("autoencoder.num_codes", 70000, "num_codes=70000: must be at most 65536"),
         ("autoencoder.channels", 12, "channels=12: must be a multiple of norm_groups=8"),
         ("denoiser.num_heads", 3, "denoiser.width=32 is not divisible by denoiser.num_heads=3"),
         ("denoiser.dtype", "float16", "denoiser.dtype='float16': must be one of float32, bfloat16"),
-        ("diffusion.schedule", "cosine", "must be one of released, paper"),
+        ("autoencoder.warmup_steps", -1, "config.autoencoder.warmup_steps=-1: must be at least 0"),
+        ("denoiser.scan_unroll", 0, "config.denoiser.scan_unroll=0: must be at least 1"),
+        ("denoiser.remat", "some", "denoiser.remat='some': must be one of none, dots, full"),
+        ("text_encoder.width", 0, "config.text_encoder.width=0: must be at least 1"),
+        ("mesh.fsdp", -2, "config.mesh.fsdp=-2: must be at least 1, or -1"),
+        ("diffusion.schedule", "sigmoid", "must be one of released, paper, cosine"),
+        ("diffusion.keep", (0.9,), "config.diffusion.keep=(0.9,): must be two probabilities"),
+        ("diffusion.mask", (0.9, 0.1), "config.diffusion: "),
         ("diffusion.num_steps", 0, "diffusion.num_steps=0: must be at least 1"),
         ("training.num_steps", 0, "training.num_steps=0: must be at least 1"),
         ("training.learning_rate", 0.0, "training.learning_rate=0.0: must be positive"),
@@ -64,6 +74,31 @@ def test_impossible_value_is_an_error_that_names_the_key(key, value, message):
     with pytest.raises(UserError, match="config") as error:
         config_lib.validate(config)
     assert message in str(error.value)
+
+
+def test_a_config_chooses_the_noise():
+    config = tiny.get_config()
+    cosine = schedule.cosine(10, 32)
+    config.diffusion.schedule = "cosine"
+    np.testing.assert_array_equal(config_lib.noise_schedule(config).mask, cosine.mask)
+    config.diffusion.keep = (0.9, 0.0)
+    with pytest.raises(UserError, match="a cosine schedule has no others"):
+        config_lib.validate(config)
+    config.diffusion.schedule = "paper"
+    made = config_lib.noise_schedule(config)
+    np.testing.assert_array_equal(
+        made.keep, schedule.linear(10, 32, (0.9, 0.0), schedule.PAPER_MASK).keep
+    )
+    np.testing.assert_array_equal(made.mask, schedule.paper(10, 32).mask)
+    assert not config_lib.has_released_schedule(config)
+    assert config_lib.has_released_schedule(tiny.get_config())
+
+
+def test_a_config_from_before_a_field_was_there_has_its_default():
+    stored = json.loads(config_lib.to_json(tiny.get_config()))
+    del stored["diffusion"]["keep"], stored["diffusion"]["mask"]
+    config = config_lib.from_dict(stored | {"kind": "vqd_jax"}, "a run")
+    assert config_lib.flatten(config) == config_lib.flatten(tiny.get_config())
 
 
 def test_differences_name_what_may_not_change():

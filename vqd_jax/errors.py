@@ -1,4 +1,7 @@
-"""The one exception that means: the user can mend this."""
+"""The one exception that means: the user can mend this; and a check that names a field."""
+
+import math
+from typing import Any
 
 
 class UserError(ValueError):
@@ -7,3 +10,17 @@ class UserError(ValueError):
     The message says what, where (path, key, line), and what to do. The command line prints it
     without a traceback and exits with status 1.
     """
+
+
+def require_at_least(fields: Any, section: str = "", **least: float) -> None:
+    """Raises ``ValueError`` that names the first of these fields that is too small or not finite.
+
+    Args:
+      fields: an object, such as a dataclass.
+      section: what stands before the name in the message, such as "denoiser.".
+      least: the smallest value of each field by its name.
+    """
+    for name, bound in least.items():
+        value = getattr(fields, name)
+        if not bound <= value < math.inf:
+            raise ValueError(f"{section}{name}={value}: must be at least {bound}")

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from vqd_jax.config import AutoencoderOptions
 from vqd_jax.models import autoencoder
 from vqd_jax.models.autoencoder import AutoencoderConfig
 from vqd_jax.training import autoencoder as training
-from vqd_jax.training.autoencoder import AutoencoderOptions
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -26,7 +26,7 @@ CONFIG = AutoencoderConfig(
     norm_groups=4,
 )
 OPTIONS = AutoencoderOptions(
-    steps=120, learning_rate=1e-2, warmup_steps=5, codebook_decay=0.9, revival_threshold=0.3
+    num_steps=120, learning_rate=1e-2, warmup_steps=5, codebook_decay=0.9, revival_threshold=0.3
 )
 
 
@@ -64,8 +64,8 @@ def _run(step, state, pictures, steps):
 
 def test_training_reconstructs_and_uses_the_codebook(step, start):
     pictures = _pictures(64)
-    state, history = _run(step, start, pictures, OPTIONS.steps)
-    assert int(state.step) == OPTIONS.steps
+    state, history = _run(step, start, pictures, OPTIONS.num_steps)
+    assert int(state.step) == OPTIONS.num_steps
     assert history[-1]["loss"] < 0.1 * history[0]["loss"]
     assert history[-1]["perplexity"] > 7.0
     assert history[-1]["learning_rate"] < 1e-4 < history[4]["learning_rate"]
@@ -114,7 +114,7 @@ def test_the_first_step_seeds_the_codebook_from_the_encoder(step, start):
 
 def test_gradients_pass_straight_through_the_codes(start):
     pictures = autoencoder.from_pixels(jnp.asarray(_pictures(4)))
-    options = AutoencoderOptions(steps=10, learning_rate=1e-3, warmup_steps=1, commitment=0.0)
+    options = AutoencoderOptions(num_steps=10, learning_rate=1e-3, warmup_steps=1, commitment=0.0)
 
     def loss(params):
         return training._loss(params, start.codebook.codebook, pictures, CONFIG, options)[0]
@@ -127,7 +127,7 @@ def test_reconstruction_terms_by_hand(start):
     pictures = autoencoder.from_pixels(jnp.asarray(_pictures(4)))
     codebook = start.codebook.codebook
     options = AutoencoderOptions(
-        steps=10, learning_rate=1e-3, warmup_steps=1, squared_weight=0.25, commitment=0.5
+        num_steps=10, learning_rate=1e-3, warmup_steps=1, squared_weight=0.25, commitment=0.5
     )
     loss, (metrics, z, codes) = training._loss(start.params, codebook, pictures, CONFIG, options)
     model = autoencoder.bind(CONFIG, training.with_codebook(start.params, codebook))
@@ -154,4 +154,4 @@ def test_reconstruction_terms_by_hand(start):
 )
 def test_impossible_options_are_named(change):
     with pytest.raises(ValueError, match=next(iter(change))):
-        AutoencoderOptions(**({"steps": 10, "learning_rate": 1e-3, "warmup_steps": 1} | change))
+        AutoencoderOptions(**({"num_steps": 10, "learning_rate": 1e-3, "warmup_steps": 1} | change))

@@ -101,7 +101,7 @@ def write(directory: str, config: ConfigDict, params: Any, tokenizer: ClipTokeni
     """
     sizes = config_lib.model_config(config)
     rows = denoiser_keys.diffusers_rows(sizes.denoiser)
-    if config.diffusion.schedule != "released":
+    if not config_lib.has_released_schedule(config):
         raise UserError("diffusers computes the 'released' noise schedule alone")
     codec = config_lib.autoencoder_config(config)
     codec, codec_params = taming.for_diffusers(codec, params["autoencoder"])

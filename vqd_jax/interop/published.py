@@ -194,7 +194,7 @@ def write(path: str, config: ConfigDict, params: Any, tokenizer: ClipTokenizer) 
             'writing the published layout needs PyTorch: pip install "vqd_jax[convert]"'
         ) from error
     sizes = config_lib.model_config(config).denoiser
-    if config.diffusion.schedule != "released":
+    if not config_lib.has_released_schedule(config):
         raise UserError("the published layout holds the 'released' noise schedule alone")
     if sizes.condition == "class" and sizes.num_classes != IMAGENET_NULL:
         raise UserError(

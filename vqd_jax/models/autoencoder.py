@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from vqd_jax.errors import require_at_least
 from vqd_jax.models import functional, quantizer
 
 QUANTIZERS = ("nearest", "gumbel")
@@ -69,13 +70,8 @@ class AutoencoderConfig:
                 f"channel_multipliers={self.channel_multipliers}: give one positive integer for "
                 "each level"
             )
-        positive = (
-            "image_size", "channels", "num_res_blocks", "latent_channels", "codebook_dim",
-            "norm_groups",
-        )  # fmt: skip
-        for name, least in (*((name, 1) for name in positive), ("num_codes", 2)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)}: must be at least {least}")
+        sizes = ("image_size", "channels", "num_res_blocks", "latent_channels", "codebook_dim")
+        require_at_least(self, **dict.fromkeys(sizes, 1), num_codes=2, norm_groups=1)
         if self.image_size % self.downsampling:
             raise ValueError(
                 f"image_size={self.image_size}: must be a multiple of {self.downsampling}, the "

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from vqd_jax.errors import require_at_least
 from vqd_jax.models import attention
 from vqd_jax.models.attention import ONE_DEVICE, Placement
 
@@ -72,15 +73,25 @@ class DenoiserConfig:
     dtype: str = "float32"
 
     def __post_init__(self):
+        sizes = dict.fromkeys(("width", "num_layers", "num_heads", "mlp_ratio", "scan_unroll"), 1)
+        require_at_least(self, "denoiser.", **sizes, num_classes=0)
+        if not 0 < self.init_std < math.inf:
+            raise ValueError(f"denoiser.init_std={self.init_std}: must be positive")
         if self.width % self.num_heads:
             raise ValueError(
                 f"denoiser.width={self.width} is not divisible by "
                 f"denoiser.num_heads={self.num_heads}"
             )
-        if self.condition not in CONDITIONS:
-            raise ValueError(f"denoiser.condition={self.condition!r}: one of {CONDITIONS}")
-        if self.mlp not in ("fc", "conv"):
-            raise ValueError(f"denoiser.mlp={self.mlp!r}: 'fc' or 'conv'")
+        for name, choices in (
+            ("condition", CONDITIONS),
+            ("mlp", ("fc", "conv")),
+            ("remat", attention.REMAT_POLICIES),
+            ("dtype", ("float32", "bfloat16")),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(
+                    f"denoiser.{name}={getattr(self, name)!r}: must be one of {', '.join(choices)}"
+                )
         if self.condition == "text" and self.text_width < 1:
             raise ValueError(f"denoiser.text_width={self.text_width}: must be positive")
         if (self.condition == "class") != (self.num_classes > 0):

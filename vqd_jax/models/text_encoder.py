@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from vqd_jax.errors import require_at_least
 from vqd_jax.models import attention, functional
 from vqd_jax.models.attention import ONE_DEVICE, Placement
 
@@ -40,6 +41,15 @@ class TextEncoderConfig:
     dtype: str = "float32"
 
     def __post_init__(self):
+        require_at_least(
+            self,
+            "text_encoder.",
+            vocab_size=3,
+            context_length=3,
+            width=1,
+            num_layers=1,
+            num_heads=1,
+        )
         if self.width % self.num_heads:
             raise ValueError(
                 f"text_encoder.width={self.width} is not divisible by "

@@ -11,7 +11,6 @@ The gradient of the decoder's input goes straight through to z. A published VQGA
 and an adversarial term; both need networks that cost many times this one.
 """
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -22,54 +21,6 @@ import jax.numpy as jnp
 import optax
 
 from vqd_jax.models import autoencoder, quantizer
-
-
-@dataclasses.dataclass(frozen=True)
-class AutoencoderOptions:
-    """How to train an autoencoder.
-
-    Attributes:
-        steps: length of the learning-rate schedule: linear warm-up, then a cosine down to 0.
-        learning_rate: peak, of Adam.
-        warmup_steps: steps of the warm-up.
-        clip_norm: gradients are scaled down to this global norm.
-        beta1, beta2: decays of Adam's moments.
-        squared_weight: s in reconstruction = (1 - s) mean|d| + s mean d^2, for d the error of a
-            pixel value in [-1, 1]; 0 <= s <= 1.
-        commitment: weight of the commitment term.
-        codebook_decay: of the moving-average codebook.
-        revival_threshold: share of an even usage under which a code is re-seeded.
-
-    Raises:
-        ValueError: a value is impossible; the message names the field.
-    """
-
-    steps: int
-    learning_rate: float
-    warmup_steps: int = 100
-    clip_norm: float = 1.0
-    beta1: float = 0.9
-    beta2: float = 0.99
-    squared_weight: float = 1.0
-    commitment: float = 0.25
-    codebook_decay: float = 0.95
-    revival_threshold: float = 0.3
-
-    def __post_init__(self):
-        if not 0 <= self.warmup_steps < self.steps:
-            raise ValueError(
-                f"warmup_steps={self.warmup_steps}: must be at least 0 and under steps={self.steps}"
-            )
-        for name in ("learning_rate", "clip_norm"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name}={getattr(self, name)}: must be positive")
-        for name in ("beta1", "beta2", "codebook_decay", "revival_threshold"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: must be in [0, 1)")
-        if not 0 <= self.squared_weight <= 1:
-            raise ValueError(f"squared_weight={self.squared_weight}: must be in [0, 1]")
-        if self.commitment < 0:
-            raise ValueError(f"commitment={self.commitment}: must not be negative")
 
 
 @flax.struct.dataclass
@@ -92,16 +43,16 @@ class AutoencoderState:
 
 
 def learning_rate_schedule(options):
-    """Step -> learning rate: linear from 0 over the warm-up, then a cosine to 0 at `steps`."""
+    """Step -> learning rate: linear from 0 over the warm-up, then a cosine to 0 at `num_steps`."""
     return optax.warmup_cosine_decay_schedule(
-        0.0, options.learning_rate, options.warmup_steps, options.steps
+        0.0, options.learning_rate, options.warmup_steps, options.num_steps
     )
 
 
 def _optimizer(options):
     return optax.chain(
-        optax.clip_by_global_norm(options.clip_norm),
-        optax.adam(learning_rate_schedule(options), b1=options.beta1, b2=options.beta2),
+        optax.clip_by_global_norm(1.0),
+        optax.adam(learning_rate_schedule(options), b1=0.9, b2=0.99),
     )
 
 
@@ -110,7 +61,7 @@ def create_state(config, options, key):
 
     Args:
         config: `autoencoder.AutoencoderConfig`.
-        options: `AutoencoderOptions`.
+        options: `config.AutoencoderOptions`.
         key: PRNG key.
 
     Returns:
@@ -173,7 +124,7 @@ def train_step(state, images, *, config, options):
         state: `AutoencoderState`.
         images: uint8 [B, S, S, 3].
         config: `autoencoder.AutoencoderConfig`.
-        options: `AutoencoderOptions`.
+        options: `config.AutoencoderOptions`.
 
     Returns:
         The next state and a dict of float32 scalars: `loss`, `reconstruction`, `commitment`,
