@@ -50,6 +50,7 @@ def test_config_survives_json(name, tmp_path):
         ("autoencoder.warmup_steps", -1, "config.autoencoder.warmup_steps=-1: must be at least 0"),
         ("denoiser.scan_unroll", 0, "config.denoiser.scan_unroll=0: must be at least 1"),
         ("denoiser.remat", "some", "denoiser.remat='some': must be one of none, dots, full"),
+        ("text_encoder.vocab_size", 1000, "vocab_size=1000: must be at least 49408"),
         ("text_encoder.width", 0, "config.text_encoder.width=0: must be at least 1"),
         ("mesh.fsdp", -2, "config.mesh.fsdp=-2: must be at least 1, or -1"),
         ("diffusion.schedule", "sigmoid", "must be one of released, paper, cosine"),

@@ -362,7 +362,7 @@ def from_dict(stored: dict, source: str) -> ConfigDict:
         raise UserError(f"{source} is not a config that this program wrote: {error}") from error
     config.lock()
     try:
-        validate(config)
+        validate(config, own_tokenizer="kind" in stored)
     except UserError as error:
         raise UserError(f"{source}: {error}") from error
     return config
@@ -445,8 +445,14 @@ def _naming(section: str) -> Iterator[None]:
         raise UserError(f"config.{section}{error}") from error
 
 
-def validate(config: ConfigDict) -> None:
-    """Raises ``UserError`` that names the key of the first impossible value."""
+def validate(config: ConfigDict, *, own_tokenizer: bool = False) -> None:
+    """Raises ``UserError`` that names the key of the first impossible value.
+
+    Args:
+      config: any config.
+      own_tokenizer: the model comes with a text tokenizer, as converted ones do; else captions have
+        the ids of the packaged one.
+    """
     for section, options in OPTIONS.items():
         with _naming(f"{section}."):
             _build(options, config[section])
@@ -459,12 +465,16 @@ def validate(config: ConfigDict) -> None:
         noise_schedule(config)
     if not 0 <= config.seed < 2**32:
         raise UserError(f"config.seed={config.seed}: must be at least 0 and below 2**32")
-    if config.data.cache_text_features and not (
-        config.text_encoder.path and config.denoiser.condition == "text"
-    ):
+    has_text = config.denoiser.condition == "text"
+    if config.data.cache_text_features and not (config.text_encoder.path and has_text):
         raise UserError(
             "config.data.cache_text_features: only features of a pretrained text encoder stay as "
             "they are; name one with config.text_encoder.path"
+        )
+    if has_text and not own_tokenizer and config.text_encoder.vocab_size < VOCAB_SIZE:
+        raise UserError(
+            f"config.text_encoder.vocab_size={config.text_encoder.vocab_size}: must be at least "
+            f"{VOCAB_SIZE}, the ids of the text tokenizer"
         )
     if config.sampling.num_steps > config.diffusion.num_steps:
         raise UserError(

@@ -161,7 +161,7 @@ def model_config(parts: Mapping[str, Part]) -> ConfigDict:
             f"{codec.num_codes}: they do not belong together, or a --remap is missing"
         )
     _recommend_sampling(config)
-    config_lib.validate(config)
+    config_lib.validate(config, own_tokenizer=True)
     return config
 
 
