@@ -27,7 +27,6 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import tpu_compile
 
-from vqd_jax import plan
 from vqd_jax.parallel import program, sharding
 
 GIB = 2**30
@@ -79,19 +78,6 @@ class Kernel(NamedTuple):
     scope: str
 
 
-def arrays(text: str) -> list[tuple[str, tuple[int, ...]]]:
-    """(dtype, shape) of every array in the text of a type."""
-    found = re.findall(r"\b(\w+)\[([\d,]*)\]", text)
-    return [
-        (d, tuple(map(int, filter(None, n.split(","))))) for d, n in found if d in program.BYTES
-    ]
-
-
-def size(text: str) -> int:
-    """Bytes of a type."""
-    return sum(program.BYTES[dtype] * math.prod(shape) for dtype, shape in arrays(text))
-
-
 def parse(hlo: str) -> tuple[dict[str, dict[str, Instruction]], str]:
     """Computations by name, their instructions in order, and the name of the entry."""
     computations, entry, current = {}, "", None
@@ -125,10 +111,12 @@ def read_by_fusion(body: dict[str, Instruction]) -> int:
             if user.operation == "bitcast":
                 names.add(user.name)
             elif user.operation in ("dynamic-slice", "slice", "gather"):
-                sliced += size(user.result)
+                sliced += program.size(user.result)
             elif user.operation != "dynamic-update-slice" or user.operands[0] not in names:
                 whole = True
-        total += size(parameter.result) if whole else min(sliced, size(parameter.result))
+        total += (
+            program.size(parameter.result) if whole else min(sliced, program.size(parameter.result))
+        )
     return total
 
 
@@ -142,8 +130,8 @@ def written_by_fusion(body: dict[str, Instruction]) -> int:
         if found.operation == "tuple":
             return sum(map(written, found.operands))
         if found.operation == "dynamic-update-slice":
-            return size(body[found.operands[1]].result)
-        return size(found.result)
+            return program.size(body[found.operands[1]].result)
+        return program.size(found.result)
 
     return written(list(body)[-1])
 
@@ -151,16 +139,16 @@ def written_by_fusion(body: dict[str, Instruction]) -> int:
 def product_flops(kernel: Instruction, body: dict[str, Instruction]) -> float:
     """FLOPs of the products of a library's kernel; what is not one has none."""
     target = kernel.named(r'custom_call_target="([^"]+)"')
-    operands = [arrays(body[name].result)[:1] for name in kernel.operands[:2]]
+    operands = [program.arrays(body[name].result)[:1] for name in kernel.operands[:2]]
     if "matmul" in target:
         inner = int(kernel.named(r'"lhs_contracting_dimensions":\["(\d+)"'))
-        return 2 * math.prod(arrays(kernel.result)[0][1]) * operands[0][0][1][inner]
+        return 2 * math.prod(program.arrays(kernel.result)[0][1]) * operands[0][0][1][inner]
     if "fmha" in target:
         (_, (batch, queries, heads, width)), (_, (_, keys, _, _)) = operands[0][0], operands[1][0]
         products = 5 if "Backward" in target else 2
         return 2 * products * batch * heads * queries * keys * width
     if "conv" in target:
-        shapes = [found[0][1] for found in (*operands, arrays(kernel.result))]
+        shapes = [found[0][1] for found in (*operands, program.arrays(kernel.result))]
         kernels = [shape for shape in shapes if shape.count(3) == 2]
         pictures = [shape for shape in shapes if shape.count(3) != 2]
         places = min(math.prod(shape) // shape[-1] for shape in pictures)
@@ -190,8 +178,10 @@ def kernels(hlo: str) -> list[Kernel]:
                 if inner:
                     moved = read_by_fusion(inner) + written_by_fusion(inner)
                 else:
-                    moved = size(line.result) + sum(
-                        size(body[operand].result) for operand in line.operands if operand in body
+                    moved = program.size(line.result) + sum(
+                        program.size(body[operand].result)
+                        for operand in line.operands
+                        if operand in body
                     )
                 flops = product_flops(line, body) if line.operation == "custom-call" else 0.0
                 seconds = turns * max(flops / PEAK, moved / BANDWIDTH)
@@ -209,7 +199,7 @@ def measure(job: tuple, num_kernels: int = 0) -> dict:
     config.denoiser.dtype = "bfloat16"
     config.denoiser.remat = remat
     config.denoiser.scan_unroll = config.denoiser.num_layers if unrolled else 1
-    devices = plan.topology("h100:1")
+    devices = program.topology("h100:1")
     mesh = sharding.make_mesh(config, devices)
     with tempfile.NamedTemporaryFile("r", suffix=".hlo", encoding="utf-8") as hlo:
         result = tpu_compile.measure(kind, config, mesh, rows, hlo.name)

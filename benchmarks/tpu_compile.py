@@ -24,8 +24,9 @@ import jax
 import jax.numpy as jnp
 
 from vqd_jax import config as config_lib
-from vqd_jax import plan, programs
+from vqd_jax import programs
 from vqd_jax.diffusion import sampler
+from vqd_jax.errors import UserError
 from vqd_jax.models import conditioned
 from vqd_jax.parallel import program, sharding
 from vqd_jax.training import state as state_lib
@@ -184,12 +185,9 @@ def measure(kind: str, config, mesh, rows: int, hlo_path: str | None = None) -> 
         lowered = lower_sampler(config, mesh, rows * mesh.size)
     lowered_at = time.perf_counter()
     try:
-        compiled = plan.compiled(lowered, mesh.devices.flat[0])
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        reason = str(error).split("RESOURCE_EXHAUSTED:")[-1].strip().splitlines()[0]
-        return {"does_not_fit": reason[:300]}
+        compiled = program.compiled(lowered, mesh.devices.flat[0])
+    except UserError as error:
+        return {"does_not_fit": str(error).splitlines()[0]}
     seconds = time.perf_counter() - lowered_at
     hlo = compiled.as_text()
     if hlo_path:
@@ -218,7 +216,7 @@ def row(result: dict) -> str:
         **result
     )
     if "does_not_fit" in result:
-        return name + "does not fit, " + result["does_not_fit"]
+        return name + result["does_not_fit"]
     exchanged = ", ".join(
         f"{kind} {number} x {moved / MIB:.0f} MiB"
         for kind, (number, moved) in result["exchanged"].items()
@@ -258,7 +256,7 @@ def main() -> None:
         if job in done:
             continue
         kind, path, rows, topology, fsdp = job
-        devices = plan.topology(topology)
+        devices = program.topology(topology)
         config = load_config(path, rows, len(devices), fsdp)
         result = {
             "job": job, "program": kind, "config": path, "topology": topology, "fsdp": fsdp,

@@ -111,9 +111,7 @@ def _use_config(mode: str) -> None:
 
     config_lib.validate(config)
     if mode == "plan":
-        from vqd_jax import plan
-
-        plan.run(config, _TOPOLOGY.value, _HBM.value)
+        modes.plan(config, _TOPOLOGY.value, _HBM.value)
         return
     with processes.session(_DISTRIBUTED.value):
         if mode == "prepare":

@@ -15,9 +15,10 @@ from vqd_jax import bulk, pictures
 from vqd_jax import config as config_lib
 from vqd_jax.data import images
 from vqd_jax.errors import UserError
-from vqd_jax.parallel import sharding
+from vqd_jax.parallel import program, sharding
 from vqd_jax.pipeline import Generation, VQDiffusion
 from vqd_jax.training import stage_one, stage_two
+from vqd_jax.training import state as state_lib
 from vqd_jax.training.loop import Terminated
 
 # 128 + SIGTERM, what a shell reports of a process that the signal ended.
@@ -152,6 +153,28 @@ def _open(path: str) -> Image.Image:
         return Image.fromarray(images.decode(Path(path).read_bytes()))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read as a picture: {error}") from error
+
+
+def plan(config: ConfigDict, topology: str | None = None, hbm_gib: float | None = None) -> None:
+    """Prints what the training of ``config`` takes of every device, without allocating it.
+
+    Args:
+      config: the resolved config.
+      topology: devices that need not be there, see ``program.topology``; None is all devices here.
+      hbm_gib: memory of one device, GiB; None is what is known of its kind.
+
+    Raises:
+      UserError: the mesh, the batch or the step does not fit the devices, or the compiler for them
+        is missing.
+    """
+    devices = jax.devices() if topology is None else program.topology(topology)
+    c, mesh = config.training, sharding.make_mesh(config, devices)
+    sharding.require_divisible("training.batch_size", c.batch_size, mesh, c.gradient_accumulation)
+    logging.info("compiling the train step for %d x %s", len(devices), devices[0].device_kind)
+    state = state_lib.abstract_state(config, mesh)
+    made = program.plan(state, state_lib.lower_train_step(config, mesh), mesh)
+    hbm_gib = program.hbm_of(devices[0]) if hbm_gib is None else hbm_gib
+    print(program.describe(made, mesh, hbm_gib))
 
 
 def export(model_dir: str, target: str, format: str) -> None:
