@@ -4,7 +4,7 @@
 #   launch/local.sh --config=configs/emoji.py --workdir=runs/emoji
 #   PROCESSES=2 DEVICES=4 launch/local.sh --config=configs/tiny.py --workdir=runs/two
 #
-# PROCESSES (1): more than one find each other on a port of this machine, as on a cluster.
+# PROCESSES: how many (1); several find each other on a port of this machine, as on a cluster.
 # DEVICES: virtual CPU devices of each process; unset uses the devices that are there.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -30,7 +30,7 @@ status=0
 for pid in "${pids[@]}"; do
   code=0
   wait "$pid" || code=$?
-  # Above 128 the wait itself may have been interrupted by the signal: the process goes on.
+  # The signal may have interrupted the wait alone (a status above 128): the process goes on.
   while kill -0 "$pid" 2>/dev/null; do
     code=0
     wait "$pid" || code=$?

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 LAUNCH = Path(__file__).resolve().parents[2] / "launch"
-SCRIPTS = ("local.sh", "tpu_vm.sh", "slurm.sbatch")
+SCRIPTS = ("local.sh", "tpu_vm.sh", "tpu_worker.sh", "slurm.sbatch")
 
 STUB = """#!{python}
 import json, os, sys
@@ -100,56 +100,70 @@ time.sleep(60)
     assert time.monotonic() - start >= 0.5
 
 
+# STATES lists what the queued request is in, and RUN what the worker says of the run; the last of
+# each stays.
 GCLOUD = """
-state = os.environ["CALLS"] + ".state"
+def following(name):
+    path = os.environ["CALLS"] + "." + name
+    seen = int(open(path).read()) if os.path.exists(path) else 0
+    with open(path, "w") as file:
+        file.write(str(seen + 1))
+    states = os.environ[name].split(",")
+    return states[min(seen, len(states) - 1)]
+
 args = sys.argv[1:]
-count = int(open(state).read()) if os.path.exists(state) else 0
-if "queued-resources" in args and "describe" in args:
-    if not count and not os.environ.get("EXISTS"):
+exists = os.environ["CALLS"] + ".exists"
+if "ssh" in args and any(arg.rstrip().endswith("worker state") for arg in args):
+    print(following("RUN"))
+if "queued-resources" in args:
+    if "describe" in args and not os.path.exists(exists) and not os.environ.get("EXISTS"):
         sys.exit(1)
-    open(state, "w").write(str(count + 1))
-    print("ACTIVE" if count > 1 else os.environ.get("STATE", "WAITING_FOR_RESOURCES"))
-if "create" in args:
-    open(state, "w").write("1")
+    if any(arg.startswith("--format") for arg in args):
+        print(following("STATES"))
+    if "create" in args:
+        open(exists, "w").close()
+    if "delete" in args and os.path.exists(exists):
+        os.remove(exists)
 """
 TPU = {
     "PROJECT": "p", "ZONE": "z", "TPU": "v5litepod-16", "NAME": "n", "BUCKET": "gs://b",
-    "NFS": "host:/share",
-    "SOURCE": "gs://b/vqd_jax.whl", "POLL": "0",
+    "NFS": "host:/share", "SOURCE": "gs://b/vqd_jax.whl", "POLL": "0", "STATES": "ACTIVE",
+    "RUN": "running,0",
 }  # fmt: skip
 
 
-def test_tpu_vm_asks_waits_installs_and_runs(stubs):
+def starts(calls):
+    """The arguments of the worker's script wherever it was told to start."""
+    commands = [call[-3].removeprefix("--command=") for call in calls if "ssh" in call]
+    # The shell of a worker takes the quotes off again.
+    words = [
+        subprocess.run(
+            ["bash", "-c", f"printf '%s\\0' {command}"], capture_output=True, text=True, check=True
+        ).stdout.split("\0")[:-1]
+        for command in commands
+    ]
+    return [w[6:] for w in words if w[5:7] == ["worker", "start"]]
+
+
+def test_tpu_vm_asks_waits_starts_and_follows(stubs):
     env, calls = stubs(gcloud=GCLOUD)
-    done = run(
-        "tpu_vm.sh", "--workdir=gs://b/x", "--prompt=it's red", env=env | TPU | {"SPOT": "1"}
-    )
+    env |= TPU | {"SPOT": "1", "STATES": "WAITING_FOR_RESOURCES,ACTIVE", "RUN": "running,running,0"}
+    done = run("tpu_vm.sh", "--workdir=gs://b/x", "--prompt=it's red", env=env)
     assert done.returncode == 0, done.stderr
     assert "n is WAITING_FOR_RESOURCES" in done.stderr
     where = ["--project=p", "--zone=z"]
     requests = [call[3:] for call in calls() if "queued-resources" in call]
-    created = [call for call in requests if "create" in call]
-    assert created == [[
+    assert [call for call in requests if "create" in call] == [[
         "queued-resources", "create", "n", "--node-id=n", "--accelerator-type=v5litepod-16",
         "--runtime-version=v2-alpha-tpuv5-lite", "--spot", *where,
     ]]  # fmt: skip
-    mount, install, start = [call for call in calls() if "ssh" in call]
-    assert install[:7] == ["gcloud", "compute", "tpus", "tpu-vm", "ssh", "n", "--worker=all"]
-    assert "mount -t nfs host:/share /mnt/shared" in mount[7]
-    assert "vqd/vqd_jax.whl[tpu,gcs]" in install[7]
-    # The shell of a worker takes the quotes off again.
-    command = start[7].removeprefix("--command=")
-    words = subprocess.run(
-        ["bash", "-c", f"printf '%s\\n' {command.split('python', 1)[1]}"],
-        capture_output=True, text=True, check=True,
-    ).stdout.splitlines()  # fmt: skip
-    assert words == [
-        "-m",
-        "vqd_jax.main",
-        "--distributed",
-        "--workdir=gs://b/x",
-        "--prompt=it's red",
-    ]
+    (start,) = starts(calls())
+    assert start == [
+        "start", "gs://b/vqd_jax.whl", "gs://b/wheels/configs", "host:/share",
+        "--workdir=gs://b/x", "--prompt=it's red",
+    ]  # fmt: skip
+    sshs = [call for call in calls() if "ssh" in call]
+    assert [call[6] for call in sshs] == ["--worker=all"] + ["--worker=0"] * 3
     assert not any("delete" in call for call in requests)
 
 
@@ -161,14 +175,98 @@ def test_tpu_vm_uses_what_is_there_and_gives_it_back(stubs):
     assert calls()[-1][4:6] == ["delete", "n"]
 
 
+@pytest.mark.parametrize(("run_ends", "starts_made"), [("143,0", 2), ("lost,143,0", 3), ("1", 1)])
+def test_tpu_vm_starts_a_run_again_unless_the_user_is_wrong(stubs, run_ends, starts_made):
+    env, calls = stubs(gcloud=GCLOUD)
+    done = run("tpu_vm.sh", env=env | TPU | {"RUN": run_ends})
+    assert done.returncode == (run_ends == "1")
+    assert len(starts(calls())) == starts_made
+
+
+def test_tpu_vm_gives_up_after_some_restarts(stubs):
+    env, calls = stubs(gcloud=GCLOUD)
+    done = run("tpu_vm.sh", env=env | TPU | {"RUN": "143", "RESTARTS": "2"})
+    assert done.returncode == 1
+    assert "cut off too often" in done.stderr
+    assert len(starts(calls())) == 3
+
+
+def test_tpu_vm_asks_for_a_spot_slice_again_when_it_is_taken(stubs):
+    env, calls = stubs(gcloud=GCLOUD)
+    env |= TPU | {"SPOT": "1", "STATES": "ACTIVE,SUSPENDED,SUSPENDED,ACTIVE"}
+    done = run("tpu_vm.sh", env=env | {"RUN": "running,0"})
+    assert done.returncode == 0, done.stderr
+    assert "the run was cut off (gone)" in done.stderr
+    made = [call[4] for call in calls() if {"create", "delete"} & set(call)]
+    assert made == ["create", "delete", "create"]
+    assert len(starts(calls())) == 2
+
+
 def test_tpu_vm_stops_when_the_request_fails_or_a_name_is_missing(stubs):
     env, calls = stubs(gcloud=GCLOUD)
-    done = run("tpu_vm.sh", env=env | TPU | {"EXISTS": "1", "STATE": "FAILED"})
+    done = run("tpu_vm.sh", env=env | TPU | {"EXISTS": "1", "STATES": "FAILED"})
     assert done.returncode == 1
     assert "the request for n is FAILED" in done.stderr
     assert not any("ssh" in call for call in calls())
     done = run("tpu_vm.sh", env=env | TPU | {"ZONE": ""})
     assert "ZONE: such as us-west4-a" in done.stderr
+
+
+# Of an image: its Python makes environments with a Python that takes half a second to train.
+PYTHON = """
+if sys.argv[1] == "-c":
+    sys.exit(int(os.environ["OLD"]))
+if sys.argv[1:3] == ["-m", "venv"]:
+    import pathlib, shutil
+    (pathlib.Path("env") / "bin").mkdir(parents=True)
+    for name in ("python", "pip"):
+        shutil.copy(sys.argv[0], f"env/bin/{name}")
+if "vqd_jax.main" in sys.argv:
+    import time
+    time.sleep(0.5)
+    sys.exit(143)
+"""
+START = ("start", "gs://b/vqd_jax.whl", "gs://b/configs", "host:/share")
+
+
+@pytest.fixture
+def worker(stubs):
+    """worker(command, ...) runs the worker's script; worker.calls() lists what it called."""
+    nothing = dict.fromkeys(("mountpoint", "sudo", "gcloud"), "")
+    env, calls = stubs(python3=PYTHON, **nothing)
+    home = Path(env["CALLS"]).parent
+
+    def worker(*arguments, old=False):
+        return run(
+            "tpu_worker.sh", *arguments,
+            env=env | {"PYTHON": "python3", "OLD": str(int(old))}, cwd=home,
+        )  # fmt: skip
+
+    worker.calls = calls
+    return worker
+
+
+def test_a_worker_trains_in_the_background_and_keeps_the_status(worker):
+    assert worker("state").stdout == "lost\n"
+    done = worker(*START, "--workdir=x", "--prompt=it's red")
+    assert done.returncode == 0, done.stderr
+    assert worker("state").stdout == "running\n"
+    # A run that is there is not started twice.
+    assert "the run of before goes on" in worker(*START).stderr
+    deadline = time.monotonic() + 30
+    while worker("state").stdout == "running\n" and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert worker("state").stdout == "143\n"
+    assert ["pip", "install", "--quiet", "vqd_jax.whl[tpu,gcs]"] in worker.calls()
+    main = ["python", "-m", "vqd_jax.main", "--distributed", "--workdir=x", "--prompt=it's red"]
+    assert [call for call in worker.calls() if "vqd_jax.main" in call] == [main]
+
+
+def test_a_worker_with_an_old_python_says_so(worker):
+    done = worker(*START, old=True)
+    assert done.returncode == 1
+    assert "vqd_jax needs Python 3.11 or newer" in done.stderr
+    assert not any("pip" in call for call in worker.calls())
 
 
 @pytest.mark.parametrize("status, requeued", [(0, False), (1, False), (143, True)])
@@ -209,6 +307,9 @@ def test_jobset_has_what_the_schema_requires(jobset):
         "coordinator", "managedBy", "ttlSecondsAfterFinished",
     }  # fmt: skip
     assert jobset["spec"]["failurePolicy"].keys() <= {"maxRestarts", "rules", "restartStrategy"}
+    # An error of the user fails the job by its policy, and that fails the set.
+    (rule,) = jobset["spec"]["failurePolicy"]["rules"]
+    assert rule == {"action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}
     (job,) = jobset["spec"]["replicatedJobs"]
     assert job.keys() <= {"name", "replicas", "template", "groupName", "dependsOn"}
     spec = job["template"]["spec"]
@@ -218,6 +319,12 @@ def test_jobset_has_what_the_schema_requires(jobset):
     pod = spec["template"]["spec"]
     assert pod["restartPolicy"] == "Never"
     (container,) = pod["containers"]
+    taken, wrong = spec["podFailurePolicy"]["rules"]
+    assert (taken["action"], taken["onPodConditions"][0]["type"]) == ("Count", "DisruptionTarget")
+    assert wrong["action"] == "FailJob"
+    assert wrong["onExitCodes"] == {
+        "containerName": container["name"], "operator": "In", "values": [1],
+    }  # fmt: skip
     assert {"name", "image", "args", "resources", "volumeMounts"} == container.keys()
     (mounted,), (volume,) = container["volumeMounts"], pod["volumes"]
     assert mounted["name"] == volume["name"]
