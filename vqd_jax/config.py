@@ -43,6 +43,8 @@ DATA_SETS = (
     "cub_text/official",
     "cub_text/published",
 )
+# The sets that this program makes itself; all others are made from files that the user has.
+_MADE_HERE = ("emoji_text", "shapes_text")
 # The end points of the keep and mask probabilities; a cosine has none.
 SCHEDULES = {
     "released": (schedule.RELEASED_KEEP, schedule.RELEASED_MASK),
@@ -104,10 +106,8 @@ class AutoencoderOptions:
         require_at_least(self, num_steps=1, batch_size=1, commitment=0)
         _require_positive(self, "learning_rate")
         if not 0 <= self.warmup_steps < self.num_steps:
-            raise ValueError(
-                f"warmup_steps={self.warmup_steps}: must be at least 0 and under "
-                f"num_steps={self.num_steps}"
-            )
+            under = f"must be at least 0 and under num_steps={self.num_steps}"
+            raise ValueError(f"warmup_steps={self.warmup_steps}: {under}")
         _require_decays(self, "codebook_decay", "revival_threshold")
         _require_shares(self, "squared_weight")
 
@@ -485,4 +485,13 @@ def validate(config: ConfigDict, *, own_tokenizer: bool = False) -> None:
         raise UserError(
             f"config.autoencoder.num_codes={config.autoencoder.num_codes}: must be at most 65536, "
             "since codes are cached as uint16"
+        )
+
+
+def require_data(config: ConfigDict) -> None:
+    """Raises ``UserError`` if the config does not say where the files of its data set are."""
+    if not config.data.dir and config.data.name.partition("/")[0] not in _MADE_HERE:
+        raise UserError(
+            f"config.data.dir is empty: {config.data.name} is made from its publisher's files, and "
+            "it must name their directory"
         )

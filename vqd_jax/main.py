@@ -113,6 +113,7 @@ def _use_config(mode: str) -> None:
     if mode == "plan":
         modes.plan(config, _TOPOLOGY.value, _HBM.value)
         return
+    config_lib.require_data(config)
     with processes.session(_DISTRIBUTED.value):
         if mode == "prepare":
             data_tasks.prepare(config)

@@ -28,7 +28,6 @@ STARTS = re.compile(
     r"|docker run .*vqd_jax:\w+)\s"
     r"[^`|]*"
 )
-MADE_HERE = ("emoji_text", "shapes_text")
 
 
 def commands(path):
@@ -78,7 +77,7 @@ def devices(text, values):
     return math.prod(map(int, found.values()))
 
 
-def check(arguments, num_devices, values, *, whole=True):
+def check(num_devices, values, *, whole=True):
     """The command may start: possible values, all paths, and a batch that divides."""
     config = values.config
     config_lib.validate(config)
@@ -88,7 +87,7 @@ def check(arguments, num_devices, values, *, whole=True):
     if not whole or values.mode == "plan":
         return
     assert values.workdir or values.mode == "prepare"
-    assert config.data.dir or config.data.name.partition("/")[0] in MADE_HERE
+    config_lib.require_data(config)
     # Converted autoencoders cannot be trained here, and text features of length 1 are CLIP's.
     if values.mode in ("train", "train_autoencoder", "encode"):
         assert codec.path or not (codec.quantizer == "gumbel" or codec.codebook_size)
@@ -117,7 +116,7 @@ def test_a_command_has_flags_and_a_config_that_validates(command, line, monkeypa
     arguments = [word for word in arguments if word != "--config=..."]
     values = parsed([a for a in arguments if whole or values_known(a, arguments)])
     if values.config is not None:
-        check(arguments, devices(line, values), values, whole=whole)
+        check(devices(line, values), values, whole=whole)
 
 
 def values_known(argument, arguments):
@@ -131,14 +130,16 @@ def test_the_jobset_starts():
     spec = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]
     container = spec["template"]["spec"]["containers"][0]
     chips = spec["completions"] * container["resources"]["limits"]["google.com/tpu"]
-    check(container["args"], chips, parsed(container["args"]))
+    check(chips, parsed(container["args"]))
 
 
 def test_a_command_that_cannot_start_is_found():
     coco = ["--config=configs/coco.py", "--workdir=x"]
     with pytest.raises(UserError, match="batch_size=32 cannot be divided"):
-        check(coco, 256, parsed(coco))
+        check(256, parsed(coco))
+    with pytest.raises(UserError, match="config.data.dir is empty: coco_text is made from"):
+        check(1, parsed(coco))
     with pytest.raises(AssertionError):
-        check(coco, 1, parsed(coco))
+        check(1, parsed([*coco, "--config.data.dir=x"]))
     with pytest.raises(flags.Error):
         parsed([*coco, "--no_such_flag"])
