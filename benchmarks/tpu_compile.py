@@ -4,10 +4,10 @@ pip install -e '.[tpu]'
 python benchmarks/tpu_compile.py --config=configs/coco.py --topology=v5e:4x4 --fsdp=4
 python benchmarks/tpu_compile.py --all --json=tpu_compile.jsonl
 
-By the compiler of the real chips; no TPU is needed. Of every program: GiB on a chip (arguments,
-temporaries, outputs), what a chip receives from others in a run of it, and how long the compilation
-took. ``--all`` is the table of docs/scaling.md: ten minutes on two idle cores; programs
-that the file has already are left out.
+The compiler of the real chips does it; no TPU is needed. It prints GiB on a chip (arguments,
+temporaries, outputs), what a chip receives from others in one run of the program, and how long the
+compilation took. ``--all`` makes the table of docs/scaling.md, in ten minutes on two idle cores; it
+leaves out programs that the file has already.
 """
 
 import argparse

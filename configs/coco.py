@@ -3,9 +3,9 @@
 python -m vqd_jax.main --config=configs/coco.py --workdir=DIR --config.data.dir=COCO \
     --config.autoencoder.path=MODELS/openimages_f8 --config.text_encoder.path=MODELS/clip_b32
 
-COCO holds the publisher's files (annotations/, train2014/, val2014/, or the zips); docs/weights.md
-tells how to convert the image tokenizer and CLIP. The published run took 14 days on eight V100
-(FID 19.75 on 30,000 captions); no run of this config has been made yet.
+COCO holds the publisher's files (annotations/, train2014/, val2014/, or the zips). docs/weights.md
+says how to convert the image tokenizer and CLIP. The published run took 14 days on eight V100 and
+reached FID 19.75 on 30,000 captions. This config has not been run yet.
 """
 
 from configs import published

@@ -3,8 +3,8 @@
 python -m vqd_jax.main --config=configs/cub.py --workdir=DIR --config.data.dir=CUB \
     --config.autoencoder.path=MODELS/openimages_f8 --config.text_encoder.path=MODELS/clip_b32
 
-The published run began from a model of Conceptual Captions (--config.training.init_from=MODEL) and
-took 5 days on eight V100 (FID 11.94); no run of this config has been made yet.
+The published run began from a model of Conceptual Captions (--config.training.init_from=MODEL). It
+took 5 days on eight V100 and reached FID 11.94. This config has not been run yet.
 """
 
 from configs import published

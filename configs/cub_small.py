@@ -3,7 +3,7 @@
 python -m vqd_jax.main --config=configs/cub_small.py --workdir=DIR --config.data.dir=CUB \
     --config.autoencoder.path=MODELS/openimages_f8 --config.text_encoder.path=MODELS/clip_b32
 
-Published: FID 12.97; no run of this config has been made yet.
+Published: FID 12.97. This config has not been run yet.
 """
 
 from configs import cub, published

@@ -2,10 +2,11 @@
 
 python -m vqd_jax.main --config=configs/emoji.py --workdir=DIR
 
-Pictures of 32x32 pixels, 8x8 codes out of 128; 2.1 M parameters in the denoiser, and a small text
-encoder that is trained with it. Took 12 min 20 s, cloning and installing included. In the end a
-token of a training picture costs 3.06 bits with its caption and 7.96 with another picture's; of a
-validation picture, whose concept was never seen, 5.50 and 6.16.
+A picture has 32x32 pixels and 8x8 tokens, from a codebook of 128. The denoiser has 2.1 M
+parameters, and a small text encoder is trained with it. All of it took 12 min 20 s, cloning and
+installing included. In the end a token of a training picture costs 3.06 bits with its own caption
+and 7.96 bits with another picture's. For validation pictures, whose concepts the model never saw,
+it is 5.50 and 6.16 bits.
 """
 
 from vqd_jax.config import default_config
@@ -13,7 +14,7 @@ from vqd_jax.config import default_config
 
 def get_config():
     config = default_config()
-    # Few codes, and revival for dead ones only: codes that a small network can learn to predict
+    # Few codes, and only dead ones are seeded anew: codes that a small network can learn to predict
     # make better pictures than codes that keep every detail.
     config.autoencoder.num_codes = 128
     config.autoencoder.revival_threshold = 0.05

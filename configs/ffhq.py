@@ -3,7 +3,7 @@
 python -m vqd_jax.main --config=configs/ffhq.py --workdir=DIR --config.data.dir=FFHQ \
     --config.autoencoder.path=MODELS/ffhq_f16
 
-Published: FID 6.33; no run of this config has been made yet.
+Published: FID 6.33. This config has not been run yet.
 """
 
 from configs import published

@@ -3,8 +3,8 @@
 python -m vqd_jax.main --config=configs/folder.py --workdir=DIR --config.data.dir=FOLDER \
     --config.autoencoder.path=MODELS/openimages_f8 --config.text_encoder.path=MODELS/clip_b32
 
-FOLDER has a metadata.jsonl or .csv, a .txt beside every picture, or the tars of img2dataset. To go
-on from a released model instead, give --config.training.init_from=MODEL and its sizes
+FOLDER has a metadata.jsonl or .csv, a .txt beside every picture, or the tars of img2dataset. To
+begin from a released model instead, give --config.training.init_from=MODEL and the model's sizes
 (configs/coco.py has those of the released text models).
 """
 

@@ -3,9 +3,9 @@
 python -m vqd_jax.main --config=configs/imagenet.py --workdir=DIR --config.data.dir=IMAGENET \
     --config.autoencoder.path=MODELS/imagenet_f16
 
-The null class is learned; --config.denoiser.learned_null=False is the first published model, which
-takes the mean of all classes for it. Published: FID 11.89, and 4.83 with guidance; no run of this
-config has been made yet.
+The null class is learned. --config.denoiser.learned_null=False gives the first published model,
+whose null class is the mean of all classes. Published: FID 11.89, and 4.83 with guidance. This
+config has not been run yet.
 """
 
 from configs import published

@@ -3,8 +3,8 @@
 python -m vqd_jax.main --config=configs/ithq.py --workdir=DIR --config.data.dir=FOLDER \
     --config.autoencoder.path=MODELS/ithq_vqvae --config.text_encoder.path=MODELS/clip_b32
 
-ITHQ is not public; the data set is a folder of captioned pictures. The published run took about 96
-V100 a month; no run of this config has been made yet.
+ITHQ is not public, so the data set is a folder of captioned pictures. The published run took about
+a month on 96 V100. This config has not been run yet.
 """
 
 from configs import published

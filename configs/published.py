@@ -1,17 +1,17 @@
-"""The published sizes, which several configs share: image tokenizers, text tower, denoisers.
+"""The published sizes that several configs share: image tokenizers, text encoder, denoisers.
 
 Sizes and training settings are those of VQ-Diffusion (arXiv:2111.14822) and Improved VQ-Diffusion
-(arXiv:2205.16007); docs/weights.md tells which released file has which.
+(arXiv:2205.16007). docs/weights.md lists the released files and their settings.
 """
 
 from vqd_jax.config import default_config
 
-# The averages were moved by 0.99 every 25 steps.
+# The published code updates its averages every 25 steps, with a decay of 0.99.
 EMA_DECAY = 0.99 ** (1 / 25)
 
 
 def base():
-    """What all published runs share."""
+    """The settings that all published runs share."""
     config = default_config()
     config.data.image_size = 256
     config.data.random_crop = True
@@ -36,7 +36,7 @@ def base():
 
 
 def clip_text(config):
-    """The text tower of CLIP ViT-B/32; ``text_encoder.path`` is to name a converted one."""
+    """The text encoder of CLIP ViT-B/32. ``text_encoder.path`` must name a converted one."""
     config.text_encoder.width = 512
     config.text_encoder.num_layers = 12
     config.text_encoder.num_heads = 8
@@ -44,7 +44,7 @@ def clip_text(config):
 
 
 def openimages_f8(config):
-    """The Gumbel tokenizer of OpenImages, 32x32 codes of which 2887 of 8192 are in use."""
+    """The Gumbel tokenizer of OpenImages: 32x32 codes. The models use 2887 of its 8192 entries."""
     config.autoencoder.channels = 128
     config.autoencoder.channel_multipliers = (1, 1, 2, 4)
     config.autoencoder.attention_resolutions = (32,)
@@ -54,11 +54,11 @@ def openimages_f8(config):
 
 
 def f16(config):
-    """The tokenizers of ImageNet and FFHQ but for their codebooks: 16x16 codes."""
+    """What the tokenizers of ImageNet and FFHQ share, 16x16 codes, and what goes with them."""
     config.autoencoder.channels = 128
     config.autoencoder.channel_multipliers = (1, 1, 2, 2, 4)
     config.autoencoder.attention_resolutions = (16,)
-    # The position table was made for 32x32 codes and cut (see ``DenoiserConfig``).
+    # The published table has 32x32 positions and is cut (see ``DenoiserConfig``).
     config.denoiser.position_table = (32, 32)
     config.denoiser.width = 512
     config.denoiser.mlp = "conv"

@@ -1,8 +1,8 @@
-"""Both stages at toy size, for tests and for a first look at the files of a run.
+"""Both stages at toy size, for tests and a first look at the files of a run.
 
 python -m vqd_jax.main --config=configs/tiny.py --workdir=DIR
 
-Under a minute on two CPU cores, most of it compilation. The pictures are blots.
+It takes under a minute on two CPU cores, most of it compilation. The pictures are blots.
 """
 
 from vqd_jax.config import default_config
