@@ -41,15 +41,8 @@ class TextEncoderConfig:
     dtype: str = "float32"
 
     def __post_init__(self):
-        require_at_least(
-            self,
-            "text_encoder.",
-            vocab_size=3,
-            context_length=3,
-            width=1,
-            num_layers=1,
-            num_heads=1,
-        )
+        sizes = dict.fromkeys(("width", "num_layers", "num_heads"), 1)
+        require_at_least(self, "text_encoder.", **sizes, vocab_size=3, context_length=3)
         if self.width % self.num_heads:
             raise ValueError(
                 f"text_encoder.width={self.width} is not divisible by "
