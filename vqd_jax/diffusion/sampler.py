@@ -3,7 +3,6 @@
 Letters: B batch, N image tokens, K codes, S sampling steps, T steps of the schedule.
 """
 
-import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -13,8 +12,17 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from vqd_jax.diffusion import chunks, rules, transition
+from vqd_jax.diffusion import rules, transition
 from vqd_jax.diffusion.schedule import Schedule
+from vqd_jax.diffusion.shaping import (  # noqa: F401
+    bisect,
+    guide,
+    interval,
+    keep_top_k,
+    ramp,
+    shape_x0,
+    truncate,
+)
 
 PredictX0 = Callable[[jax.Array, jax.Array], jax.Array]
 
@@ -77,17 +85,6 @@ def published_fast(speed: int, schedule: Schedule, **others) -> Settings:
     return Settings(times=tuple(times[::-1]), rule=rules.PublishedFast(speed - 1), **others)
 
 
-def ramp(scale: float, num_steps: int) -> np.ndarray:
-    """Guidance that rises evenly from 1 to ``scale``: float32 [S] (arXiv:2507.08965)."""
-    return np.linspace(1.0, scale, num_steps, dtype=np.float32)
-
-
-def interval(scale: float, num_steps: int, first: float, last: float) -> np.ndarray:
-    """``scale`` from the share ``first`` of the steps to ``last``, else 1 (no null pass there)."""
-    progress = (np.arange(num_steps) + 0.5) / num_steps
-    return np.where((first <= progress) & (progress < last), scale, 1.0).astype(np.float32)
-
-
 def step_times(num_steps: int, schedule: Schedule) -> np.ndarray:
     """int32 [S+1], decreasing from T to 0, as even as integers allow; num_steps 0 means T."""
     total = schedule.num_steps
@@ -117,94 +114,6 @@ def masked_time(share: jax.Array, schedule: Schedule) -> jax.Array:
     mask = jnp.asarray(schedule.mask)
     index = jnp.searchsorted(mask, share * mask[-1])
     return jnp.clip(index, 1, schedule.num_steps).astype(jnp.int32)
-
-
-def guide(log_cond: jax.Array, log_null: jax.Array, scale: jax.Array) -> jax.Array:
-    """Classifier-free guidance of code distributions (Improved VQ-Diffusion, equation 7).
-
-    Args:
-      log_cond, log_null: float32 [..., K], with and without the condition; log p0 or logits.
-      scale: 1 gives log_cond back, 0 log_null.
-
-    Returns:
-      float32 [..., K], normalised.
-    """
-    return jax.nn.log_softmax(_guided_logits(log_cond, log_null, scale))
-
-
-def _guided_logits(log_cond, log_null, scale):
-    return log_null + scale * (log_cond - log_null)
-
-
-def truncate(log_x0: jax.Array, rate: jax.Array) -> jax.Array:
-    """Keeps a code iff the codes ranked above it hold less than ``rate``; float32 [..., K].
-
-    The most likely code always stays, and so does the one that crosses the rate; the rest becomes
-    impossible. Normalised; so must log_x0 be.
-    """
-    p = jnp.exp(log_x0)
-    # The last code that stays and those below it hold 1 - rate at least, so it has its K-th part.
-    lowest = jnp.log((1 - rate) / p.shape[-1]) - 1.0
-    # Probabilities are compared as well as added, so that they alone are read.
-    above = lambda threshold: p > jnp.exp(threshold)  # noqa: E731
-    return _keep(log_x0, lowest, above, lambda those: jnp.where(those, p, 0.0), rate)
-
-
-def keep_top_k(log_x0: jax.Array, k: jax.Array) -> jax.Array:
-    """Keeps the k >= 1 most likely codes and what ties with them; float32 [..., K], normalised."""
-    above = lambda threshold: log_x0 > threshold  # noqa: E731
-    return _keep(log_x0, -jnp.inf, above, lambda those: those.astype(jnp.float32), k)
-
-
-def _keep(log_x0, lowest, above, weigh, amount):
-    """Keeps a code iff the codes strictly above it weigh less than ``amount``."""
-
-    def too_low(threshold):
-        return weigh(above(threshold)).sum(-1, keepdims=True) >= amount
-
-    top = log_x0.max(-1, keepdims=True)
-    # Nothing is drawn 60 nats below the best code.
-    low = jnp.maximum(lowest, top - 60.0)
-    # A GPU compares the codes faster than it reads them.
-    low = jax.lax.platform_dependent(
-        low, top,
-        cuda=functools.partial(bisect, too_low, halvings=3),
-        default=functools.partial(bisect, too_low, halvings=1),
-    )  # fmt: skip
-    # The best stays, however the last bit of an exponential falls.
-    return jax.nn.log_softmax(jnp.where(above(low) | (log_x0 >= top), log_x0, transition.LOG_ZERO))
-
-
-def bisect(
-    too_low: Callable[[jax.Array], jax.Array], low: jax.Array, high: jax.Array, halvings: int
-) -> jax.Array:
-    """The greatest threshold that is too low, which needs no sorting of what it is a threshold of.
-
-    Args:
-      too_low: thresholds -> bool, of the same shape; true up to some threshold and false above.
-      low, high: where to look. 60 / 2^32, where it ends, is less than float32 tells apart.
-      halvings: of the interval in one reading of the values, which tries 2^halvings - 1 thresholds;
-        the result is the same.
-    """
-
-    def narrow(_, bounds):
-        low, high = bounds
-        for middle in _middles(low, high, halvings):
-            found = too_low(middle)
-            low = jnp.where(found, jnp.maximum(low, middle), low)
-            high = jnp.where(found, high, jnp.minimum(high, middle))
-        return low, high
-
-    return jax.lax.fori_loop(0, -(-32 // halvings), narrow, (low, high))[0]
-
-
-def _middles(low, high, halvings):
-    if not halvings:
-        return []
-    middle = 0.5 * (low + high)
-    return [
-        middle, *_middles(low, middle, halvings - 1), *_middles(middle, high, halvings - 1)
-    ]  # fmt: skip
 
 
 def sample(
@@ -310,28 +219,3 @@ def _predict(predict_log_x0, tokens, t, scale, settings):
     if jnp.ndim(settings.guidance) == 0:
         return guided()
     return jax.lax.cond(scale == 1, conditional, guided)
-
-
-def shape_x0(answers: jax.Array, settings: Settings, scale: jax.Array | None = None) -> jax.Array:
-    """The network's answers after guidance, temperature, top-k and truncation, in this order.
-
-    Args:
-      answers: log p0 or logits of it: [B, N, K] or, with guidance, ``pairs`` [2B, N, K] of those
-        with and without the condition.
-      settings: say what is to be done.
-      scale: of the guidance, or None.
-
-    Returns:
-      float32 [B, N, K], normalised.
-    """
-
-    def of_chunk(logits):
-        logits = logits.astype(jnp.float32)
-        if scale is not None:
-            logits = _guided_logits(logits[::2], logits[1::2], scale)
-        log_x0 = jax.nn.log_softmax(logits / settings.temperature)
-        if settings.top_k is not None:
-            log_x0 = keep_top_k(log_x0, settings.top_k)
-        return log_x0 if settings.truncation is None else truncate(log_x0, settings.truncation)
-
-    return chunks.over_tokens(of_chunk, answers, axis=1)
