@@ -11,7 +11,7 @@ Letters: N image tokens, K codes, T steps of the schedule, C mask probability, V
 """
 
 import functools
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -105,38 +105,62 @@ def remasking_bridge(
     return hide, b._replace(stay_masked=stay, unmask=1 - stay)
 
 
-class HighQuality(struct.PyTreeNode):
-    """Reveals a budget of tokens a step, at random positions (Improved VQ-Diffusion, 3.2).
+class Reveal(struct.PyTreeNode):
+    """Reveals a budget of masked tokens a step; base of the four rules that do.
 
-    Revealed tokens stay until the last step, which draws every token anew from p0, as the published
-    sampler does.
+    A revealed token stays as it is. A subclass says which tokens come first (``priority``) and may
+    sharpen the distribution that their codes are drawn from (``sharpened``).
+
+    Attributes:
+      redraws_last: the last step draws every token anew from p0, as the published sampler does.
+      is_random: the order is drawn, so the key is split between codes and order.
     """
 
+    redraws_last: ClassVar[bool] = False
+    is_random: ClassVar[bool] = True
+
     def __call__(self, key, log_x0, tokens, step: Step, schedule: Schedule) -> jax.Array:
-        key_codes, key_order = jax.random.split(key)
-        codes = _draw_codes(key_codes, log_x0)
-        shown = reveal(tokens, codes, _gumbel(key_order, tokens.shape), step, schedule)
-        return jnp.where(step.s == 0, codes, shown)
+        key_codes, key_order = jax.random.split(key) if self.is_random else (key, None)
+        codes = _draw_codes(key_codes, self.sharpened(log_x0, step))
+        priority = self.priority(key_order, log_x0, codes, step)
+        shown = reveal(tokens, codes, priority, step, schedule)
+        return jnp.where(step.s == 0, codes, shown) if self.redraws_last else shown
+
+    def sharpened(self, log_x0: jax.Array, step: Step) -> jax.Array:
+        """Log-probabilities float32 [N, K] that the codes are drawn from."""
+        del step
+        return log_x0
+
+    def priority(self, key, log_x0: jax.Array, codes: jax.Array, step: Step) -> jax.Array:
+        """float32 [N]; masked tokens of the highest priority are revealed first."""
+        raise NotImplementedError
 
 
-class Purity(struct.PyTreeNode):
+class HighQuality(Reveal):
+    """Reveals tokens at random positions (Improved VQ-Diffusion, section 3.2)."""
+
+    redraws_last: ClassVar[bool] = True
+
+    def priority(self, key, log_x0, codes, step):
+        return _gumbel(key, codes.shape)
+
+
+class Purity(Reveal):
     """As ``HighQuality``, but likelier where p0 is sharp (Improved VQ-Diffusion, equation 11).
 
     Attributes:
       weight: r; codes are drawn from softmax((1 + r purity) log p0), the last step's from p0.
     """
 
+    redraws_last: ClassVar[bool] = True
     weight: float = 0.0
 
-    def __call__(self, key, log_x0, tokens, step: Step, schedule: Schedule) -> jax.Array:
-        key_codes, key_order = jax.random.split(key)
-        score = purity(log_x0)
-        sharpened = sharpen(log_x0, jnp.where(step.s == 0, 0.0, self.weight) * score)
-        codes = _draw_codes(key_codes, sharpened)
+    def sharpened(self, log_x0, step):
+        return sharpen(log_x0, jnp.where(step.s == 0, 0.0, self.weight) * purity(log_x0))
+
+    def priority(self, key, log_x0, codes, step):
         # Adding Gumbel noise to log weights and taking the best draws without replacement.
-        priority = transition.safe_log(score) + _gumbel(key_order, tokens.shape)
-        shown = reveal(tokens, codes, priority, step, schedule)
-        return jnp.where(step.s == 0, codes, shown)
+        return transition.safe_log(purity(log_x0)) + _gumbel(key, codes.shape)
 
 
 def purity(log_x0: jax.Array) -> jax.Array:
@@ -150,24 +174,21 @@ def sharpen(log_x0: jax.Array, amount: jax.Array) -> jax.Array:
     return jax.nn.log_softmax((1 + amount)[:, None] * log_x0)
 
 
-class Confidence(struct.PyTreeNode):
+class Confidence(Reveal):
     """Reveals where the drawn code is likeliest (MaskGIT, arXiv:2202.04200, section 3.2).
 
     Attributes:
-      temperature: of the Gumbel noise on log p0[code], times the share of time that is left.
+      temperature: of the Gumbel noise on log p0[code]; it is multiplied by the share of time left.
     """
 
     temperature: float = 4.5
 
-    def __call__(self, key, log_x0, tokens, step: Step, schedule: Schedule) -> jax.Array:
-        key_codes, key_order = jax.random.split(key)
-        codes = _draw_codes(key_codes, log_x0)
-        noise = self.temperature * step.s / step.start * _gumbel(key_order, tokens.shape)
-        priority = jnp.take_along_axis(log_x0, codes[:, None], axis=-1)[:, 0] + noise
-        return reveal(tokens, codes, priority, step, schedule)
+    def priority(self, key, log_x0, codes, step):
+        noise = self.temperature * step.s / step.start * _gumbel(key, codes.shape)
+        return jnp.take_along_axis(log_x0, codes[:, None], axis=-1)[:, 0] + noise
 
 
-class Halton(struct.PyTreeNode):
+class Halton(Reveal):
     """Reveals positions in the order of a Halton sequence, far apart from each other
     (arXiv:2503.17076).
 
@@ -175,11 +196,11 @@ class Halton(struct.PyTreeNode):
       grid: rows and columns, N = rows * columns.
     """
 
+    is_random: ClassVar[bool] = False
     grid: tuple[int, int] = struct.field(pytree_node=False)
 
-    def __call__(self, key, log_x0, tokens, step: Step, schedule: Schedule) -> jax.Array:
-        priority = -jnp.asarray(halton_rank(*self.grid), jnp.float32)
-        return reveal(tokens, _draw_codes(key, log_x0), priority, step, schedule)
+    def priority(self, key, log_x0, codes, step):
+        return -jnp.asarray(halton_rank(*self.grid), jnp.float32)
 
 
 @functools.cache
