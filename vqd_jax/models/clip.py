@@ -1,6 +1,9 @@
-"""CLIP: a text and an image encoder whose features of a matching pair point the same way.
+"""CLIP: a text and an image encoder whose features are alike where text and image match.
 
-Letters: B batch, L text positions, S image side, E width of the shared space.
+The image tower is a vision transformer: the patches of an image and one class token go through
+pre-norm blocks, and the class token's state is the feature (Radford et al., arXiv:2103.00020).
+
+Letters: B batch, L text positions, S image side, P patch side, D width, E shared width.
 """
 
 import dataclasses
@@ -16,7 +19,7 @@ from PIL import Image
 from vqd_jax.models import attention, functional
 from vqd_jax.models.text_encoder import EncoderBlock, TextEncoder, TextEncoderConfig
 
-# Of the pixels that CLIP was trained on, in 0..1, for red, green and blue.
+# Of the pixels that CLIP was trained on, scaled to 0..1: red, green, blue.
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -28,7 +31,7 @@ class ImageEncoderConfig:
     Attributes:
       image_size: S, in pixels.
       patch_size: P, in pixels.
-      width, num_layers, num_heads: D, blocks, heads.
+      width, num_layers, num_heads: D, number of blocks, number of heads.
       dtype: compute dtype, "float32" or "bfloat16".
     """
 
@@ -53,7 +56,7 @@ class ImageEncoderConfig:
 
 
 class ImageEncoder(nnx.Module):
-    """uint8 pictures [B, S, S, 3] -> features [B, D]."""
+    """Images uint8 [B, S, S, 3] -> features [B, D]."""
 
     def __init__(self, config: ImageEncoderConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -73,7 +76,7 @@ class ImageEncoder(nnx.Module):
         self.norm_out = nnx.LayerNorm(width, epsilon=1e-5, dtype=dtype, rngs=rngs)
 
     def __call__(self, images: jax.Array) -> jax.Array:
-        """The class token after the last norm; images as ``resize_and_crop`` makes them."""
+        """The class token after the last norm, for images from ``resize_and_crop``."""
         size, width = self.config.image_size, self.config.width
         chex.assert_shape(images, (None, size, size, 3))
         chex.assert_type(images, jnp.uint8)
@@ -91,7 +94,7 @@ def _standardise(images: jax.Array) -> jax.Array:
 
 
 def resize_and_crop(image: np.ndarray, size: int) -> np.ndarray:
-    """The centre square of a picture, as CLIP was trained on: the short side resized, bicubic.
+    """The centre square of an image as in CLIP's training: bicubic, the short side becomes S.
 
     Args:
       image: uint8 [H, W, 3], of any size.
@@ -113,14 +116,14 @@ def resize_and_crop(image: np.ndarray, size: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class ClipConfig:
-    """Sizes of the two towers, and E, the width of the space that both are projected to."""
+    """Sizes of the two towers, and E, the width of the space that both project to."""
 
     text: TextEncoderConfig
     image: ImageEncoderConfig
     embedding_width: int
 
 
-# The published sizes that VQ-Diffusion (text) and the CLIP score (both) use.
+# Published sizes. VQ-Diffusion uses the text tower, the CLIP score both.
 VIT_B_32 = ClipConfig(
     TextEncoderConfig(49408, 77, 512, 12, 8), ImageEncoderConfig(224, 32, 768, 12, 12), 512
 )
@@ -130,7 +133,7 @@ VIT_L_14 = ClipConfig(
 
 
 class Clip(nnx.Module):
-    """Texts and pictures -> points on the unit sphere of the shared space."""
+    """Texts and images -> points on the unit sphere of the shared space."""
 
     def __init__(self, config: ClipConfig, *, rngs: nnx.Rngs):
         width, normal = config.embedding_width, nnx.initializers.normal
@@ -142,13 +145,13 @@ class Clip(nnx.Module):
         self.image = ImageEncoder(config.image, rngs=rngs)
         self.text_projection = projection(config.text.width)
         self.image_projection = projection(config.image.width)
-        # exp of it is what similarities are multiplied by before the softmax of the training loss.
+        # Its exp multiplies the similarities before the softmax of the training loss.
         self.logit_scale = nnx.Param(jnp.log(1 / 0.07))
 
     def embed_text(self, ids: jax.Array) -> jax.Array:
         """Token ids int32 [B, L] -> float32 [B, E] of length 1.
 
-        The feature is that of the end token, whose id is the largest of the vocabulary.
+        The feature is that of the end token, which has the largest id of the vocabulary.
         """
         states = self.text(ids)
         end = jnp.argmax(ids, axis=1)
@@ -156,7 +159,7 @@ class Clip(nnx.Module):
         return _unit(pooled @ self.text_projection[...].astype(pooled.dtype))
 
     def embed_images(self, images: jax.Array) -> jax.Array:
-        """Pictures uint8 [B, S, S, 3] from ``resize_and_crop`` -> float32 [B, E] of length 1."""
+        """Images uint8 [B, S, S, 3] from ``resize_and_crop`` -> float32 [B, E] of length 1."""
         pooled = self.image(images)
         return _unit(pooled @ self.image_projection[...].astype(pooled.dtype))
 
@@ -166,6 +169,5 @@ def _unit(x: jax.Array) -> jax.Array:
     return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
 
 
-init_params = functools.partial(functional.init, Clip)
 abstract_params = functools.partial(functional.abstract, Clip)
 bind = functools.partial(functional.bind, Clip)

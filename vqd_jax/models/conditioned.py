@@ -1,6 +1,6 @@
-"""The denoiser together with what reads its condition: p0(codes | noisy tokens, time, condition).
+"""The denoiser with the encoder of its condition: p0(codes | noisy tokens, time, condition).
 
-A condition is a text (ids), a class (label) or nothing (None); the denoiser's config says which.
+A condition is a text (ids), a class (a label) or nothing (None); the denoiser's config says which.
 
 Letters: B batch, N image tokens, L text positions, K codes.
 """
@@ -23,9 +23,9 @@ class ConditionedDenoiserConfig:
     """Sizes of the two networks.
 
     Attributes:
-      text_encoder: None without a text condition.
+      text_encoder: None if the condition is no text.
       denoiser: sizes of the denoiser.
-      freeze_text_encoder: no gradient reaches the text encoder, as where it is pretrained.
+      freeze_text_encoder: no gradient reaches the text encoder, because it is pretrained.
     """
 
     text_encoder: TextEncoderConfig | None
@@ -36,7 +36,7 @@ class ConditionedDenoiserConfig:
         if (self.text_encoder is not None) != (self.denoiser.condition == "text"):
             raise ValueError(
                 f"denoiser.condition={self.denoiser.condition!r}: a text needs a text encoder, and "
-                "nothing else has one"
+                "no other condition has one"
             )
         if self.text_encoder and self.text_encoder.width != self.denoiser.text_width:
             raise ValueError(
@@ -48,9 +48,13 @@ class ConditionedDenoiserConfig:
 class ConditionedDenoiser(nnx.Module):
     """The two networks.
 
-    The null condition of guidance is the empty caption; where the null text is learned, its
-    features are a parameter instead of what the text encoder makes of it (Improved VQ-Diffusion,
-    section 3.1).
+    The null condition of guidance is the empty caption. If the null text is learned, its features
+    are a parameter instead of an output of the text encoder (Improved VQ-Diffusion, section 3.1).
+
+    Args:
+      config: sizes.
+      rngs: with a ``params`` stream.
+      placement: of the activations on several devices.
     """
 
     def __init__(
@@ -70,16 +74,16 @@ class ConditionedDenoiser(nnx.Module):
             self.null_text = nnx.Param(jax.random.normal(rngs.params(), shape))
 
     def text_features(self, text_ids: jax.Array, encoded: jax.Array | None = None) -> jax.Array:
-        """Features [B, L, text_width] of ids int32 [B, L]; the learned ones of empty captions.
+        """Ids int32 [B, L] -> features [B, L, text_width]; an empty caption has the learned ones.
 
-        ``encoded`` is what the text encoder makes of the ids, where that is at hand.
+        ``encoded`` is the output of the text encoder, if it is known already.
         """
         features = self.text_encoder(text_ids) if encoded is None else encoded
         if self.config.freeze_text_encoder:
             features = jax.lax.stop_gradient(features)
         if not self.config.denoiser.learned_null:
             return features
-        # Start and end only: the end token has the last id.
+        # An empty caption has its end token, which is the last id, right after its start token.
         empty = text_ids[:, 1] == self.config.text_encoder.vocab_size - 1
         null = self.null_text[...].astype(features.dtype)[None]
         return jnp.where(empty[:, None, None], null, features)
@@ -87,7 +91,7 @@ class ConditionedDenoiser(nnx.Module):
     def context(
         self, condition: jax.Array | None, encoded: jax.Array | None = None
     ) -> TextContext | jax.Array | None:
-        """All that sampling needs of the condition, computed once.
+        """All that sampling needs of the condition; it is computed once.
 
         Args:
           condition: text ids int32 [B, L], labels int32 [B], or None.
@@ -104,7 +108,13 @@ class ConditionedDenoiser(nnx.Module):
         condition: jax.Array | None,
         encoded: jax.Array | None = None,
     ) -> jax.Array:
-        """log p0, float32 [B, N, K], normalised; tokens [B, N], time [B], see ``context``."""
+        """Normalised log p0, float32 [B, N, K].
+
+        Args:
+          tokens: int32 [B, N] in 0..K.
+          time: int32 [B] in 1..T.
+          condition, encoded: as for ``context``.
+        """
         modulations = self.denoiser.modulations(time)
         logits = self.denoiser.denoise(tokens, modulations, self.context(condition, encoded))
         return jax.nn.log_softmax(logits)

@@ -1,11 +1,11 @@
 """The denoiser of VQ-Diffusion: a transformer that predicts clean codes from noisy tokens.
 
-Every block is self-attention, cross-attention to all text positions and an MLP, each on a
-normalised input and added to the stream. The norms before the attentions are AdaLN: scale and shift
-come from a learned embedding of the time, with a table of its own for every norm (section 4.3 of
-arXiv:2111.14822; "AdaLayerNorm" in the published code). A class-conditional block has no
-cross-attention; its class enters by the norm before the MLP, which is AdaLN too. An unconditional
-block has neither.
+Every block has self-attention, cross-attention to all text positions and an MLP. Each of them reads
+the normalised stream, and its output is added to the stream. The norms before the attentions are
+AdaLN: scale and shift come from a learned embedding of the time, and every norm has its own table
+(section 4.3 of arXiv:2111.14822; "AdaLayerNorm" in the published code). A class-conditional block
+has no cross-attention; the class enters through the norm before the MLP, which is AdaLN, too. An
+unconditional block has neither.
 
 Letters: B batch, N image tokens, L text positions, D width, K codes, H heads, T steps, C classes.
 """
@@ -32,25 +32,25 @@ class DenoiserConfig:
     """Sizes of a denoiser.
 
     Attributes:
-      num_codes: K; the mask token is one more input id, and no output.
+      num_codes: K; the mask token is one more input id, but never an output.
       grid: rows and columns of the token grid, N = rows * columns.
       num_steps: T, rows of every time table.
-      width, num_layers, num_heads: D, blocks, H.
+      width, num_layers, num_heads: D, number of blocks, H.
       condition: "text", "class" or "none".
-      text_width: width of the text features, where the condition is a text.
-      num_classes: C, where the condition is a class; label C is the null class.
-      learned_null: whether the class tables have a row for the null class. Without one it is the
-        mean of all rows, as published for the guidance of models that never saw it.
+      text_width: width of the text features, if the condition is a text.
+      num_classes: C, if the condition is a class; label C is the null class.
+      learned_null: whether the class tables have a row for the null class. Without one, the mean of
+        all rows is used, as published for the guidance of models that were trained without it.
       mlp: "fc", or "conv" for two 3x3 convolutions over the grid.
-      mlp_ratio: hidden width of the MLP over D.
-      position_table: rows and columns of the position tables; None is ``grid``. The sum of a larger
-        pair is flattened and cut to N entries, as published (a token of the 16x16 grid of the
-        ImageNet model has row i // 32 and column i % 32).
+      mlp_ratio: hidden width of the MLP divided by D.
+      position_table: rows and columns of the position tables; None is ``grid``. If they are larger
+        than the grid, the sum of the two tables is flattened and cut to N entries, as published:
+        token i of the 16x16 grid of the ImageNet model has row i // 32 and column i % 32.
       remat: key of ``attention.REMAT_POLICIES``.
-      scan_unroll: layers in one turn of the loop over layers; more is faster on a CPU and, of all
-        layers, on a GPU, and slower to compile everywhere.
-      init_std: standard deviation of the initial weights; 0.02 in the published code, whose narrow
-        networks learn faster from larger ones.
+      scan_unroll: layers in one turn of the loop over layers. More of them compute faster on a CPU,
+        and all of them on a GPU, but compile more slowly.
+      init_std: standard deviation of the initial weights. The published code has 0.02; narrow
+        networks learn faster from larger weights.
       dtype: compute dtype, "float32" or "bfloat16"; parameters are float32.
     """
 
@@ -97,7 +97,7 @@ class DenoiserConfig:
         if (self.condition == "class") != (self.num_classes > 0):
             raise ValueError(
                 f"denoiser.num_classes={self.num_classes} with denoiser.condition="
-                f"{self.condition!r}: a class model has classes, and no other has"
+                f"{self.condition!r}: a class model has classes, and no other model has any"
             )
         if math.prod(self.positions) < math.prod(self.grid):
             raise ValueError(
@@ -123,12 +123,13 @@ class TextContext(NamedTuple):
 
 
 class AdaLayerNorm(nnx.Module):
-    """LN(h) (1 + scale) + shift, with scale and shift read off a learned embedding.
+    """LN(h) (1 + scale) + shift, where scale and shift come from a learned embedding.
 
     Args:
       config: sizes.
-      num_rows: of the embedding table: times, or classes.
-      make_linear, rngs: as everywhere here.
+      num_rows: rows of the embedding table: one for each time, or for each class.
+      make_linear: makes a linear layer in the compute dtype.
+      rngs: with a ``params`` stream.
     """
 
     def __init__(self, config: DenoiserConfig, num_rows: int, *, make_linear, rngs: nnx.Rngs):
@@ -139,12 +140,12 @@ class AdaLayerNorm(nnx.Module):
         self.linear = make_linear(config.width, 2 * config.width, rngs=rngs)
 
     def modulation(self, time: jax.Array) -> jax.Array:
-        """[..., 2, D] (scale, shift) of times [...] in 1..T."""
+        """Times [...] in 1..T -> (scale, shift) [..., 2, D]."""
         scale_shift = self.linear(jax.nn.silu(self.embedding(time - 1)))
         return scale_shift.reshape(*time.shape, 2, -1)
 
     def class_modulation(self, labels: jax.Array) -> jax.Array:
-        """[B, 2, D] (scale, shift) of labels [B]; past the table's end it is the mean row's."""
+        """Labels [B] -> (scale, shift) [B, 2, D]; a label past the table's end has the mean row."""
         table = self.embedding.embedding[...]
         known = labels[:, None] < table.shape[0]
         row = jnp.where(known, self.embedding(labels), table.mean(0, keepdims=True))
@@ -185,7 +186,7 @@ class Block(nnx.Module):
             self.norm_mlp = nnx.LayerNorm(width, epsilon=1e-5, dtype=dtype, rngs=rngs)
         make_mlp = make_linear
         if config.mlp == "conv":
-            # Published initial weights: uniform within 1 / sqrt(inputs of an output).
+            # Published initial weights: uniform within 1 / sqrt(fan-in).
             kernel = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
             make_mlp = functools.partial(
                 nnx.Conv, kernel_size=(3, 3), padding=1, kernel_init=kernel, dtype=dtype
@@ -195,14 +196,14 @@ class Block(nnx.Module):
         self.mlp_out = make_mlp(hidden, width, rngs=rngs)
 
     def modulations(self, time: jax.Array) -> jax.Array:
-        """[..., norms, 2, D] of times [...]; two norms with a text, else one."""
+        """Times [...] -> (scale, shift) [..., norms, 2, D]; two norms with a text, else one."""
         norms = [self.norm_self]
         if self.condition == "text":
             norms.append(self.norm_cross)
         return jnp.stack([norm.modulation(time) for norm in norms], axis=-3)
 
     def context(self, condition: jax.Array) -> jax.Array | TextContext:
-        """What the layer needs of text features [B, L, text_width] or of labels [B]."""
+        """What the layer needs of text features [B, L, text_width], or of labels [B]."""
         if self.condition == "class":
             return self.norm_mlp.class_modulation(condition)
         return TextContext(*self.cross_attention.keys_values(condition))
@@ -231,13 +232,19 @@ def _product_in_float32(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 @_product_in_float32.defjvp
 def _product_in_float32_jvp(primals, tangents):
-    # The gradient's products have inputs of the compute dtype, which is what makes them fast.
+    # In the gradient, both inputs of a product have the compute dtype, which makes them fast.
     tangent = jax.jvp(jnp.matmul, primals, tangents)[1]
     return _product_in_float32(*primals), tangent.astype(jnp.float32)
 
 
 class Denoiser(nnx.Module):
-    """Noisy tokens, time and condition -> logits of the clean codes."""
+    """Noisy tokens, time and condition -> logits of the clean codes.
+
+    Args:
+      config: sizes.
+      rngs: with a ``params`` stream.
+      placement: of the activations on several devices.
+    """
 
     def __init__(
         self, config: DenoiserConfig, *, rngs: nnx.Rngs, placement: Placement = ONE_DEVICE
@@ -262,19 +269,19 @@ class Denoiser(nnx.Module):
 
     @jax.named_scope("denoiser")
     def modulations(self, time: jax.Array) -> jax.Array:
-        """[layers, ..., norms, 2, D]: what depends on the times [...] in 1..T alone."""
+        """All that depends only on the times [...] in 1..T: [layers, ..., norms, 2, D]."""
         return self._of_layers(lambda block: block.modulations(time))
 
     @jax.named_scope("denoiser")
     def context(self, condition: jax.Array | None) -> TextContext | jax.Array | None:
-        """Everything that depends on the condition alone.
+        """All that depends only on the condition.
 
         Args:
-          condition: text features [B, L, text_width], labels int32 [B] in 0..C, or None, as
-            ``config.condition`` says.
+          condition: text features [B, L, text_width], labels int32 [B] in 0..C, or None, depending
+            on ``config.condition``.
 
         Returns:
-          Keys and values, or [layers, B, 2, D] (scale, shift) of the labels, or None.
+          Keys and values of the text, or (scale, shift) [layers, B, 2, D] of the labels, or None.
         """
         if self.config.condition == "none":
             return None
@@ -299,12 +306,12 @@ class Denoiser(nnx.Module):
         modulations: jax.Array,
         context: TextContext | jax.Array | None,
     ) -> jax.Array:
-        """Logits float32 [B, N, K] of tokens [B, N] in 0..K.
+        """Logits float32 [B, N, K] of the clean codes.
 
         Args:
-          tokens: int32 [B, N].
+          tokens: int32 [B, N] in 0..K.
           modulations: [layers, B, norms, 2, D] from ``modulations``.
-          context: from ``context``, of B conditions.
+          context: of B conditions, from ``context``.
         """
         chex.assert_shape(tokens, (None, math.prod(self.config.grid)))
         h = self.code_embedding(tokens) + self.positions()
@@ -316,10 +323,10 @@ class Denoiser(nnx.Module):
         return self.placement.rows(self.logits(self.norm_out(h)))
 
     def logits(self, h: jax.Array) -> jax.Array:
-        """Float32 [B, N, K] of the normalised stream [B, N, D], in any compute dtype.
+        """The normalised stream [B, N, D], in the compute dtype -> logits float32 [B, N, K].
 
-        Guidance multiplies what rounding makes different between two logits, so nothing is rounded
-        to bfloat16 here: products are added up in float32.
+        Products are summed in float32: guidance multiplies the difference of two logits, and with
+        it their rounding errors.
         """
         kernel, bias = self.to_logits.kernel[...], self.to_logits.bias[...]
         return _product_in_float32(h, kernel.astype(h.dtype)) + bias[None, None]
@@ -327,6 +334,11 @@ class Denoiser(nnx.Module):
     def __call__(
         self, tokens: jax.Array, time: jax.Array, condition: jax.Array | None = None
     ) -> jax.Array:
-        """Logits float32 [B, N, K]; tokens int32 [B, N], time int32 [B] in 1..T, condition as
-        ``context`` takes it."""
+        """Logits float32 [B, N, K] of the clean codes.
+
+        Args:
+          tokens: int32 [B, N] in 0..K.
+          time: int32 [B] in 1..T.
+          condition: as for ``context``.
+        """
         return self.denoise(tokens, self.modulations(time), self.context(condition))

@@ -1,6 +1,7 @@
-"""Text encoder of the shape of CLIP's text tower: token ids -> features of every position.
+"""A text encoder like CLIP's text tower: token ids -> a feature at every position.
 
-Causal pre-norm transformer with quick-GELU and a final norm (Radford et al., arXiv:2103.00020).
+It is a causal pre-norm transformer with quick-GELU and a final norm (Radford et al.,
+arXiv:2103.00020).
 
 Letters: B batch, L text positions, D width.
 """
@@ -26,9 +27,9 @@ class TextEncoderConfig:
     Attributes:
       vocab_size: number of token ids.
       context_length: L.
-      width, num_layers, num_heads: D, blocks, heads.
-      normalize: scale every position's feature to length 1, as VQ-Diffusion does with the features
-        of the pretrained tower.
+      width, num_layers, num_heads: D, number of blocks, number of heads.
+      normalize: scale the feature of every position to length 1, as VQ-Diffusion does with the
+        features of the pretrained tower.
       dtype: compute dtype, "float32" or "bfloat16".
     """
 
@@ -55,8 +56,9 @@ class EncoderBlock(nnx.Module):
 
     Args:
       config: has ``width``, ``num_layers``, ``num_heads`` and ``dtype``.
-      causal: no position sees a later one.
+      causal: no position attends to a later one.
       rngs: with a ``params`` stream.
+      placement: of the activations on several devices.
     """
 
     def __init__(
@@ -64,7 +66,7 @@ class EncoderBlock(nnx.Module):
     ):
         width, dtype = config.width, attention.float_dtype(config.dtype)
         normal = nnx.initializers.normal
-        # Initial scales after the published tower: the deeper, the smaller a branch starts.
+        # Initial scales of the published tower: a branch of a deeper network starts smaller.
         linear = functools.partial(nnx.Linear, dtype=dtype)
         make_linear = functools.partial(linear, kernel_init=normal(width**-0.5))
         branch = normal((2 * width * config.num_layers) ** -0.5)
@@ -112,7 +114,7 @@ class TextEncoder(nnx.Module):
         self.norm_out = nnx.LayerNorm(config.width, epsilon=1e-5, dtype=dtype, rngs=rngs)
 
     def __call__(self, ids: jax.Array) -> jax.Array:
-        """All L states after the final norm; nothing is pooled."""
+        """The states of all L positions after the final norm; nothing is pooled."""
         chex.assert_shape(ids, (None, self.config.context_length))
         h = self.token_embedding(ids)
         h = h + self.position_embedding[...].astype(h.dtype)[None]
