@@ -144,7 +144,7 @@ def lower_sampler(config, mesh, rows: int) -> jax.stages.Lowered:
     """The sampler with guidance and truncation, T network calls; ``rows`` images of all chips."""
     model_config = config_lib.model_config(config)
     schedule = config_lib.noise_schedule(config)
-    params = jax.eval_shape(lambda: conditioned.init_params(model_config, jax.random.key(0)))
+    params = conditioned.abstract_params(model_config)
     params = sharding.with_shardings(params, sharding.shardings(params, mesh))
     placed, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows))
