@@ -7,6 +7,7 @@ then renamed: a reader sees the old file or the new one, never a part of one.
 import contextlib
 import errno
 import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -46,31 +47,36 @@ def appearing(target: str | os.PathLike) -> Iterator[Path]:
     target = Path(os.path.abspath(target))
     target.parent.mkdir(parents=True, exist_ok=True)
     # Libraries choose the format by the suffix, so the scratch path keeps that of the target.
-    scratch = target.with_name(f"{_SCRATCH}{secrets.token_hex(4)}-{target.name}")
+    scratch, aside = (
+        target.with_name(f"{_SCRATCH}{secrets.token_hex(4)}-{target.name}") for _ in range(2)
+    )
     try:
         yield scratch
         if scratch.is_dir():
             if target.exists():
-                shutil.rmtree(target)
+                # A folder cannot replace a folder. Two renames take no time; removing does.
+                os.rename(target, aside)
         else:
             with open(scratch, "rb") as file:
                 os.fsync(file.fileno())
         os.replace(scratch, target)
     finally:
-        if scratch.is_dir():
-            shutil.rmtree(scratch, ignore_errors=True)
-        else:
-            scratch.unlink(missing_ok=True)
+        for remains in (scratch, aside):
+            _remove(remains)
 
 
 def remove_remains(target: str | os.PathLike) -> None:
     """Removes what killed writers of ``target`` left. Hold a lock: it ends other writers' work."""
     target = Path(os.path.abspath(target))
-    for remains in target.parent.glob(f"{_SCRATCH}*-{target.name}"):
-        if remains.is_dir():
-            shutil.rmtree(remains, ignore_errors=True)
-        else:
-            remains.unlink(missing_ok=True)
+    for remains in target.parent.glob(f"{_SCRATCH}*-{glob.escape(target.name)}"):
+        _remove(remains)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
