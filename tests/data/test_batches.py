@@ -1,12 +1,10 @@
 import io
 import itertools
-import json
 
 import grain
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from absl import flags
 from PIL import Image
 
 from vqd_jax.data import batches, codes, encode, images
@@ -313,13 +311,6 @@ def test_no_record_is_lost_or_doubled_as_processes_come_and_go(cached):
     assert sorted(seen[:50]) == sorted(seen[50:]) == list(range(50))
 
 
-def test_workers_give_the_same_batches(pictures):
-    flags.FLAGS.mark_as_parsed()
-    expected = take(iter(by_kind("images", None, pictures)), 4)
-    stream = iter(by_kind("images", None, pictures, num_workers=2))
-    assert_same(take(stream, 4), expected)
-
-
 @KINDS
 def test_state_is_saved_by_orbax(cached, pictures, kind, tmp_path):
     stream = iter(by_kind(kind, cached, pictures))
@@ -360,26 +351,6 @@ def test_in_training_the_next_good_record_takes_the_place_of_a_bad_one(pictures)
     dataset = batches.image_dataset(broken, 8, 10, 0, True, max_bad_share=0.1)
     order = np.concatenate([b["image"][:, 0, 0, 0] for b in take(iter(dataset), 5)])
     assert sorted(order) == sorted([*range(20), 22, 22, 22, *range(23, 50)])
-
-
-def test_bad_records_are_counted_once():
-    read = batches.CheckedReader(bad_source(), max_bad_share=0.2)
-    for _ in range(3):
-        given = [read(i) for i in range(20)]
-    assert [i for i, r in enumerate(given) if r is None] == [3, 7, 11, 12] == sorted(read.bad)
-    assert given[0]["captions"] == ["a dot"]
-
-
-def test_readers_share_their_count_through_the_log(tmp_path):
-    log = tmp_path / "bad_records.jsonl"
-    first, second = (batches.CheckedReader(bad_source(), 0.1, str(log)) for _ in range(2))
-    assert first(3) is None
-    assert second(7) is None
-    with pytest.raises(UserError, match="3 of 20 records are bad"):
-        first(12)
-    rows = [json.loads(line) for line in log.read_text().splitlines()]
-    assert [row["record"] for row in rows] == [3, 7, 12]
-    assert all("Error" in row["reason"] for row in rows)
 
 
 def test_too_many_bad_records_stop_with_the_counts():

@@ -1,9 +1,10 @@
+import errno
 import json
 
 import numpy as np
 import pytest
 
-from vqd_jax.data import codes, encode
+from vqd_jax.data import bad_records, codes, encode
 from vqd_jax.errors import UserError
 
 
@@ -18,7 +19,7 @@ def ids(folder):
 def test_every_good_record_once_in_order(make_cache, tmp_path):
     make_cache(tmp_path, 40, bad=(3, 20, 39))
     assert ids(tmp_path) == [i for i in range(40) if i not in (3, 20, 39)]
-    lines = (tmp_path / encode.BAD_LOG).read_text().splitlines()
+    lines = (tmp_path / bad_records.FILE).read_text().splitlines()
     assert sorted(json.loads(line)["record"] for line in lines) == [3, 20, 39]
     manifest = codes.read_json(tmp_path / codes.MANIFEST)
     assert (manifest["records"], manifest["bad_records"]) == (37, 3)
@@ -152,3 +153,24 @@ def test_captions_that_are_cut_are_counted(make_cache, tmp_path):
     make_cache(tmp_path, 12, source=source)
     # Start and end mark leave room for six words.
     assert codes.read_json(tmp_path / codes.MANIFEST)["captions_truncated"] == 6
+
+
+class FailsOnce(list):
+    """Records, the first read of each of which is an error of the system."""
+
+    def __init__(self, records):
+        super().__init__(records)
+        self.seen = set()
+
+    def __getitem__(self, index):
+        if index not in self.seen:
+            self.seen.add(index)
+            raise OSError(errno.EIO, "Input/output error")
+        return super().__getitem__(index)
+
+
+def test_a_transient_error_of_the_system_costs_no_record(make_cache, tmp_path, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    make_cache(tmp_path, 20, source=FailsOnce(pictures(20)))
+    assert ids(tmp_path) == list(range(20))
+    assert not (tmp_path / bad_records.FILE).exists()

@@ -7,21 +7,17 @@ The order of the records, and what a checkpoint keeps of it, is in ``order``.
 """
 
 import dataclasses
-import json
 import os
-import threading
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import grain
 import numpy as np
 import tensorflow_datasets as tfds
-from absl import logging
 
 from vqd_jax.data import images, order
+from vqd_jax.data.bad_records import CheckedReader
 from vqd_jax.data.codes import CodesSource
-from vqd_jax.errors import UserError
 
 # Streams of random numbers beside the one that chooses captions.
 CROP_STREAM = 1
@@ -115,103 +111,6 @@ class Crop:
         return pixels
 
 
-class CheckedReader:
-    """Reads records by index; bad ones are counted, named in a log and given as None.
-
-    A record is bad when reading it raises, or when captions are needed and it has none or an empty
-    one. Safe to call from several threads; several processes share ``bad_log``.
-
-    Args:
-      source: random-access records.
-      max_bad_share: bad records tolerated, as a share of all records, 0 to 1.
-      bad_log: a file that gets a line ``{"record": index, "reason": text}`` for every bad record;
-        what it holds already counts.
-      needs_captions: whether a record without a caption is a bad one.
-    """
-
-    def __init__(
-        self,
-        source: Sequence[dict],
-        max_bad_share: float = 0.01,
-        bad_log: str | None = None,
-        needs_captions: bool = True,
-    ):
-        self.bad: dict[int, str] = {}
-        self._source = source
-        self._needs_captions = needs_captions
-        self._max_bad_share = max_bad_share
-        self._bad_log = Path(bad_log) if bad_log else None
-        self._lock = threading.Lock()
-
-    def __getstate__(self):
-        # Grain sends the chain to its worker processes; a lock stays where it is.
-        return {key: value for key, value in self.__dict__.items() if key != "_lock"}
-
-    def __setstate__(self, state):
-        self.__dict__.update(state, _lock=threading.Lock())
-
-    def __len__(self) -> int:
-        return len(self._source)
-
-    def __call__(self, index: int, transform: Callable[[dict], dict] | None = None) -> dict | None:
-        """The record at ``index``, transformed if so asked, or None if it is bad.
-
-        Raises:
-          UserError: more than the tolerated share of records is bad; the message has the counts.
-        """
-        try:
-            record = self._source[index]
-            if self._needs_captions:
-                _require_captions(record)
-            return record if transform is None else transform(record)
-        except Exception as error:
-            self._report(index, f"{type(error).__name__}: {error}")
-            return None
-
-    def _report(self, index: int, reason: str) -> None:
-        with self._lock:
-            self._read_log()
-            if index not in self.bad:
-                self.bad[index] = reason
-                logging.warning("record %d is skipped: %s", index, reason)
-                self._write_log(index, reason)
-            bad, total = len(self.bad), len(self._source)
-        if bad > self._max_bad_share * total:
-            raise UserError(
-                f"{bad} of {total} records are bad, more than the tolerated share of "
-                f"{self._max_bad_share}; the last one is record {index} ({reason}). Repair or "
-                "remove them, or raise config.data.max_bad_share"
-            )
-
-    def _read_log(self) -> None:
-        if self._bad_log is None or not self._bad_log.exists():
-            return
-        for line in self._bad_log.read_text(encoding="utf-8").splitlines():
-            try:
-                found = json.loads(line)
-                self.bad.setdefault(int(found["record"]), str(found["reason"]))
-            except (ValueError, KeyError, TypeError):
-                continue  # A kill may cut a line short; its record is found again.
-
-    def _write_log(self, index: int, reason: str) -> None:
-        if self._bad_log is None:
-            return
-        self._bad_log.parent.mkdir(parents=True, exist_ok=True)
-        line = json.dumps({"record": index, "reason": reason}) + "\n"
-        # One write in append mode: lines of several processes do not mix.
-        file = os.open(self._bad_log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        try:
-            os.write(file, line.encode())
-        finally:
-            os.close(file)
-
-
-def _require_captions(record: dict) -> None:
-    captions = record["captions"]
-    if len(captions) == 0 or not all(str(c).strip() for c in captions):
-        raise ValueError(f"{record.get('file', 'record')}: empty caption")
-
-
 def image_dataset(
     source: Sequence[dict],
     image_size: int,
@@ -222,7 +121,6 @@ def image_dataset(
     *,
     crop: Crop | None = None,
     num_threads: int | None = None,
-    num_workers: int = 0,
     bad_log: str | None = None,
     process_index: int | None = None,
     process_count: int | None = None,
@@ -238,9 +136,7 @@ def image_dataset(
       max_bad_share, bad_log: see ``CheckedReader``. In training the place of a bad record is taken
         by the good one after it, so that all processes stay in step; in evaluation it is left out.
       crop: None is the crop for evaluation.
-      num_threads: threads that read and decode, in each worker; None is one a core, up to 8.
-      num_workers: processes that do it; 0 does it here. Decoding leaves the interpreter's lock, so
-        processes pay only beyond about four cores.
+      num_threads: threads that read and decode; None is one for each core, up to 8.
       process_index, process_count: None asks JAX.
 
     Returns:
@@ -273,14 +169,10 @@ def image_dataset(
             # A thread makes a whole batch: Grain's work on every element is Python's.
             options = grain.ReadOptions(num_threads, prefetch_buffer_size=num_threads)
             keys = local.batch(batch_size, drop_remainder=True, batch_fn=np.array)
-            batches = keys.map(all_images).to_iter_dataset(options)
-        else:
-            options = grain.ReadOptions(num_threads, prefetch_buffer_size=2 * batch_size)
-            elements = local.map(image).to_iter_dataset(options)
-            batches = elements.batch(batch_size, drop_remainder=True)
-        if num_workers:
-            batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers))
-        return batches
+            return keys.map(all_images).to_iter_dataset(options)
+        options = grain.ReadOptions(num_threads, prefetch_buffer_size=2 * batch_size)
+        elements = local.map(image).to_iter_dataset(options)
+        return elements.batch(batch_size, drop_remainder=True)
 
     return order.Batches(places, make, len(source), batch_size, process_index, process_count)
 

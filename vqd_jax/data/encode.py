@@ -21,8 +21,9 @@ from array_record.python import array_record_module
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
-from vqd_jax.data import codes
-from vqd_jax.data.batches import CheckedReader, Crop
+from vqd_jax.data import bad_records, codes
+from vqd_jax.data.bad_records import CheckedReader
+from vqd_jax.data.batches import Crop
 from vqd_jax.data.codes import CachedRecord
 from vqd_jax.data.text import ClipTokenizer
 from vqd_jax.errors import UserError
@@ -30,7 +31,6 @@ from vqd_jax.models import quantizer
 
 ORIGIN = "origin.json"
 REMAP = "remap.npy"
-BAD_LOG = "bad_records.jsonl"
 
 
 class Codec(Protocol):
@@ -140,7 +140,10 @@ def encode_split(
     }
     _claim(folder, origin)
     read = CheckedReader(
-        source, max_bad_share, str(folder / BAD_LOG), needs_captions=content.tokenizer is not None
+        source,
+        max_bad_share,
+        str(folder / bad_records.FILE),
+        needs_captions=content.tokenizer is not None,
     )
     encoder = _ShardEncoder(read, codec, crop, num_crops, seed, content, batch_size, num_threads)
     mine = [shard for shard in plan.missing() if shard % count == index]
@@ -219,7 +222,7 @@ def _claim(folder: Path, origin: dict[str, Any]) -> None:
     if path.exists():
         codes.require_origin(folder, codes.read_json(path), origin)
     else:
-        (folder / BAD_LOG).unlink(missing_ok=True)
+        (folder / bad_records.FILE).unlink(missing_ok=True)
         codes.write_json(path, origin)
 
 

@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 from vqd_jax import config as config_lib
 from vqd_jax import pictures
 from vqd_jax.data import batches, images, sets
+from vqd_jax.data.bad_records import CheckedReader
 from vqd_jax.errors import UserError
 from vqd_jax.interop import folder
 from vqd_jax.models import autoencoder
@@ -155,7 +156,7 @@ def _key(config: ConfigDict) -> jax.Array:
 def _report(params, codebook, sizes, builder, directory: str) -> None:
     """Logs the PSNR on validation pictures and draws some beside their reconstructions."""
     split = sets.evaluation_split(builder)
-    read = batches.CheckedReader(batches.records(builder, split), 1.0, needs_captions=False)
+    read = CheckedReader(batches.records(builder, split), 1.0, needs_captions=False)
     records = [
         r
         for r in map(read, range(min(64, builder.info.splits[split].num_examples)))
