@@ -1,14 +1,18 @@
-"""Time from the start of a process to the end of its first train steps, cold and warm.
+"""Time from the start of a process until it is of use: its imports, and its first train steps.
 
+python benchmarks/startup.py --imports=5
 python benchmarks/startup.py --config=configs/coco.py --batch_size=1
 
-Starts itself twice with an empty compilation cache between: the first process compiles, the second
-one reads what the first has left. Codes and text ids are random; a step is that of training.
+With ``--imports`` the commands below start in turns, so many times each, and the medians are
+printed. Else this file starts itself twice with an empty compilation cache: the first process
+compiles, the second one reads what the first has left. Codes and text ids are random; a step is
+that of training.
 """
 
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -17,12 +21,36 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = ("imports", "state made", "first step", "second step")
+IMPORTS = {
+    "import jax, flax.nnx": ("-c", "import jax, flax.nnx"),
+    "from vqd_jax import VQDiffusion": ("-c", "from vqd_jax import VQDiffusion; VQDiffusion"),
+    "vqd_jax.main --help": ("-m", "vqd_jax.main", "--help"),
+}
+
+
+def imports(rounds: int) -> None:
+    """Prints the median seconds of every command of ``IMPORTS``, and what is added to the first."""
+    seconds = {name: [] for name in IMPORTS}
+    for _ in range(1 + rounds):
+        for name, arguments in IMPORTS.items():
+            start = time.perf_counter()
+            subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, check=False)
+            seconds[name].append(time.perf_counter() - start)
+    first = None
+    for name, taken in seconds.items():
+        # The first round reads files that the others find in memory.
+        median = statistics.median(taken[1:])
+        first = median if first is None else first
+        print(f"{name}: {median:.2f} s ({median - first:+.2f} s)", flush=True)
 
 
 def child(path: str, batch_size: int) -> None:
     """Prints the seconds of every part."""
     times = [time.perf_counter()]
-    mark = lambda: times.append(time.perf_counter())  # noqa: E731
+
+    def mark():
+        times.append(time.perf_counter())
+
     sys.path.insert(0, str(ROOT))
 
     import importlib.util
@@ -60,8 +88,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", default=str(ROOT / "configs" / "coco.py"))
     parser.add_argument("--batch_size", type=int, default=1)
+    parser.add_argument("--imports", type=int, help="rounds of the imports, instead of a step")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     flags = parser.parse_args()
+    if flags.imports:
+        imports(flags.imports)
+        return
     if flags.child:
         child(flags.config, flags.batch_size)
         return

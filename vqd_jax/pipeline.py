@@ -6,6 +6,7 @@ K codes, S image side, F sampling steps.
 """
 
 import functools
+import importlib
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,18 +19,16 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from PIL import Image
 
-from vqd_jax import checkpoint, pictures, programs
 from vqd_jax import config as config_lib
+from vqd_jax import pictures, programs
 from vqd_jax.data.text import ClipTokenizer
 from vqd_jax.diffusion import rules, sampler
 from vqd_jax.errors import UserError
-from vqd_jax.interop import diffusers, folder, published
-from vqd_jax.models import autoencoder
+from vqd_jax.interop import folder
+from vqd_jax.models import autoencoder, conditioned
 from vqd_jax.models.attention import ONE_DEVICE
 from vqd_jax.parallel import sharding
 from vqd_jax.pictures import Picture
-from vqd_jax.training import stage_one
-from vqd_jax.training.state import create_state
 
 # What a step of the sampler does, by the name that configs and the command line use.
 RULES: dict[str, Callable[[tuple[int, int]], Callable]] = {
@@ -43,7 +42,7 @@ RULES: dict[str, Callable[[tuple[int, int]], Callable]] = {
 
 
 # Layouts of other programs that a model can be written in.
-WRITERS = {"diffusers": diffusers.write, "published": published.write}
+WRITERS = ("diffusers", "published")
 
 
 class Generation(NamedTuple):
@@ -105,6 +104,10 @@ class VQDiffusion:
         Raises:
           UserError: nothing was trained there, or it cannot be read.
         """
+        # What only a run needs; a model folder is read without Orbax.
+        from vqd_jax import checkpoint
+        from vqd_jax.training import stage_one
+
         path = Path(workdir)
         if not (path / "config.json").exists():
             raise UserError(f"{path} has no config.json: nothing was trained there")
@@ -113,9 +116,9 @@ class VQDiffusion:
             raise UserError(f"stage one of {path} is not finished; run the training command again")
         autoencoder_params = stage_one.load(config, stage_one.model_folder(workdir))
         sharding.warn_of_slow_dtype(config, jax.devices()[0])
-        abstract = checkpoint.abstract(jax.eval_shape(functools.partial(create_state, config)))
+        abstract = conditioned.abstract_params(config_lib.model_config(config))
         # Moments of the optimizer, and what was not averaged, stay on disk.
-        wanted = {"ema_params": abstract.ema_params}
+        wanted = {"ema_params": checkpoint.abstract(abstract)}
         _, found = checkpoint.load(checkpoint.folder(config, workdir), wanted)
         return cls(config, found["ema_params"], autoencoder_params)
 
@@ -181,7 +184,8 @@ class VQDiffusion:
             folder.save(directory, described, params, dtype=dtype, files=files)
             return
         _require(format in WRITERS, f"format={format!r}: vqd_jax, {' or '.join(WRITERS)}")
-        WRITERS[format](directory, self.config, params, self.tokenizer)
+        writer = importlib.import_module(f"vqd_jax.interop.{format}")
+        writer.write(directory, self.config, params, self.tokenizer)
 
     def with_params(self, params: Any) -> "VQDiffusion":
         """The same model with other parameters; compiled functions are shared."""
