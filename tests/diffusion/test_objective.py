@@ -169,6 +169,23 @@ def test_sampled_times_keep_their_marginals():
     assert (np.abs(share - np.asarray(p)) < 1 / batch + 1e-6).all()
 
 
+@pytest.mark.parametrize("rows", [slice(0, None, 2), slice(3, None, 4)])
+def test_every_data_set_of_a_mixture_meets_every_time(rows):
+    # Two sets take turns in a batch, one to one or three to one.
+    num_steps, batch, rounds = 100, 32, 3000
+    p = jnp.full(num_steps, 1 / num_steps)
+    draw = jax.jit(jax.vmap(lambda key: objective.sample_times(key, p, batch)))
+    times = np.asarray(draw(jax.random.split(jax.random.key(0), rounds)))
+    counts = np.bincount(times[:, rows].ravel(), minlength=num_steps + 1)[1:]
+    # A round has one time in each of 32 strata, so counts vary less than independent ones.
+    assert stats.chisquare(counts).pvalue > 1e-4
+    # A round as a whole is stratified still.
+    in_order = np.sort(times, axis=1)
+    strata = np.arange(batch) * num_steps / batch
+    assert (in_order >= np.floor(strata) + 1).all()
+    assert (in_order <= np.ceil(strata + num_steps / batch)).all()
+
+
 NUM_CODES, NUM_TOKENS, NUM_STEPS = 3, 2, 5
 LOGITS = 1.5 * np.random.default_rng(0).normal(
     size=(NUM_TOKENS, NUM_STEPS + 1, NUM_TOKENS, NUM_CODES + 1, NUM_CODES)

@@ -62,12 +62,14 @@ def sample_times(key: jax.Array, probabilities: jax.Array, batch: int) -> jax.Ar
     """int32 [B] of times in 1..T, each with the given marginal probability.
 
     The draws are stratified: one uniform offset, B equally spaced points of the inverse cumulative
-    distribution. That keeps every marginal and lowers the variance of the batch mean.
+    distribution. That keeps every marginal and lowers the variance of the batch mean. Their order
+    is random: data sets that are mixed stand in fixed rows, and each must meet every time.
     """
     points = (jnp.arange(batch) + jax.random.uniform(key)) / batch
     cumulative = jnp.cumsum(probabilities)
     index = jnp.searchsorted(cumulative / cumulative[-1], points, side="right")
-    return jnp.minimum(index, probabilities.shape[0] - 1).astype(jnp.int32) + 1
+    times = jnp.minimum(index, probabilities.shape[0] - 1).astype(jnp.int32) + 1
+    return jax.random.permutation(jax.random.fold_in(key, 1), times)
 
 
 def update_time_statistics(
