@@ -1,0 +1,231 @@
+"""Does the suite find a fault? Thirty-odd of them, put in one at a time, at least one in each room.
+
+python benchmarks/seeded_faults.py [--only=WORD] [--root=CHECKOUT] [--whole-suite]
+
+Copies the checkout, changes one line of the copy, runs the tests that should notice, and prints
+whether one failed. ``--whole-suite`` runs all tests for each fault, which takes hours. A fault that
+nothing notices is a gap in the tests, and a changed line that is no longer there is an error.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class Fault(NamedTuple):
+    """One changed line.
+
+    Attributes:
+      name: what is wrong.
+      file: the file with the line.
+      old, new: text that occurs once in the file, and its replacement.
+      tests: files, folders or tests that should notice.
+    """
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+FAULTS = (
+    # The noise.
+    Fault(
+        "cosine noise rises from the other end",
+        "vqd_jax/diffusion/schedule.py",
+        "np.sin(0.5 * np.pi",
+        "np.cos(0.5 * np.pi",
+        ("tests/diffusion/test_schedule.py",),
+    ),
+    Fault(
+        "the posterior forgets that a replaced token may have been replaced earlier",
+        "vqd_jax/diffusion/transition.py",
+        "kept + b.stay_replaced * noise +",
+        "kept + noise +",
+        ("tests/diffusion/test_transition.py",),
+    ),
+    Fault(
+        "all tokens of an image share a key",
+        "vqd_jax/diffusion/rules.py",
+        "keys = jax.random.split(key, tokens.shape)",
+        "keys = jnp.broadcast_to(key, tokens.shape)",
+        ("tests/diffusion/test_rules.py", "tests/diffusion/test_sampler.py"),
+    ),
+    Fault(
+        "an exponential of 32 bits only",
+        "vqd_jax/diffusion/draws.py",
+        "(high + (low + 0.5) * 2.0**-32) * 2.0**-32",
+        "(high + 0.5) * 2.0**-32",
+        ("tests/diffusion/test_draws.py",),
+    ),
+    Fault(
+        "the loss is not divided by the probability of its time",
+        "vqd_jax/diffusion/objective.py",
+        "scale = 1.0 / (p[t - 1] * batch * num_tokens)",
+        "scale = schedule.num_steps / (batch * num_tokens)",
+        ("tests/diffusion/test_objective.py",),
+    ),
+    Fault(
+        "likelihoods in nats",
+        "vqd_jax/diffusion/objective.py",
+        "return total / jnp.log(2.0)",
+        "return total",
+        ("tests/diffusion/test_objective.py", "tests/evaluation"),
+    ),
+    Fault(
+        "guidance starts at the conditional answer",
+        "vqd_jax/diffusion/shaping.py",
+        "return log_null + scale * (log_cond - log_null)",
+        "return log_cond + scale * (log_cond - log_null)",
+        ("tests/diffusion/test_sampler.py",),
+    ),
+    Fault(
+        "truncation and top-k keep a tenth less",
+        "vqd_jax/diffusion/shaping.py",
+        "weight, 0.0).sum(-1, keepdims=True) >= amount",
+        "weight, 0.0).sum(-1, keepdims=True) >= 0.9 * amount",
+        ("tests/diffusion/test_sampler.py",),
+    ),
+    Fault(
+        "known codes are not put back",
+        "vqd_jax/diffusion/sampler.py",
+        "jnp.where(settings.known < schedule.num_codes, settings.known, tokens)",
+        "jnp.where(settings.known < 0, settings.known, tokens)",
+        ("tests/diffusion/test_editing.py",),
+    ),
+    Fault(
+        "confidence reveals the least likely first",
+        "vqd_jax/diffusion/rules.py",
+        "rank = jnp.argsort(jnp.argsort(-priority))",
+        "rank = jnp.argsort(jnp.argsort(priority))",
+        ("tests/diffusion/test_rules.py",),
+    ),
+    # The networks.
+    Fault(
+        "scores are not masked for the future",
+        "vqd_jax/models/attention.py",
+        "causal=causal, placement=self.placement",
+        "causal=False, placement=self.placement",
+        ("tests/models/test_attention.py", "tests/models/test_clip.py"),
+    ),
+    Fault(
+        "a modulation scales by its value and not by one more",
+        "vqd_jax/models/denoiser.py",
+        "self.norm(h) * (1 + scale) + shift",
+        "self.norm(h) * scale + shift",
+        ("tests/models/test_denoiser.py", "tests/interop"),
+    ),
+    Fault(
+        "the position of a token is read column by column",
+        "vqd_jax/models/denoiser.py",
+        "return table.reshape(1, rows * columns, -1)",
+        "return table.swapaxes(0, 1).reshape(1, rows * columns, -1)",
+        ("tests/models/test_denoiser.py", "tests/interop"),
+    ),
+    Fault(
+        "the codebook's moving average follows the batch too fast",
+        "vqd_jax/models/quantizer.py",
+        "total = decay * state.cluster_sum + (1.0 - decay) * batch_sum",
+        "total = decay * state.cluster_sum + batch_sum",
+        ("tests/models/test_quantizer.py",),
+    ),
+    Fault(
+        "pixels are truncated and not rounded",
+        "vqd_jax/models/autoencoder.py",
+        "jnp.round((jnp.clip(images, -1.0, 1.0) + 1.0) * 127.5)",
+        "jnp.floor((jnp.clip(images, -1.0, 1.0) + 1.0) * 127.5)",
+        ("tests/models/test_autoencoder.py",),
+    ),
+    # Files and devices.
+    Fault(
+        "a file is written in its place",
+        "vqd_jax/files.py",
+        "yield scratch",
+        "yield target",
+        ("tests/test_files.py",),
+    ),
+    Fault(
+        "rows that fill a batch count",
+        "vqd_jax/parallel/rows.py",
+        "min(size, num_rows - start)",
+        "size",
+        ("tests/parallel/test_rows.py",),
+    ),
+)
+
+
+def copy_of(root: Path, folder: Path) -> Path:
+    """The tracked files of a checkout, beside the same ``shared`` folder."""
+    target = folder / "main"
+    listed = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=root, check=True, capture_output=True, text=True
+    )
+    for name in filter(None, listed.stdout.split("\0")):
+        if (root / name).exists():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(root / name, target / name)
+    if (root.parent / "shared").exists():
+        (folder / "shared").symlink_to((root.parent / "shared").resolve())
+    return target
+
+
+def is_caught(fault: Fault, copy: Path, whole_suite: bool) -> tuple[bool, str]:
+    """Whether a test fails, and the line that says which."""
+    path = copy / fault.file
+    text = path.read_text(encoding="utf-8")
+    if text.count(fault.old) != 1:
+        raise SystemExit(f"{fault.file} has {text.count(fault.old)} times: {fault.old}")
+    path.write_text(text.replace(fault.old, fault.new), encoding="utf-8")
+    try:
+        run = subprocess.run(
+            [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
+            + ([] if whole_suite else [test for test in fault.tests if exists(copy, test)]),
+            cwd=copy,
+            env={**os.environ, "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"},
+            capture_output=True,
+            text=True,
+        )
+    finally:
+        path.write_text(text, encoding="utf-8")
+    said = [line for line in run.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    if run.returncode not in (0, 1, 2):
+        raise SystemExit(run.stdout[-3000:] + run.stderr[-3000:])
+    return run.returncode != 0, said[0].split(" - ")[0] if said else run.stdout[-200:].strip()
+
+
+def exists(copy: Path, test: str) -> bool:
+    return (copy / test.partition("::")[0]).exists()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="", help="faults whose name or file has this word")
+    parser.add_argument("--root", type=Path, default=ROOT, help="checkout to try them on")
+    parser.add_argument("--whole-suite", action="store_true")
+    arguments = parser.parse_args()
+    missed = []
+    faults = [f for f in FAULTS if arguments.only in f.name or arguments.only in f.file]
+    with tempfile.TemporaryDirectory() as folder:
+        copy = copy_of(arguments.root.resolve(), Path(folder))
+        for fault in faults:
+            start = time.monotonic()
+            caught, where = is_caught(fault, copy, arguments.whole_suite)
+            if not caught:
+                missed.append(fault.name)
+            verdict = "caught" if caught else "MISSED"
+            print(f"{verdict}  {fault.name} [{time.monotonic() - start:.0f} s] {where}", flush=True)
+    print(f"{len(faults) - len(missed)} of {len(faults)} faults caught")
+    sys.exit(bool(missed))
+
+
+if __name__ == "__main__":
+    main()
