@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from vqd_jax import config as config_lib
-from vqd_jax import programs
+from vqd_jax import pipeline
 from vqd_jax.diffusion import sampler
 from vqd_jax.errors import UserError
 from vqd_jax.models import conditioned
@@ -156,7 +156,7 @@ def lower_sampler(config, mesh, rows: int) -> jax.stages.Lowered:
     settings = sampler.Settings(guidance=guidance, truncation=struct((), jnp.float32))
 
     def sample(params, keys, condition, null, settings):
-        return programs.sample(
+        return pipeline.draw(
             params,
             keys,
             condition,

@@ -75,6 +75,31 @@ def tiny_run(run, tmp_path_factory):
     return folder / "runs" / "tiny"
 
 
+@pytest.fixture(scope="session")
+def tiny_model():
+    """An untrained model of configs/tiny.py. Not to be changed."""
+    # After the folder of compiled programs is set.
+    import jax
+
+    from configs import tiny
+    from vqd_jax import config as config_lib
+    from vqd_jax.models import autoencoder, conditioned
+    from vqd_jax.pipeline import VQDiffusion
+
+    config = tiny.get_config()
+
+    @jax.jit
+    def init():
+        params = conditioned.init_params(config_lib.model_config(config), jax.random.key(0))
+        codec = config_lib.autoencoder_config(config)
+        # Large enough that the text and the guidance matter to an untrained network.
+        return jax.tree.map(lambda x: 8 * x, params), autoencoder.init_params(
+            codec, jax.random.key(1)
+        )
+
+    return VQDiffusion(config, *init())
+
+
 SERVER = ROOT / "tests" / "bucket_server.py"
 
 

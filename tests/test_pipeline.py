@@ -1,14 +1,17 @@
+import re
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
-from configs import tiny
-from vqd_jax import config as config_lib
-from vqd_jax.diffusion import rules
+from vqd_jax.diffusion import rules, sampler, schedule
 from vqd_jax.errors import UserError
-from vqd_jax.models import autoencoder, conditioned
-from vqd_jax.pipeline import RULES, VQDiffusion
+from vqd_jax.models import conditioned
+from vqd_jax.models.denoiser import DenoiserConfig
+from vqd_jax.models.text_encoder import TextEncoderConfig
+from vqd_jax.pipeline import RULES, VQDiffusion, draw
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -16,13 +19,8 @@ PROMPTS = ["red heart", "", "a black cat"]
 
 
 @pytest.fixture(scope="module")
-def model():
-    config = tiny.get_config()
-    params = conditioned.init_params(config_lib.model_config(config), jax.random.key(0))
-    # Large enough that the text and the guidance matter to an untrained network.
-    params = jax.tree.map(lambda x: 8 * x, params)
-    sizes = config_lib.autoencoder_config(config)
-    return VQDiffusion(config, params, autoencoder.init_params(sizes, jax.random.key(1)))
+def model(tiny_model):
+    return tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -238,3 +236,35 @@ def test_guidance_of_zero_is_the_model_without_its_text(model):
     without = draw("", 1.0)
     np.testing.assert_array_equal(draw("red heart", 0.0), without)
     assert (draw("red heart", 1.0) != without).any()
+
+
+SMALL = conditioned.ConditionedDenoiserConfig(
+    TextEncoderConfig(vocab_size=20, context_length=6, width=14, num_layers=2, num_heads=2),
+    DenoiserConfig(
+        num_codes=11, grid=(2, 3), num_steps=9, width=12, num_layers=3, num_heads=2, text_width=14
+    ),
+)
+
+
+def test_texts_and_times_are_worked_out_once_a_generation():
+    params = conditioned.init_params(SMALL, jax.random.key(0))
+    settings = sampler.Settings(num_steps=4, guidance=jnp.float32(5.0))
+    keys, ids = jax.random.split(jax.random.key(1), 2), jnp.ones((2, 6), jnp.int32)
+    program = jax.jit(
+        lambda *args: draw(
+            *args, model_config=SMALL, schedule=schedule.released(9, 11)
+        )
+    )  # fmt: skip
+    compiled = program.lower(params, keys, ids, ids[:1], settings).compile().as_text()
+    # What a loop reads is in the tuple that it carries.
+    loops = [line for line in compiled.splitlines() if re.search(r" while\(", line)]
+    block = params["denoiser"]["blocks"]
+
+    def read_in_a_loop(kernel):
+        shape = ",".join(map(str, kernel.shape))
+        assert f"f32[{shape}]" in compiled
+        return any(f"f32[{shape}]" in line for line in loops)
+
+    assert read_in_a_loop(block["mlp_in"]["kernel"])
+    assert not read_in_a_loop(block["cross_attention"]["key"]["kernel"])
+    assert not read_in_a_loop(block["norm_self"]["linear"]["kernel"])

@@ -106,7 +106,7 @@ def _use_config(mode: str) -> None:
     if _PROMPT.value:
         raise UserError("--prompt belongs to --mode=sample; --config.sampling.prompts to training")
     from vqd_jax import config as config_lib
-    from vqd_jax import data_tasks, modes
+    from vqd_jax import modes
     from vqd_jax.parallel import processes
 
     config_lib.validate(config)
@@ -116,9 +116,7 @@ def _use_config(mode: str) -> None:
     config_lib.require_data(config)
     with processes.session(_DISTRIBUTED.value):
         if mode == "prepare":
-            data_tasks.prepare(config)
-        elif mode in ("encode", "inspect"):
-            getattr(data_tasks, mode)(config, workdir)
+            modes.prepare(config)
         else:
             getattr(modes, mode)(config, workdir)
 

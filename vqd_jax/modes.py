@@ -1,5 +1,7 @@
 """The tasks of the command line, one function a mode."""
 
+import io
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -8,21 +10,27 @@ from pathlib import Path
 import jax
 import numpy as np
 from absl import logging
+from array_record.python import array_record_module
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from PIL import Image
+from tqdm import tqdm
 
-from vqd_jax import bulk, pictures
 from vqd_jax import config as config_lib
-from vqd_jax.data import images
+from vqd_jax import pictures
+from vqd_jax.data import batches, codes, images, report
 from vqd_jax.errors import UserError
 from vqd_jax.parallel import program, sharding
 from vqd_jax.pipeline import Generation, VQDiffusion
-from vqd_jax.training import stage_one, stage_two
+from vqd_jax.training import cache, stage_one, stage_two
 from vqd_jax.training import state as state_lib
 from vqd_jax.training.loop import Terminated
 
 # 128 + SIGTERM, what a shell reports of a process that the signal ended.
 TERMINATED_STATUS = 143
+# Pictures of ``sample_many`` in one file of records, or drawn before the next are written.
+BLOCK = 256
+FORMATS = ("png", "array_record")
 
 
 def train(config: ConfigDict, workdir: str) -> None:
@@ -42,6 +50,79 @@ def _exit_if_terminated(run, config, workdir) -> None:
     except Terminated as stopped:
         logging.warning("%s", stopped)
         sys.exit(TERMINATED_STATUS)
+
+
+def prepare(config: ConfigDict) -> None:
+    """Makes the prepared data set of the config, or finds it made."""
+    builder = cache.data_set(config)
+    sizes = ", ".join(f"{name} {s.num_examples:,}" for name, s in builder.info.splits.items())
+    logging.info("%s in %s: %s", builder.info.full_name, builder.data_path, sizes)
+
+
+def encode(config: ConfigDict, workdir: str) -> None:
+    """Caches the codes of every split, in ``config.data.codes`` or ``workdir/codes``.
+
+    The autoencoder is that of the workdir, or ``config.autoencoder.path``, or is trained. Every
+    process takes its share of the shards; an interrupted encoding goes on where it was.
+    """
+    stage_one.check(config, workdir)
+    with stage_two.claim_workdir(config, workdir):
+        builder = cache.data_set(config)
+        params = stage_one.prepare(config, workdir, builder)
+        for split in builder.info.splits:
+            cache.make(config, cache.directory(config, workdir), builder, split, params)
+
+
+def inspect(config: ConfigDict, workdir: str, *, num_samples: int = 32) -> None:
+    """Writes ``training_stream.png`` and ``statistics.md`` into ``workdir/inspect``.
+
+    The sheet has the first records of the training stream, crop beside reconstruction where the
+    workdir (or ``config.autoencoder.path``) has an autoencoder, from the cache where there is one.
+
+    Args:
+      config: the resolved config.
+      workdir: of a run, or a new folder.
+      num_samples: records on the sheet.
+    """
+    folder = Path(workdir) / "inspect"
+    folder.mkdir(parents=True, exist_ok=True)
+    builder = cache.data_set(config)
+    content = cache.content(config)
+    samples = _samples(config, workdir, builder, content, num_samples)
+    if samples:
+        sheet = folder / "training_stream.png"
+        pictures.save(str(sheet), report.contact_sheet(samples))
+        logging.info("the training stream: %s", sheet)
+    found = {
+        split: report.statistics(
+            batches.records(builder, split, decode=False), content, description=f"reading {split}"
+        )
+        for split in builder.info.splits
+    }
+    page = folder / "statistics.md"
+    text = report.page(builder.info.full_name, found, content)
+    scratch = page.with_suffix(".tmp")
+    scratch.write_text(text, encoding="utf-8")
+    scratch.replace(page)
+    logging.info("what is in it: %s", page)
+
+
+def _samples(config, workdir, builder, content, count) -> list[report.Sample]:
+    source = batches.records(builder, cache.TRAIN, decode=False)
+    path = stage_one.find(config, workdir)
+    params = stage_one.load(config, path) if path else None
+    codec = cache.Codec(config_lib.autoencoder_config(config), params) if path else None
+    crop, num_crops = cache.crop(config, cache.TRAIN), cache.num_crops(config, cache.TRAIN)
+    stream = {
+        "count": count,
+        "seed": config.seed,
+        "null_text_rate": config.training.null_text_rate,
+    }
+    directory = cache.directory(config, workdir)
+    if codec is not None and (Path(directory) / cache.TRAIN / codes.MANIFEST).exists():
+        stored = cache.open_split(config, directory, cache.TRAIN, params)
+        return report.cached_samples(stored, source, codec, crop, content, **stream)
+    return report.source_samples(source, codec, crop, num_crops, content, **stream)
 
 
 def sample(
@@ -123,7 +204,7 @@ def sample_file(
     format: str,
     **options,
 ) -> None:
-    """Writes pictures of all prompts of a file, on all devices; see ``bulk.sample``.
+    """Writes pictures of all prompts of a file, on all devices; see ``sample_many``.
 
     Args:
       model_dir: a model folder, or the workdir of a training run.
@@ -134,10 +215,10 @@ def sample_file(
       format: "png" or "array_record".
       **options: of ``VQDiffusion.generate``.
     """
-    prompts = bulk.read_prompts(prompts_file)
+    prompts = read_prompts(prompts_file)
     model = VQDiffusion.from_pretrained(model_dir)
     mesh = sharding.make_mesh(config or model.config, jax.local_devices())
-    bulk.sample(
+    sample_many(
         model,
         prompts,
         output or str(Path(model_dir) / f"samples_{Path(prompts_file).stem}"),
@@ -146,6 +227,112 @@ def sample_file(
         format=format,
         **options,
     )
+
+
+def read_prompts(path: str) -> list[str]:
+    """The lines of a UTF-8 file; white space around them is dropped, and so are empty ones.
+
+    Raises:
+      UserError: it cannot be read, or has no prompt.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read as a file of prompts: {error}") from error
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise UserError(f"{path} has no prompt: give one a line")
+    return prompts
+
+
+def sample_many(
+    model: VQDiffusion,
+    prompts: Sequence[str],
+    output: str,
+    *,
+    num_images: int,
+    seed: int,
+    mesh: Mesh,
+    format: str = "png",
+    batch_size: int = 64,
+    **options,
+) -> None:
+    """Writes ``num_images`` pictures, or those that are still missing.
+
+    Args:
+      model: to sample from.
+      prompts: P texts or class labels.
+      output: folder: ``00000042.png``, or ``images-00000.array_record`` of ``BLOCK`` PNGs each; and
+        ``prompts.txt``, line k of which is the prompt of picture k.
+      num_images: of all prompts together.
+      seed: decides the pictures.
+      mesh: of this process's devices.
+      format: a name in ``FORMATS``.
+      batch_size: pictures in one call of the network.
+      **options: of ``VQDiffusion.generate``.
+
+    Raises:
+      UserError: ``output`` holds pictures of other prompts.
+    """
+    folder = Path(output)
+    folder.mkdir(parents=True, exist_ok=True)
+    if jax.process_index() == 0:
+        _claim(folder / "prompts.txt", [prompts[k % len(prompts)] for k in range(num_images)])
+    model = model.on_mesh(mesh)
+    blocks = range(0, num_images, BLOCK)[jax.process_index() :: jax.process_count()]
+    with tqdm(total=num_images, desc="sampling", unit="image", mininterval=1) as bar:
+        for start in blocks:
+            numbers = np.arange(start, min(start + BLOCK, num_images))
+            missing = [k for k in numbers if not _path(folder, k, format).exists()]
+            if missing:
+                made = _make(model, prompts, missing, seed, batch_size, options)
+                _write(folder, missing, made, format)
+            bar.update(len(numbers))
+    logging.info("%d pictures of %d prompts are in %s", num_images, len(prompts), folder)
+
+
+def _claim(path: Path, lines: list[str]) -> None:
+    text = "\n".join(lines) + "\n"
+    if path.exists():
+        found = path.read_text(encoding="utf-8")
+        if not (text.startswith(found) or found.startswith(text)):
+            raise UserError(f"{path.parent} holds pictures of other prompts; use another --output")
+        if found.startswith(text):
+            return
+    scratch = path.with_suffix(".tmp")
+    scratch.write_text(text, encoding="utf-8")
+    scratch.replace(path)
+
+
+def _make(model, prompts, numbers, seed, batch_size, options) -> np.ndarray:
+    pairs = [(k % len(prompts), k // len(prompts)) for k in numbers]
+    codes = model.sample_codes(
+        [prompts[i] for i, _ in pairs], pairs, seed=seed, batch_size=batch_size, **options
+    )
+    return model.decode_codes(codes, batch_size)
+
+
+def _path(folder: Path, number: int, format: str) -> Path:
+    if format == "png":
+        return folder / f"{number:08d}.png"
+    return folder / f"images-{number // BLOCK:05d}.array_record"
+
+
+def _write(folder: Path, numbers: Sequence[int], pixels: np.ndarray, format: str) -> None:
+    made = [Image.fromarray(p) for p in pixels]
+    if format == "png":
+        for number, image in zip(numbers, made, strict=True):
+            pictures.save(str(_path(folder, number, format)), image)
+        return
+    path = _path(folder, numbers[0], format)
+    scratch = path.with_suffix(".tmp")
+    writer = array_record_module.ArrayRecordWriter(str(scratch), "group_size:1")
+    for image in made:
+        encoded = io.BytesIO()
+        image.save(encoded, format="PNG")
+        writer.write(encoded.getvalue())
+    writer.close()
+    os.replace(scratch, path)
 
 
 def _open(path: str) -> Image.Image:

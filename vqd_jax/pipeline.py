@@ -20,13 +20,13 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from vqd_jax import config as config_lib
-from vqd_jax import pictures, programs
+from vqd_jax import pictures
 from vqd_jax.data.text import ClipTokenizer
 from vqd_jax.diffusion import rules, sampler
 from vqd_jax.errors import UserError
 from vqd_jax.interop import folder
 from vqd_jax.models import autoencoder, conditioned
-from vqd_jax.models.attention import ONE_DEVICE
+from vqd_jax.models.attention import ONE_DEVICE, Placement
 from vqd_jax.parallel import sharding
 from vqd_jax.pictures import Picture
 
@@ -89,11 +89,9 @@ class VQDiffusion:
         codec = config_lib.autoencoder_config(config)
         schedule = config_lib.noise_schedule(config)
         place = ONE_DEVICE if mesh is None else sharding.placement(mesh)
-        self._sample = _compiled(
-            programs.sample, model_config=sizes, schedule=schedule, placement=place
-        )
-        self._encode_text = _compiled(programs.encode_text, config=sizes, placement=place)
-        self._log_x0 = _compiled(programs.log_x0, config=sizes, placement=place)
+        self._sample = _compiled(draw, model_config=sizes, schedule=schedule, placement=place)
+        self._encode_text = _compiled(text_features, config=sizes, placement=place)
+        self._log_x0 = _compiled(log_p0, config=sizes, placement=place)
         self._encode = _compiled(autoencoder.encode, config=codec)
         self._decode = _compiled(autoencoder.decode, config=codec)
 
@@ -151,7 +149,9 @@ class VQDiffusion:
             )
         config = config_lib.load(str(path / "config.json"))
         sharding.warn_of_slow_dtype(config, jax.devices()[0])
-        abstract = jax.eval_shape(functools.partial(programs.init, config))
+        abstract = conditioned.abstract_params(config_lib.model_config(config))
+        codec = autoencoder.abstract_params(config_lib.autoencoder_config(config))
+        abstract = {**abstract, "autoencoder": codec}
         params = folder.load_params(path, abstract, place=jax.device_put)
         codec = params.pop("autoencoder")
         tokenizer = None
@@ -398,7 +398,7 @@ class VQDiffusion:
         _require(0 <= seed < 2**32, f"seed={seed}: must lie in 0..2**32-1")
         settings = self._settings(**options)
         conditions, null = self._conditions(prompts)
-        keys = programs.image_keys(seed, np.array(pairs, np.uint32))
+        keys = image_keys(seed, np.array(pairs, np.uint32))
         # Batches of about equal size: 20 images are two tens, not sixteen and four; and a whole
         # number of rows on every device.
         shards = 1 if self._mesh is None else sharding.num_row_shards(self._mesh)
@@ -448,6 +448,62 @@ class VQDiffusion:
             "the model folder lacks the tokenizer that belongs to it",
         )
         return self.tokenizer.encode_batch(list(texts))
+
+
+@jax.jit
+def image_keys(seed, pairs):
+    """PRNG keys [B], each a function of the seed and one of the pairs (i, j), uint32 [B, 2]."""
+    root = jax.random.fold_in(jax.random.key(seed), 2)
+
+    def fold(pair):
+        return jax.random.fold_in(jax.random.fold_in(root, pair[0]), pair[1])
+
+    return jax.vmap(fold)(pairs)
+
+
+def draw(
+    params,
+    keys,
+    condition,
+    null,
+    settings,
+    *,
+    model_config,
+    schedule,
+    placement: Placement = ONE_DEVICE,
+):
+    """A ``sampler.Sample`` of one image for each key [B].
+
+    Conditions are [B, ...]; the null condition of guidance is [1, ...].
+    """
+    model = conditioned.bind(model_config, params, placement=placement)
+    batch, grid = keys.shape[0], model_config.denoiser.grid
+    if settings.guidance is not None:
+        condition = sampler.pairs(condition, jnp.broadcast_to(null, condition.shape))
+    # What does not depend on the tokens is computed once, before the scan over steps.
+    context = model.context(condition)
+    modulations = model.denoiser.modulations(jnp.arange(1, schedule.num_steps + 1))
+
+    def predict_log_x0(tokens, time):
+        # With a list of scales, some steps ask for the conditional rows alone.
+        part = context
+        if context is not None and tokens.shape[0] < condition.shape[0]:
+            part = jax.tree.map(lambda x: x[:, ::2], context)
+        return model.denoiser.denoise(tokens, modulations[:, time - 1], part)
+
+    return sampler.sample(keys, predict_log_x0, (batch, grid[0] * grid[1]), schedule, settings)
+
+
+def text_features(params, ids, *, config, placement: Placement = ONE_DEVICE):
+    """Features float32 [B, L, D] of ids int32 [B, L]."""
+    model = conditioned.bind(config, params, placement=placement)
+    return model.text_features(ids).astype(jnp.float32)
+
+
+def log_p0(params, codes, condition, time, *, config, placement: Placement = ONE_DEVICE):
+    """log p0 float32 [B, N, K] of tokens [B, N] at times [B]; features, labels or no condition."""
+    denoiser = conditioned.bind(config, params, placement=placement).denoiser
+    return jax.nn.log_softmax(denoiser(codes, time, condition))
 
 
 def _compiled(function: Callable, **static: Any) -> Callable:

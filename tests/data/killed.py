@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from configs import tiny
 from vqd_jax import config as config_lib
-from vqd_jax import data_tasks
+from vqd_jax import modes
 from vqd_jax.data import batches, codes, sets
 from vqd_jax.models import autoencoder
 from vqd_jax.parallel import sharding
@@ -25,7 +25,7 @@ def configured(folder):
 
 
 def prepare(folder):
-    data_tasks.prepare(configured(folder))
+    modes.prepare(configured(folder))
 
 
 def encode(folder):

@@ -10,7 +10,7 @@ import pytest
 
 from configs import tiny
 from vqd_jax import config as config_lib
-from vqd_jax import data_tasks
+from vqd_jax import modes
 from vqd_jax.data import codes
 from vqd_jax.errors import UserError
 from vqd_jax.interop import folder
@@ -131,7 +131,7 @@ def test_features_that_are_trained_are_not_cached(make_config):
 def test_further_codes_are_mixed_in_by_weight(coco, make_config, tmp_path, monkeypatch):
     first = make_config("image_text_folder", "jsonl")
     first.autoencoder.path = str(coco[0])
-    data_tasks.encode(first, str(tmp_path / "first"))
+    modes.encode(first, str(tmp_path / "first"))
     config = make_config("coco_text", "coco")
     config.autoencoder.path = str(coco[0])
     config.data.more_codes = (str(tmp_path / "first" / "codes"),)

@@ -7,11 +7,9 @@ from array_record.python import array_record_module
 from jax.sharding import AxisType
 from PIL import Image
 
-from configs import tiny
-from vqd_jax import bulk, programs
+from vqd_jax import modes
 from vqd_jax.errors import UserError
 from vqd_jax.parallel import sharding
-from vqd_jax.pipeline import VQDiffusion
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -19,11 +17,8 @@ PROMPTS = ["red heart", "a black cat", "grinning face"]
 
 
 @pytest.fixture(scope="module")
-def model():
-    config = tiny.get_config()
-    params = jax.jit(lambda: programs.init(config))()
-    codec = params.pop("autoencoder")
-    return VQDiffusion(config, jax.tree.map(lambda x: 8 * x, params), codec)
+def model(tiny_model):
+    return tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +28,7 @@ def mesh():
 
 def make(model, mesh, output, **options):
     options = {"num_images": 8, "seed": 1, "num_steps": 3, "batch_size": 4} | options
-    bulk.sample(model, PROMPTS, str(output), mesh=mesh, **options)
+    modes.sample_many(model, PROMPTS, str(output), mesh=mesh, **options)
 
 
 def names(folder):
@@ -63,7 +58,7 @@ def test_only_what_is_missing_is_made(model, mesh, tmp_path, monkeypatch):
 
 
 def test_array_records_hold_the_same_pictures(model, mesh, tmp_path, monkeypatch):
-    monkeypatch.setattr(bulk, "BLOCK", 5)
+    monkeypatch.setattr(modes, "BLOCK", 5)
     make(model, mesh, tmp_path / "png")
     make(model, mesh, tmp_path / "records", format="array_record")
     files = ["images-00000.array_record", "images-00001.array_record", "prompts.txt"]
@@ -90,13 +85,13 @@ def test_a_folder_of_other_prompts_is_left_alone(model, mesh, tmp_path):
 def test_a_file_of_prompts(tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_text("  a cat \n\nein Käse\n", encoding="utf-8")
-    assert bulk.read_prompts(str(path)) == ["a cat", "ein Käse"]
+    assert modes.read_prompts(str(path)) == ["a cat", "ein Käse"]
     path.write_text("\n")
     with pytest.raises(UserError, match="has no prompt"):
-        bulk.read_prompts(str(path))
+        modes.read_prompts(str(path))
     path.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match="cannot be read as a file of prompts"):
-        bulk.read_prompts(str(path))
+        modes.read_prompts(str(path))
 
 
 def test_four_devices_make_the_same_pictures(run, tiny_run, tmp_path):
