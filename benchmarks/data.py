@@ -29,9 +29,10 @@ import torch
 from array_record.python import array_record_module
 from PIL import Image
 
+from vqd_jax import files
 from vqd_jax.data import batches, codes
+from vqd_jax.data.encode import Codec
 from vqd_jax.models import autoencoder
-from vqd_jax.training.cache import Codec
 
 try:
     import torchvision.transforms.functional as tv
@@ -177,7 +178,7 @@ def write_cache(folder: Path) -> codes.CodesSource:
         "null_text_ids": [49406, 49407] + [0] * (LENGTH - 2),
     }
     manifest = {"format": codes.FORMAT, "origin": {}, "layout": layout, "shards": shards}
-    codes.write_json(folder / codes.MANIFEST, manifest)
+    files.write_json(folder / codes.MANIFEST, manifest)
     return codes.open_split(str(folder))
 
 

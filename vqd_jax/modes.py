@@ -19,10 +19,12 @@ from tqdm import tqdm
 from vqd_jax import config as config_lib
 from vqd_jax import pictures
 from vqd_jax.data import batches, codes, images, report
+from vqd_jax.data import encode as encode_lib
 from vqd_jax.errors import UserError
+from vqd_jax.interop import pretrained
 from vqd_jax.parallel import program, sharding
 from vqd_jax.pipeline import Generation, VQDiffusion
-from vqd_jax.training import cache, stage_one, stage_two
+from vqd_jax.training import stage_one, stage_two
 from vqd_jax.training import state as state_lib
 from vqd_jax.training.loop import Terminated
 
@@ -54,7 +56,7 @@ def _exit_if_terminated(run, config, workdir) -> None:
 
 def prepare(config: ConfigDict) -> None:
     """Makes the prepared data set of the config, or finds it made."""
-    builder = cache.data_set(config)
+    builder = encode_lib.data_set(config)
     sizes = ", ".join(f"{name} {s.num_examples:,}" for name, s in builder.info.splits.items())
     logging.info("%s in %s: %s", builder.info.full_name, builder.data_path, sizes)
 
@@ -67,10 +69,12 @@ def encode(config: ConfigDict, workdir: str) -> None:
     """
     stage_one.check(config, workdir)
     with stage_two.claim_workdir(config, workdir):
-        builder = cache.data_set(config)
+        builder = encode_lib.data_set(config)
         params = stage_one.prepare(config, workdir, builder)
+        content = encode_lib.content(config, pretrained.text_features(config))
+        where = encode_lib.directory(config, workdir)
         for split in builder.info.splits:
-            cache.make(config, cache.directory(config, workdir), builder, split, params)
+            encode_lib.make(config, where, builder, split, params, content)
 
 
 def inspect(config: ConfigDict, workdir: str, *, num_samples: int = 32) -> None:
@@ -86,8 +90,8 @@ def inspect(config: ConfigDict, workdir: str, *, num_samples: int = 32) -> None:
     """
     folder = Path(workdir) / "inspect"
     folder.mkdir(parents=True, exist_ok=True)
-    builder = cache.data_set(config)
-    content = cache.content(config)
+    builder = encode_lib.data_set(config)
+    content = encode_lib.content(config, pretrained.text_features(config))
     samples = _samples(config, workdir, builder, content, num_samples)
     if samples:
         sheet = folder / "training_stream.png"
@@ -108,19 +112,20 @@ def inspect(config: ConfigDict, workdir: str, *, num_samples: int = 32) -> None:
 
 
 def _samples(config, workdir, builder, content, count) -> list[report.Sample]:
-    source = batches.records(builder, cache.TRAIN, decode=False)
+    source = batches.records(builder, encode_lib.TRAIN, decode=False)
     path = stage_one.find(config, workdir)
     params = stage_one.load(config, path) if path else None
-    codec = cache.Codec(config_lib.autoencoder_config(config), params) if path else None
-    crop, num_crops = cache.crop(config, cache.TRAIN), cache.num_crops(config, cache.TRAIN)
+    codec = encode_lib.Codec(config_lib.autoencoder_config(config), params) if path else None
+    crop = encode_lib.crop(config, encode_lib.TRAIN)
+    num_crops = encode_lib.num_crops(config, encode_lib.TRAIN)
     stream = {
         "count": count,
         "seed": config.seed,
         "null_text_rate": config.training.null_text_rate,
     }
-    directory = cache.directory(config, workdir)
-    if codec is not None and (Path(directory) / cache.TRAIN / codes.MANIFEST).exists():
-        stored = cache.open_split(config, directory, cache.TRAIN, params)
+    directory = encode_lib.directory(config, workdir)
+    if codec is not None and (Path(directory) / encode_lib.TRAIN / codes.MANIFEST).exists():
+        stored = encode_lib.open_split(config, directory, encode_lib.TRAIN, params, content)
         return report.cached_samples(stored, source, codec, crop, content, **stream)
     return report.source_samples(source, codec, crop, num_crops, content, **stream)
 

@@ -11,9 +11,10 @@ from configs import tiny
 from vqd_jax import config as config_lib
 from vqd_jax import modes
 from vqd_jax.data import batches, codes, sets
+from vqd_jax.data import encode as encode_lib
 from vqd_jax.models import autoencoder
 from vqd_jax.parallel import sharding
-from vqd_jax.training import cache, loop
+from vqd_jax.training import loop
 
 BATCH = 45  # Does not divide the 3155 records: epochs end inside batches.
 
@@ -33,7 +34,9 @@ def encode(folder):
     sizes = config_lib.autoencoder_config(config)
     params = jax.jit(functools.partial(autoencoder.init_params, sizes))(jax.random.key(0))
     builder = sets.load(config.data.name, config.data.dir)
-    cache.make(config, f"{folder}/codes", builder, "train", params, records_per_shard=64)
+    content = encode_lib.content(config)
+    where = f"{folder}/codes"
+    encode_lib.make(config, where, builder, "train", params, content, records_per_shard=64)
 
 
 class Seen(flax.struct.PyTreeNode):

@@ -16,18 +16,22 @@ def ids(folder):
     return [record.id for record in codes.open_split(str(folder))]
 
 
+def manifest_of(folder):
+    return json.loads((folder / codes.MANIFEST).read_text())
+
+
 def test_every_good_record_once_in_order(make_cache, tmp_path):
     make_cache(tmp_path, 40, bad=(3, 20, 39))
     assert ids(tmp_path) == [i for i in range(40) if i not in (3, 20, 39)]
     lines = (tmp_path / bad_records.FILE).read_text().splitlines()
     assert sorted(json.loads(line)["record"] for line in lines) == [3, 20, 39]
-    manifest = codes.read_json(tmp_path / codes.MANIFEST)
+    manifest = manifest_of(tmp_path)
     assert (manifest["records"], manifest["bad_records"]) == (37, 3)
 
 
 def test_the_manifest_tells_of_codebook_and_quality(make_cache, tmp_path):
     make_cache(tmp_path, 40)
-    manifest = codes.read_json(tmp_path / codes.MANIFEST)
+    manifest = manifest_of(tmp_path)
     # Forty codes, equally often; every picture comes back as it was.
     assert manifest["codes_used"] == 40
     assert manifest["perplexity"] == pytest.approx(40)
@@ -44,7 +48,7 @@ def test_psnr_is_that_of_the_pixels(make_cache, tmp_path):
     ramp[:] = np.arange(8, dtype=np.uint8)[:, None, None] * 10
     make_cache(tmp_path, 4, source=[{"image": ramp, "captions": ["a"]}] * 4)
     wanted = 10 * np.log10(255**2 / np.mean((np.arange(8) * 10.0) ** 2))
-    assert codes.read_json(tmp_path / codes.MANIFEST)["psnr"] == pytest.approx(wanted)
+    assert manifest_of(tmp_path)["psnr"] == pytest.approx(wanted)
 
 
 def test_running_again_changes_nothing(make_cache, tmp_path):
@@ -152,7 +156,7 @@ def test_captions_that_are_cut_are_counted(make_cache, tmp_path):
     source = [{**row, "captions": ["a " * r, "b"]} for r, row in enumerate(pictures(12), 1)]
     make_cache(tmp_path, 12, source=source)
     # Start and end mark leave room for six words.
-    assert codes.read_json(tmp_path / codes.MANIFEST)["captions_truncated"] == 6
+    assert manifest_of(tmp_path)["captions_truncated"] == 6
 
 
 class FailsOnce(list):

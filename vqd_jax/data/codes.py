@@ -14,23 +14,23 @@ each with a ``.json`` of its counts. A record is a row of little-endian 16-bit w
     text features                          n L D words, float16, where they are cached
 """
 
-import contextlib
-import hashlib
-import json
-import os
-import tempfile
+import functools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from array_record.python import array_record_module
 
+from vqd_jax import files
+from vqd_jax.data import bad_records
 from vqd_jax.errors import UserError
 
 FORMAT = 1
 MANIFEST = "manifest.json"
 NULL_FEATURES = "null_text_features.npy"
+# What to do about a damaged file of a cache.
+REMEDY = "remove it and run --mode=encode again"
 _HEADER = 6
 # Without read-ahead and threads a random read takes a tenth of the time.
 _READ_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
@@ -61,56 +61,6 @@ class CachedRecord(NamedTuple):
         words = [np.ascontiguousarray(part, "<u2").ravel() for part in parts]
         features = np.ascontiguousarray(self.text_features, "<f2").ravel().view("<u2")
         return np.concatenate([*words, features]).tobytes()
-
-
-def fingerprint(params: Mapping[str, np.ndarray]) -> str:
-    """Hexadecimal SHA-256 of named arrays: tells one autoencoder from another."""
-    digest = hashlib.sha256()
-    for name in sorted(params):
-        array = np.ascontiguousarray(params[name])
-        digest.update(f"{name} {array.dtype} {array.shape}".encode())
-        digest.update(array.tobytes())
-    return digest.hexdigest()
-
-
-@contextlib.contextmanager
-def appearing(path: Path) -> Iterator[BinaryIO]:
-    """A file to write, which then appears complete; after an error it does not appear.
-
-    Several processes may write the same file at once: each has a scratch file of its own.
-    """
-    number, scratch = tempfile.mkstemp(".tmp", f".{path.name}.", path.parent)
-    try:
-        with open(number, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(scratch, 0o644)
-        os.replace(scratch, path)
-    finally:
-        Path(scratch).unlink(missing_ok=True)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes a JSON file that appears complete or not at all."""
-    with appearing(path) as file:
-        file.write(json.dumps(value, indent=1).encode())
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object.
-
-    Raises:
-      UserError: the file is damaged.
-      OSError: it cannot be read.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}); remove it and encode again") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path} does not hold a JSON object; remove it and encode again")
-    return value
 
 
 def require_origin(path: Path, stored: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
@@ -149,7 +99,7 @@ def open_split(path: str, expected_origin: Mapping[str, Any] | None = None) -> "
     if not (folder / MANIFEST).exists():
         what = "is not finished" if any(folder.glob("codes-*")) else "has no cached codes"
         raise UserError(f"{folder} {what} (no {MANIFEST}); run --mode=encode")
-    manifest = read_json(folder / MANIFEST)
+    manifest = files.read_json(folder / MANIFEST, REMEDY)
     if manifest.get("format") != FORMAT:
         raise UserError(
             f"{folder} has format {manifest.get('format')}, this program reads {FORMAT}; "
@@ -257,13 +207,13 @@ class CodesSource:
         found = []
         # One by one: a reader takes longer for two records than for one and another one.
         for shard, place in zip(shards.tolist(), places.tolist(), strict=True):
+            read = functools.partial(self._readers[shard].read, [place])
             try:
-                found += self._readers[shard].read([place])
+                found += bad_records.read_stored(read)
             except (RuntimeError, ValueError, IndexError) as error:
                 name = self.manifest["shards"][shard]["file"]
                 raise UserError(
-                    f"{self.folder / name} is damaged ({error}); remove it and run --mode=encode "
-                    "again, which makes this shard anew"
+                    f"{self.folder / name} is damaged ({error}); {REMEDY}, which makes it anew"
                 ) from error
         return found
 
@@ -305,10 +255,9 @@ class CodesSource:
 
 def _open(path: Path) -> array_record_module.ArrayRecordReader:
     try:
-        return array_record_module.ArrayRecordReader(
-            str(path), options=_READ_OPTIONS, file_reader_buffer_size=32768
+        reader = functools.partial(array_record_module.ArrayRecordReader, str(path))
+        return bad_records.read_stored(
+            functools.partial(reader, options=_READ_OPTIONS, file_reader_buffer_size=32768)
         )
     except (RuntimeError, ValueError) as error:
-        raise UserError(
-            f"{path} is damaged ({error}); remove it and run --mode=encode again"
-        ) from error
+        raise UserError(f"{path} is damaged ({error}); {REMEDY}") from error

@@ -1,85 +1,198 @@
-"""Images -> cached codes, shard by shard: an interrupted encoding goes on with the next shard.
+"""From a config to its cached codes: which codes a run needs, and making what of them is missing.
 
-Letters: R records, C crops an image, B batch, S image side, N image tokens, n captions of a record,
-L text tokens, D width of text features, K codes.
+Letters: R records, C crops of an image, B batch, S image side, N image tokens, L text tokens,
+K codes.
 
-Every process takes the shards p, p + P, p + 2P, ... A shard is a range of records; it appears by a
-rename, complete, and whoever completes the last one writes the manifest.
+Every process takes the shards p, p + P, p + 2P, ... (see ``shard_writer``), so that an interrupted
+encoding goes on with the next shard. The process that finds all shards there writes the manifest.
 """
 
+import functools
 import math
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
-import grain
 import jax
 import numpy as np
+import tensorflow_datasets as tfds
 from absl import logging
-from array_record.python import array_record_module
-from jax.experimental import multihost_utils
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from vqd_jax.data import bad_records, codes
-from vqd_jax.data.bad_records import CheckedReader
+from vqd_jax import config as config_lib
+from vqd_jax import files
+from vqd_jax.data import bad_records, batches, codes, sets
 from vqd_jax.data.batches import Crop
-from vqd_jax.data.codes import CachedRecord
-from vqd_jax.data.text import ClipTokenizer
+from vqd_jax.data.shard_writer import Content, ShardWriter, counts_of
+from vqd_jax.data.text import ClipTokenizer, TextFeatures
 from vqd_jax.errors import UserError
-from vqd_jax.models import quantizer
+from vqd_jax.models import autoencoder, quantizer
+from vqd_jax.models.autoencoder import AutoencoderConfig
+from vqd_jax.parallel import processes, rows
 
+TRAIN = "train"
 ORIGIN = "origin.json"
 REMAP = "remap.npy"
+# Images on each device in one call of the autoencoder.
+BATCH_PER_DEVICE = 32
 
 
-class Codec(Protocol):
-    """An autoencoder, as a pair of compiled functions.
+class Codec:
+    """An autoencoder on all devices of this process, each of which takes its part of the images.
+
+    Args:
+      sizes: of the autoencoder.
+      params: its parameters.
+      devices: None is all of this process.
 
     Attributes:
       num_codes: K.
       num_tokens: N.
+      batch_size: images in a call that fills the devices.
     """
 
-    num_codes: int
-    num_tokens: int
+    def __init__(
+        self, sizes: AutoencoderConfig, params: Any, devices: Sequence[jax.Device] | None = None
+    ):
+        devices = jax.local_devices() if devices is None else devices
+        mesh = jax.make_mesh((len(devices),), ("data",), (AxisType.Auto,), devices=devices)
+        self.num_codes, self.num_tokens = sizes.num_codes, sizes.num_tokens
+        self.batch_size = BATCH_PER_DEVICE * len(devices)
+        self._rows = NamedSharding(mesh, PartitionSpec("data"))
+        self._num_devices = len(devices)
+        self._params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
+        self._encode = jax.jit(functools.partial(autoencoder.encode, config=sizes))
+        self._decode = jax.jit(functools.partial(autoencoder.decode, config=sizes))
 
     def encode(self, images: np.ndarray) -> jax.Array:
-        """uint8 [B, S, S, 3] -> integers [B, N]."""
+        """uint8 [B, S, S, 3] -> int32 [B, N]; returns before it is computed."""
+        return self._call(self._encode, images)
 
     def decode(self, tokens: jax.Array) -> jax.Array:
-        """Integers [B, N] -> uint8 [B, S, S, 3]."""
+        """int32 [B, N] -> uint8 [B, S, S, 3]; returns before it is computed."""
+        return self._call(self._decode, tokens)
+
+    def _call(self, function, inputs):
+        missing = -len(inputs) % self._num_devices
+        whole = rows.padded(inputs, len(inputs) + missing)
+        made = function(self._params, jax.device_put(whole, self._rows))
+        return made[: len(inputs)] if missing else made
 
 
-class TextFeatures(NamedTuple):
-    """Features of captions that are cached beside their ids.
+def data_set(config: ConfigDict) -> tfds.core.DatasetBuilder:
+    """The data set of the config, which is prepared if it is not yet; see ``sets.load``."""
+    c = config.data
+    return sets.load(c.name, c.dir, c.prepared_dir, c.max_bad_share, c.beam)
 
-    Attributes:
-      compute: int32 [B, L] -> floats [B, L, D].
-      width: D.
-      fingerprint: tells one text encoder from another; see ``codes.fingerprint``.
+
+def crop(config: ConfigDict, split: str) -> Crop:
+    """From the images of a split to what the autoencoder sees."""
+    size = config.data.image_size
+    if split != TRAIN:
+        return Crop(size)
+    return Crop(size, random=config.data.random_crop, flip=config.data.flip)
+
+
+def num_crops(config: ConfigDict, split: str) -> int:
+    """Crops of each image that are cached."""
+    return config.data.num_crops if split == TRAIN else 1
+
+
+def content(config: ConfigDict, text_features: TextFeatures | None = None) -> Content:
+    """What the denoiser's condition needs beside the codes.
+
+    Args:
+      config: the resolved config.
+      text_features: of the config's pretrained text encoder, if they are to be cached.
     """
+    if config.denoiser.condition == "text":
+        return Content(ClipTokenizer(config.text_encoder.context_length), text_features)
+    if config.denoiser.condition == "class":
+        return Content(num_classes=config.denoiser.num_classes)
+    return Content()
 
-    compute: Callable[[np.ndarray], jax.Array]
-    width: int
-    fingerprint: str = ""
+
+def directory(config: ConfigDict, workdir: str) -> str:
+    """Where the codes of a run are: a folder with a folder for each split."""
+    return config.data.codes or str(Path(workdir) / "codes")
 
 
-class Content(NamedTuple):
-    """What is cached of a record beside its crops.
+def make(
+    config: ConfigDict,
+    where: str,
+    builder: tfds.core.DatasetBuilder,
+    split: str,
+    params: Any,
+    content: Content,
+    records_per_shard: int = 4096,
+) -> dict[str, Any] | None:
+    """Encodes what is missing of ``where/split``; see ``encode_split``."""
+    codec = Codec(config_lib.autoencoder_config(config), params)
+    return encode_split(
+        str(Path(where) / split),
+        batches.records(builder, split, decode=False),
+        codec,
+        {
+            "data": sets.source_fingerprint(builder),
+            "split": split,
+            "autoencoder": files.fingerprint(params),
+        },
+        crop=crop(config, split),
+        num_crops=num_crops(config, split),
+        seed=config.seed,
+        content=content,
+        batch_size=codec.batch_size,
+        max_bad_share=config.data.max_bad_share,
+        records_per_shard=records_per_shard,
+    )
 
-    Attributes:
-      tokenizer: of the records' ``captions``; None leaves captions out.
-      text_features: of the captions; None leaves them out.
-      num_classes: of the records' ``label``; 0 leaves labels out.
+
+def open_or_make(
+    config: ConfigDict,
+    workdir: str,
+    builder: tfds.core.DatasetBuilder,
+    split: str,
+    params: Any,
+    content: Content,
+) -> codes.CodesSource:
+    """The cached codes of a split: in ``config.data.codes``, or made in ``workdir/codes``.
+
+    Args:
+      config: the resolved config.
+      workdir: of the run.
+      builder: the prepared data set.
+      split: its name.
+      params: of the autoencoder.
+      content: what the config asks for; see the function ``content``.
+
+    Raises:
+      UserError: the codes are damaged, or another autoencoder or other settings made them.
     """
+    where = directory(config, workdir)
+    if not config.data.codes:
+        make(config, where, builder, split, params, content)
+    return open_split(config, where, split, params, content)
 
-    tokenizer: ClipTokenizer | None = None
-    text_features: TextFeatures | None = None
-    num_classes: int = 0
 
+def open_split(
+    config: ConfigDict, where: str, split: str, params: Any, content: Content
+) -> codes.CodesSource:
+    """The codes in ``where/split``, if they are what the arguments of ``open_or_make`` ask for.
 
-_NOTHING = Content()
+    Codes of another data set will do, if the same autoencoder made them.
+
+    Raises:
+      UserError: see ``open_or_make``.
+    """
+    wanted = {
+        "split": split,
+        "autoencoder": files.fingerprint(params),
+        "image_size": config.data.image_size,
+        "text_encoder": None,
+    }
+    return codes.open_split(str(Path(where) / split), wanted | content.origin())
 
 
 def encode_split(
@@ -89,34 +202,29 @@ def encode_split(
     origin: Mapping[str, Any],
     *,
     crop: Crop,
+    content: Content,
     num_crops: int = 1,
     seed: int = 0,
-    content: Content = _NOTHING,
     batch_size: int = 32,
     records_per_shard: int = 4096,
     max_bad_share: float = 0.01,
-    num_threads: int = 4,
     process_index: int | None = None,
     process_count: int | None = None,
 ) -> dict[str, Any] | None:
     """Encodes a split into ``directory``, or what of it is not there yet.
 
     Args:
-      directory: of this split alone; see ``codes`` for what is written. ``remap.npy`` in it, int32
-        [K], leaves out the codes that do not occur (see ``models.quantizer.build_remap``).
+      directory: of this split alone; ``codes`` says what is written.
       source: R random-access records with ``image``, bytes or pixels.
       codec: the autoencoder.
-      origin: JSON values that the codes depend on, such as ``data``, ``split`` and ``autoencoder``
-        (a fingerprint). What ``crop`` and the rest of the arguments add is added here.
+      origin: JSON values that decide the codes: ``data``, ``split``, ``autoencoder`` (fingerprint).
       crop: from images to S x S.
+      content: what is cached beside the codes.
       num_crops: C; more than one makes sense for random crops only.
       seed: of the random crops.
-      content: what is cached beside the codes.
-      batch_size: B, images in one call of the codec.
-      records_per_shard: work that an interruption costs at most.
-      max_bad_share: share of unreadable records that stops the run; they are named in
-        ``bad_records.jsonl``.
-      num_threads: threads that read and decode.
+      batch_size: images in one call of the codec.
+      records_per_shard: the work that an interruption costs at most.
+      max_bad_share: share of bad records that stops the run.
       process_index, process_count: None asks JAX.
 
     Returns:
@@ -124,65 +232,47 @@ def encode_split(
 
     Raises:
       UserError: the folder has codes of another origin, or too many records are bad.
-      OSError: the disk is full, or the folder cannot be written.
+      OSError: the disk is full, or a record or the folder cannot be read or written.
     """
     index = jax.process_index() if process_index is None else process_index
     count = jax.process_count() if process_count is None else process_count
-    folder = Path(directory)
-    folder.mkdir(parents=True, exist_ok=True)
-    plan = _Plan(folder, len(source), records_per_shard)
-    if content.tokenizer is not None and content.tokenizer.vocab_size > 2**16:
-        raise UserError(
-            f"the tokenizer has {content.tokenizer.vocab_size} ids; at most 65536 can be cached"
-        )
-    origin = full_origin(origin, crop, num_crops, seed, content) | {
-        "records_per_shard": records_per_shard
-    }
-    _claim(folder, origin)
-    read = CheckedReader(
-        source,
-        max_bad_share,
-        str(folder / bad_records.FILE),
-        needs_captions=content.tokenizer is not None,
-    )
-    encoder = _ShardEncoder(read, codec, crop, num_crops, seed, content, batch_size, num_threads)
-    mine = [shard for shard in plan.missing() if shard % count == index]
-    if mine:
-        total = sum(len(plan.records(shard)) for shard in range(index, plan.num_shards, count))
-        done = total - sum(len(plan.records(shard)) for shard in mine)
-        with _bar(folder.name, total, done) as bar:
-            for shard in mine:
-                encoder.write(plan.records(shard), plan.path(shard), bar)
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(f"encoded {folder}")
-    if plan.missing():
-        return None
-    if (folder / codes.MANIFEST).exists():
-        return codes.read_json(folder / codes.MANIFEST)
-    return _finish(plan, origin, codec, num_crops, content)
-
-
-def _bar(name: str, total: int, done: int) -> tqdm:
-    return tqdm(total=total, initial=done, desc=f"encoding {name}", unit="image", mininterval=1)
+    plan = _Plan(Path(directory), len(source), records_per_shard)
+    origin = full_origin(origin, crop, num_crops, seed, content)
+    origin["records_per_shard"] = records_per_shard
+    _claim(plan.folder, origin)
+    log, captions = str(plan.folder / bad_records.FILE), content.tokenizer is not None
+    read = bad_records.CheckedReader(source, max_bad_share, log, needs_captions=captions)
+    writer = ShardWriter(read, codec, crop, num_crops, seed, content, batch_size)
+    plan.write_shards(writer, index, count)
+    processes.barrier(f"encoded {directory}")
+    return _manifest(plan, origin, codec, num_crops, content)
 
 
 def full_origin(
     origin: Mapping[str, Any], crop: Crop, num_crops: int, seed: int, content: Content
 ) -> dict[str, Any]:
-    """What codes depend on, as ``codes.open_split`` compares it; see ``encode_split``."""
-    drawn = crop.random or crop.flip
+    """All that decides the codes, as ``codes.open_split`` compares it; see ``encode_split``."""
     made_with = {
         "image_size": crop.size,
         "random_crop": crop.random,
         "flip": crop.flip,
         "num_crops": num_crops,
-        "crop_seed": seed if drawn else 0,
-        "context_length": content.tokenizer.context_length if content.tokenizer else 0,
-        "num_classes": content.num_classes,
+        "crop_seed": seed if crop.random or crop.flip else 0,
     }
-    if content.text_features:
-        made_with["text_encoder"] = content.text_features.fingerprint
-    return dict(origin) | made_with
+    return dict(origin) | made_with | content.origin()
+
+
+def _claim(folder: Path, origin: dict[str, Any]) -> None:
+    """Writes the origin into an empty folder; refuses one with another."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / ORIGIN
+    if not path.exists():
+        with files.lock(folder / ".lock"):
+            if not path.exists():
+                files.remove_remains(path)
+                (folder / bad_records.FILE).unlink(missing_ok=True)
+                files.write_json(path, origin)
+    codes.require_origin(folder, files.read_json(path, codes.REMEDY), origin)
 
 
 class _Plan(NamedTuple):
@@ -203,219 +293,95 @@ class _Plan(NamedTuple):
     def path(self, shard: int) -> Path:
         return self.folder / f"codes-{shard:05d}-of-{self.num_shards:05d}.array_record"
 
-    def missing(self) -> list[int]:
-        return [s for s in range(self.num_shards) if _counts(self.path(s)) is None]
+    def missing(self, shards: Sequence[int]) -> list[int]:
+        return [shard for shard in shards if counts_of(self.path(shard)) is None]
 
-
-def _counts(path: Path) -> dict[str, Any] | None:
-    """What was noted of a shard, or None if the shard is not there or not whole."""
-    try:
-        counts = codes.read_json(path.with_suffix(".json"))
-    except (UserError, OSError):
-        return None
-    return counts if codes.is_whole(path, counts) else None
-
-
-def _claim(folder: Path, origin: dict[str, Any]) -> None:
-    """Writes the origin into an empty folder; refuses one with another."""
-    path = folder / ORIGIN
-    if path.exists():
-        codes.require_origin(folder, codes.read_json(path), origin)
-    else:
-        (folder / bad_records.FILE).unlink(missing_ok=True)
-        codes.write_json(path, origin)
-
-
-class _ShardEncoder:
-    """Encodes ranges of records; compiles once."""
-
-    def __init__(self, read, codec, crop, num_crops, seed, content, batch_size, num_threads):
-        self._read, self._codec, self._crop = read, codec, crop
-        self._num_crops, self._seed, self._content = num_crops, seed, content
-        self._batch_records = max(1, batch_size // num_crops)
-        self._num_threads = num_threads
-        self._truncated: dict[int, int] = {}
-
-    def write(self, records: range, path: Path, bar: tqdm) -> None:
-        """Writes a shard and its counts, both complete or not at all."""
-        for remains in path.parent.glob(f".{path.stem}.*.tmp"):
-            remains.unlink()
-        scratch = path.with_name(f".{path.name}.tmp")
-        usage = np.zeros(self._codec.num_codes, np.int64)
-        counts = {"file": path.name, "records": 0, "captions": 0, "truncated": 0}
-        try:
-            writer = array_record_module.ArrayRecordWriter(
-                str(scratch), "group_size:1,uncompressed"
-            )
-            for record in self._encoded(records, counts, bar):
-                writer.write(record.to_bytes())
-                counts["records"] += 1
-                counts["captions"] += len(record.text_ids)
-                counts["truncated"] += self._truncated.pop(record.id, 0)
-                usage += np.bincount(record.codes.ravel(), minlength=len(usage))
-            writer.close()
-            with open(scratch, "rb") as file:
-                os.fsync(file.fileno())
-            counts["bytes"] = scratch.stat().st_size
-            counts["bad"] = sorted(set(records) & self._read.bad.keys())
-            # First the counts: a shard without them is not taken for one.
-            codes.write_json(path.with_suffix(".json"), counts | {"usage": usage.tolist()})
-            os.replace(scratch, path)
-        except RuntimeError as error:  # array_record reports a full disk as this.
-            raise OSError(f"{path} could not be written: {error}") from error
-        finally:
-            scratch.unlink(missing_ok=True)
-
-    def _encoded(self, records: range, counts: dict, bar: tqdm) -> Iterator[CachedRecord]:
-        batches = self._batches(records, bar)
-        waiting = None
-        # A batch is read while the one before it is encoded.
-        for batch in batches:
-            tokens = self._codec.encode(self._padded(batch))
-            if waiting is None:
-                self._measure(batch, tokens, counts)
-            else:
-                yield from self._cached(*waiting)
-            waiting = batch, tokens
-        if waiting is not None:
-            yield from self._cached(*waiting)
-
-    def _batches(self, records: range, bar: tqdm) -> Iterator[list[dict]]:
-        options = grain.ReadOptions(
-            num_threads=self._num_threads, prefetch_buffer_size=2 * self._batch_records
+    def write_shards(self, writer: ShardWriter, index: int, count: int) -> None:
+        """Writes what is missing of the shards of process ``index`` of ``count``."""
+        shards = range(index, self.num_shards, count)
+        missing = self.missing(shards)
+        if not missing:
+            return
+        total = sum(len(self.records(shard)) for shard in shards)
+        bar = tqdm(
+            total=total,
+            initial=total - sum(len(self.records(shard)) for shard in missing),
+            desc=f"encoding {self.folder.name}",
+            unit="image",
+            mininterval=1,
         )
-        elements = grain.MapDataset.range(records.start, records.stop).map(self._crops)
-        batch = []
-        for record in elements.to_iter_dataset(options, allow_nones=True):
-            bar.update()
-            if record is not None:
-                batch.append(record)
-            if len(batch) == self._batch_records:
-                yield batch
-                batch = []
-        if batch:
-            yield batch
-
-    def _crops(self, index: int) -> dict | None:
-        def crops(record):
-            keys = range(index * self._num_crops, (index + 1) * self._num_crops)
-            crops = np.stack([self._crop(record, self._seed, key) for key in keys])
-            return self._ids(record, index) | {"id": index, "crops": crops}
-
-        return self._read(index, crops)
-
-    def _ids(self, record: dict, index: int) -> dict:
-        tokenizer, num_classes = self._content.tokenizer, self._content.num_classes
-        label, ids = 0, np.zeros((0, 0), np.int32)
-        if num_classes:
-            label = int(record["label"])
-            if not 0 <= label < num_classes:
-                raise ValueError(f"label {label} is outside 0..{num_classes - 1}")
-        if tokenizer is not None:
-            captions = list(record["captions"])
-            ids = tokenizer.encode_batch(captions, warn=False)
-            lengths = [tokenizer.num_ids(caption) for caption in captions]
-            self._truncated[index] = sum(n > tokenizer.context_length for n in lengths)
-        return {"label": label, "text_ids": ids}
-
-    def _padded(self, batch: list[dict]) -> np.ndarray:
-        # One shape for every call, so that there is one compilation.
-        missing = self._batch_records - len(batch)
-        return np.concatenate([r["crops"] for r in batch] + [batch[0]["crops"]] * missing)
-
-    def _measure(self, batch: list[dict], tokens: jax.Array, counts: dict) -> None:
-        """PSNR of the shard's first batch: decoding everything would take longer than encoding."""
-        size = len(batch) * self._num_crops
-        images = self._padded(batch)[:size].astype(np.float64)
-        decoded = np.asarray(self._codec.decode(tokens))[:size]
-        error = np.square(images - decoded).mean(axis=(1, 2, 3))
-        psnr = 10 * np.log10(255**2 / np.maximum(error, 1e-6))
-        counts["psnr_images"], counts["psnr_sum"] = size, float(psnr.sum())
-
-    def _cached(self, batch: list[dict], tokens: jax.Array) -> Iterator[CachedRecord]:
-        tokens = np.asarray(tokens).reshape(self._batch_records, self._num_crops, -1)
-        features = self._features(batch)
-        for record, found in zip(batch, tokens[: len(batch)], strict=True):
-            ids = record["text_ids"]
-            yield CachedRecord(
-                record["id"],
-                record["label"],
-                found.astype(np.uint16),
-                ids.astype(np.uint16),
-                next(features) if features else np.zeros((*ids.shape, 0), np.float16),
-            )
-
-    def _features(self, batch: list[dict]) -> Iterator[np.ndarray] | None:
-        if self._content.text_features is None:
-            return None
-        ids = np.concatenate([record["text_ids"] for record in batch])
-        found = text_features(self._content.text_features, ids, self._batch_records)
-        ends = np.cumsum([len(record["text_ids"]) for record in batch])
-        return iter(np.split(found, ends[:-1]))
+        with bar:
+            for shard in missing:
+                path = self.path(shard)
+                # Two runs may share a folder of codes.
+                with files.lock(path.with_name(f".{path.stem}.lock")):
+                    if counts_of(path) is None:
+                        writer.write(self.records(shard), path, bar)
 
 
-def text_features(features: TextFeatures, ids: np.ndarray, batch_size: int) -> np.ndarray:
-    """float16 [M, L, D] of ids int32 [M, L], with one shape of call."""
-    made = []
-    for start in range(0, len(ids), batch_size):
-        part = ids[start : start + batch_size]
-        padded = np.concatenate([part, part[:1].repeat(batch_size - len(part), axis=0)])
-        made.append(np.asarray(features.compute(padded), np.float16)[: len(part)])
-    return np.concatenate(made)
-
-
-def _finish(
+def _manifest(
     plan: _Plan, origin: dict[str, Any], codec: Codec, num_crops: int, content: Content
-) -> dict[str, Any]:
-    """Writes what belongs to the whole split; the manifest comes last."""
+) -> dict[str, Any] | None:
+    """The manifest of a split, written if all shards are there; None if one is not."""
+    if plan.missing(range(plan.num_shards)):
+        return None
+    path = plan.folder / codes.MANIFEST
+    if not path.exists():
+        with files.lock(plan.folder / ".lock"):
+            if not path.exists():
+                manifest = {"format": codes.FORMAT, "origin": origin}
+                _write_manifest(manifest, plan, codec, num_crops, content)
+    return files.read_json(path, codes.REMEDY)
+
+
+def _write_manifest(manifest, plan, codec, num_crops, content) -> None:
     folder = plan.folder
-    shards = [_counts(plan.path(shard)) for shard in range(plan.num_shards)]
-    records = sum(shard["records"] for shard in shards)
-    bad = sum(len(shard["bad"]) for shard in shards)
-    if not records:
-        raise UserError(f"nothing could be encoded into {folder}: {bad} records are bad")
-    usage = np.sum([shard.pop("usage") for shard in shards], axis=0)
+    shards = [counts_of(plan.path(shard)) for shard in range(plan.num_shards)]
+    totals = {
+        "records": sum(shard["records"] for shard in shards),
+        "bad_records": sum(len(shard["bad"]) for shard in shards),
+        "captions": sum(shard["captions"] for shard in shards),
+        "captions_truncated": sum(shard["truncated"] for shard in shards),
+        "psnr_images": sum(shard.get("psnr_images", 0) for shard in shards),
+    }
+    if not totals["records"]:
+        raise UserError(
+            f"nothing could be encoded into {folder}: {totals['bad_records']} records are bad"
+        )
+    psnr = sum(shard.get("psnr_sum", 0.0) for shard in shards) / totals["psnr_images"]
+    usage = np.sum([shard["usage"] for shard in shards], axis=0)
     share = usage[usage > 0] / usage.sum()
-    psnr_images = sum(shard.get("psnr_images", 0) for shard in shards)
-    psnr = sum(shard.get("psnr_sum", 0.0) for shard in shards) / psnr_images
-    features, tokenizer = content.text_features, content.tokenizer
-    empty = tokenizer.encode_batch([""]) if tokenizer else np.zeros((1, 0), np.int32)
-    if features is not None:
-        _save_array(folder / codes.NULL_FEATURES, text_features(features, empty, 1)[0])
-    _save_array(folder / REMAP, quantizer.build_remap(usage))
-    manifest = {
-        "format": codes.FORMAT,
-        "origin": origin,
+    null_ids, null_features = content.null()
+    manifest |= {
         "layout": {
             "num_tokens": codec.num_tokens,
             "num_crops": num_crops,
-            "context_length": tokenizer.context_length if tokenizer else 0,
-            "feature_width": features.width if features else 0,
-            "null_text_ids": empty[0].tolist(),
+            "context_length": len(null_ids),
+            "feature_width": content.text_features.width if content.text_features else 0,
+            "null_text_ids": null_ids.tolist(),
             "num_classes": content.num_classes,
         },
-        "records": records,
-        "bad_records": bad,
-        "captions": sum(shard["captions"] for shard in shards),
-        "captions_truncated": sum(shard["truncated"] for shard in shards),
+        **totals,
+        "psnr": psnr,
         "num_codes": codec.num_codes,
         "codes_used": int((usage > 0).sum()),
         "perplexity": float(np.exp(-np.sum(share * np.log(share)))),
-        "psnr": psnr,
-        "psnr_images": psnr_images,
         "shards": [{key: shard[key] for key in ("file", "records", "bytes")} for shard in shards],
     }
-    codes.write_json(folder / codes.MANIFEST, manifest)
+    arrays = {REMAP: quantizer.build_remap(usage)}
+    if null_features is not None:
+        arrays[codes.NULL_FEATURES] = null_features
+    for name, array in arrays.items():
+        files.remove_remains(folder / name)
+        with files.appearing(folder / name) as scratch:
+            np.save(scratch, array)
+    # The manifest comes last: with it the split is complete.
+    files.remove_remains(folder / codes.MANIFEST)
+    files.write_json(folder / codes.MANIFEST, manifest)
     logging.info(
         "%s: %d records (%d bad ones left out), %d of %d captions cut to fit; %d of %d codes in "
         "use, perplexity %.1f; PSNR %.2f dB of %d reconstructions",
-        folder, records, bad, manifest["captions_truncated"], manifest["captions"],
-        manifest["codes_used"], codec.num_codes, manifest["perplexity"],
-        psnr, psnr_images,
+        folder, manifest["records"], manifest["bad_records"], manifest["captions_truncated"],
+        manifest["captions"], manifest["codes_used"], codec.num_codes, manifest["perplexity"],
+        manifest["psnr"], manifest["psnr_images"],
     )  # fmt: skip
-    return manifest
-
-
-def _save_array(path: Path, array: np.ndarray) -> None:
-    with codes.appearing(path) as file:
-        np.save(file, array)

@@ -12,9 +12,12 @@ import html
 import importlib.resources
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import ftfy
+import jax
 import numpy as np
 from absl import logging
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -77,6 +80,20 @@ def _byte_pair_encoder(vocabulary: dict[str, int], merges: Merges) -> Tokenizer:
     )
     encoder.decoder = decoders.ByteLevel()
     return encoder
+
+
+class TextFeatures(NamedTuple):
+    """What a text encoder makes of captions, whichever encoder it is.
+
+    Attributes:
+      compute: ids int32 [B, L] -> features, floats [B, L, D].
+      width: D.
+      fingerprint: tells one text encoder from another; see ``files.fingerprint``.
+    """
+
+    compute: Callable[[np.ndarray], jax.Array]
+    width: int
+    fingerprint: str = ""
 
 
 def clean(caption: str) -> str:

@@ -1,5 +1,7 @@
 """What a run begins with besides random numbers: a pretrained text encoder, a whole model."""
 
+import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +11,11 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from vqd_jax import config as config_lib
+from vqd_jax import files
+from vqd_jax.data.text import TextFeatures
 from vqd_jax.errors import UserError
 from vqd_jax.interop import folder
-from vqd_jax.models import conditioned
+from vqd_jax.models import conditioned, text_encoder
 from vqd_jax.training.state import TrainState
 
 # Features of the empty caption may first be learnt in fine-tuning (Improved VQ-Diffusion, 3.1).
@@ -75,6 +79,20 @@ def load_text_encoder(config: ConfigDict) -> Any:
             "text encoder"
         )
     return _load(directory, shapes, parts[kind])
+
+
+def text_features(config: ConfigDict) -> TextFeatures | None:
+    """Features by the pretrained text encoder, in float32; None if they are not to be cached.
+
+    Raises:
+      UserError: see ``load_text_encoder``.
+    """
+    if not config.data.cache_text_features:
+        return None
+    sizes = dataclasses.replace(config_lib.model_config(config).text_encoder, dtype="float32")
+    params = load_text_encoder(config)
+    compute = jax.jit(lambda params, ids: text_encoder.bind(sizes, params)(ids))
+    return TextFeatures(functools.partial(compute, params), sizes.width, files.fingerprint(params))
 
 
 def _load(directory: str, shapes: Any, part: str) -> Any:

@@ -17,14 +17,14 @@ from ml_collections import ConfigDict
 
 from vqd_jax import config as config_lib
 from vqd_jax import pictures
-from vqd_jax.data import batches, images, sets
+from vqd_jax.data import batches, encode, images, sets
 from vqd_jax.data.bad_records import CheckedReader
 from vqd_jax.errors import UserError
 from vqd_jax.interop import folder
 from vqd_jax.models import autoencoder
 from vqd_jax.parallel import processes, sharding
 from vqd_jax.training import autoencoder as training
-from vqd_jax.training import cache, loop
+from vqd_jax.training import loop
 
 
 def model_folder(workdir: str) -> str:
@@ -110,13 +110,13 @@ def _train(config: ConfigDict, directory: str, builder) -> Any:
     mesh = sharding.make_mesh(config)
     sharding.require_divisible("autoencoder.batch_size", batch_size, mesh)
     dataset = batches.image_dataset(
-        batches.records(builder, cache.TRAIN, decode=False),
+        batches.records(builder, encode.TRAIN, decode=False),
         sizes.image_size,
         batch_size // jax.process_count(),
         config.seed,
         train=True,
         max_bad_share=config.data.max_bad_share,
-        crop=cache.crop(config, cache.TRAIN),
+        crop=encode.crop(config, encode.TRAIN),
         bad_log=f"{directory}/bad_records.jsonl",
     )
     whole = sharding.replicated(mesh)

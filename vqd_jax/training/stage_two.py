@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from vqd_jax import checkpoint, pictures
 from vqd_jax import config as config_lib
-from vqd_jax.data import batches, codes, sets
+from vqd_jax.data import batches, codes, encode, sets
 from vqd_jax.data.codes import CachedRecord
 from vqd_jax.diffusion import objective
 from vqd_jax.errors import UserError
@@ -22,7 +22,7 @@ from vqd_jax.interop import pretrained
 from vqd_jax.models import conditioned
 from vqd_jax.parallel import processes, sharding
 from vqd_jax.pipeline import VQDiffusion
-from vqd_jax.training import cache, loop, stage_one
+from vqd_jax.training import loop, stage_one
 from vqd_jax.training import state as state_lib
 
 LIKELIHOOD_BATCH = 64
@@ -88,24 +88,25 @@ def train_autoencoder(config: ConfigDict, workdir: str) -> None:
     """Stage one alone."""
     stage_one.check(config, workdir)
     with claim_workdir(config, workdir):
-        stage_one.prepare(config, workdir, cache.data_set(config))
+        stage_one.prepare(config, workdir, encode.data_set(config))
 
 
 def train(config: ConfigDict, workdir: str) -> None:
     """Both stages, or what is left of them; ends with likelihoods and a grid of pictures."""
     stage_one.check(config, workdir)
     for where in config.data.more_codes:
-        codes.open_split(str(Path(where) / cache.TRAIN))
+        codes.open_split(str(Path(where) / encode.TRAIN))
     with claim_workdir(config, workdir):
-        builder = cache.data_set(config)
+        builder = encode.data_set(config)
         autoencoder_params = stage_one.prepare(config, workdir, builder)
+        content = encode.content(config, pretrained.text_features(config))
         mixed = [
-            cache.open_split(config, where, cache.TRAIN, autoencoder_params)
+            encode.open_split(config, where, encode.TRAIN, autoencoder_params, content)
             for where in config.data.more_codes
         ]
         names = {"train": "train", "validation": sets.evaluation_split(builder)}
         splits = {
-            name: cache.open_or_make(config, workdir, builder, split, autoencoder_params)
+            name: encode.open_or_make(config, workdir, builder, split, autoencoder_params, content)
             for name, split in names.items()
         }
         _train(config, workdir, splits, mixed, autoencoder_params)
