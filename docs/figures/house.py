@@ -8,6 +8,7 @@ going down.
 """
 
 import ast
+import textwrap
 from pathlib import Path
 from typing import NamedTuple
 
@@ -99,37 +100,57 @@ def lines_of_code(path: Path) -> int:
     )
 
 
+def without_shortcuts(arrows: set[tuple[str, str]]) -> set[tuple[str, str]]:
+    """The arrows that no chain of other arrows implies; there are no circles."""
+    below = {}
+
+    def reach(start):
+        if start not in below:
+            ends = {end for begin, end in arrows if begin == start}
+            below[start] = ends.union(*map(reach, ends))
+        return below[start]
+
+    return {
+        (start, end)
+        for start, end in arrows
+        if not any(end in reach(middle) for begin, middle in arrows if begin == start)
+    }
+
+
 def draw(target: Path) -> None:
     """Writes the drawing as a PNG."""
     import matplotlib.pyplot as plt
 
-    sizes = dict.fromkeys(FLOOR_OF, 0)
+    sizes, inside = dict.fromkeys(FLOOR_OF, 0), {name: [] for name in FLOOR_OF}
     for name, path in modules().items():
         if room(name) in sizes:
             sizes[room(name)] += lines_of_code(path)
+            inside[room(name)] += [name.split(".")[-1]] if name.count(".") == 1 else []
     floors = [[r for r in rooms if sizes[r]] for rooms in FLOORS]
     floors = [rooms for rooms in floors if rooms]
     place = {}
     for height, rooms in enumerate(reversed(floors)):
         for column, name in enumerate(rooms):
             # Rooms step to the side, so that arrows do not run through them.
-            shift = 0.9 * (height % 2) if len(rooms) == 1 else 0
-            place[name] = (2.2 * column + shift + (0 if len(rooms) > 1 else 0.6), height)
-    figure, axes = plt.subplots(figsize=(7.5, 9))
-    arrows = {(room(i.module), room(i.imported)) for i in imports()}
-    for start, end in sorted(arrows):
-        if start == end or start not in place or end not in place:
-            continue
-        (x0, y0), (x1, y1) = place[start], place[end]
-        bend = 0.18 * (1 if x1 >= x0 else -1) if y0 - y1 > 1 else 0.0
-        style = f"arc3,rad={bend}"
-        arrow = {"arrowstyle": "->", "color": "0.6", "connectionstyle": style, "lw": 0.8}
-        axes.annotate("", (x1, y1 + 0.17), (x0, y0 - 0.17), arrowprops=arrow)
+            side = (-1) ** height if len(rooms) == 1 else 2 * column - 1
+            place[name] = (1.3 * side, height)
+    figure, axes = plt.subplots(figsize=(9, 10))
+    boxes = {}
     for name, (x, y) in place.items():
-        box = {"boxstyle": "round,pad=0.35", "facecolor": "#e8f0fb", "edgecolor": "#3b6ea5"}
-        label = f"{name}  ({sizes[name]:,})"
-        axes.text(x, y, label, ha="center", va="center", fontsize=9, bbox=box)
-    axes.set(xlim=(-1.2, 4.2), ylim=(-0.6, len(floors) - 0.4))
+        box = {"boxstyle": "round,pad=0.5", "facecolor": "#e8f0fb", "edgecolor": "#3b6ea5"}
+        names = textwrap.fill(", ".join(sorted(inside[name])), 46)
+        label = "\n".join(filter(None, [f"{name}  ({sizes[name]:,})", names]))
+        text = axes.text(x, y, label, ha="center", va="center", fontsize=8, bbox=box, zorder=2)
+        boxes[name] = text.get_bbox_patch()
+    figure.canvas.draw()
+    arrows = {(room(i.module), room(i.imported)) for i in imports()}
+    arrows = {(a, b) for a, b in arrows if FLOOR_OF.get(a, 99) < FLOOR_OF.get(b, -1)}
+    for start, end in sorted(without_shortcuts(arrows)):
+        bent = place[start][0] == place[end][0] and place[start][1] - place[end][1] > 2
+        arrow = {"arrowstyle": "-|>", "color": "0.45", "mutation_scale": 14, "patchA": boxes[start]}
+        arrow |= {"patchB": boxes[end], "connectionstyle": f"arc3,rad={0.4 if bent else 0}"}
+        axes.annotate("", place[end], place[start], arrowprops=arrow, zorder=3)
+    axes.set(xlim=(-2.9, 2.9), ylim=(-0.6, len(floors) - 0.4))
     axes.axis("off")
     figure.savefig(target, dpi=90, bbox_inches="tight")
     plt.close(figure)
