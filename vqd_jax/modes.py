@@ -17,7 +17,6 @@ from PIL import Image
 from tqdm import tqdm
 
 from vqd_jax import config as config_lib
-from vqd_jax import pictures
 from vqd_jax.data import batches, codes, images, report
 from vqd_jax.data import encode as encode_lib
 from vqd_jax.errors import UserError
@@ -95,7 +94,7 @@ def inspect(config: ConfigDict, workdir: str, *, num_samples: int = 32) -> None:
     samples = _samples(config, workdir, builder, content, num_samples)
     if samples:
         sheet = folder / "training_stream.png"
-        pictures.save(str(sheet), report.contact_sheet(samples))
+        images.save(sheet, report.contact_sheet(samples))
         logging.info("the training stream: %s", sheet)
     found = {
         split: report.statistics(
@@ -183,19 +182,19 @@ def sample(
     else:
         if len(prompts) > 1:
             raise UserError("--image takes one --prompt")
-        picture, where = _open(image), None if mask is None else _open(mask)
-        if where is None:
+        picture = images.load(image)
+        if mask is None:
             made = model.edit(picture, prompts[0], strength=strength, **options)
         else:
-            made = model.inpaint(picture, where, prompts[0], **options)
+            made = model.inpaint(picture, images.load(mask), prompts[0], **options)
     for i, prompt in enumerate(prompts):
         for j, pixels in enumerate(made.pixels[i]):
             name = folder / f"{i:03d}_{_slug(prompt)}_seed{seed}_{j:02d}"
-            pictures.save(f"{name}.png", pictures.Image.fromarray(pixels))
+            images.save(f"{name}.png", Image.fromarray(pixels))
             if animate:
-                pictures.save_animation(f"{name}.gif", _frames(model, made, i, j))
+                images.save_animation(f"{name}.gif", _frames(model, made, i, j))
     path = folder / f"grid_seed{seed}.png"
-    pictures.save(path, pictures.grid(made.pixels, prompts))
+    images.save(path, images.grid(made.pixels, prompts))
     logging.info("wrote %s and %d single pictures beside it", path, len(made.images))
 
 
@@ -327,7 +326,7 @@ def _write(folder: Path, numbers: Sequence[int], pixels: np.ndarray, format: str
     made = [Image.fromarray(p) for p in pixels]
     if format == "png":
         for number, image in zip(numbers, made, strict=True):
-            pictures.save(str(_path(folder, number, format)), image)
+            images.save(_path(folder, number, format), image)
         return
     path = _path(folder, numbers[0], format)
     scratch = path.with_suffix(".tmp")
@@ -338,13 +337,6 @@ def _write(folder: Path, numbers: Sequence[int], pixels: np.ndarray, format: str
         writer.write(encoded.getvalue())
     writer.close()
     os.replace(scratch, path)
-
-
-def _open(path: str) -> Image.Image:
-    try:
-        return Image.fromarray(images.decode(Path(path).read_bytes()))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as a picture: {error}") from error
 
 
 def plan(config: ConfigDict, topology: str | None = None, hbm_gib: float | None = None) -> None:
@@ -390,7 +382,7 @@ def _frames(model: VQDiffusion, made: Generation, i: int, j: int) -> list:
     frames = model.decode_codes(np.where(hidden, tokens[-1], tokens))
     start = np.full_like(frames[:1], 160)
     shown = [
-        pictures.masked(frame, mask.reshape(side, side))
+        images.masked(frame, mask.reshape(side, side))
         for frame, mask in zip(frames, hidden, strict=True)
     ]
-    return [pictures.Image.fromarray(pictures.enlarge(f)) for f in [*start, *shown]]
+    return [Image.fromarray(images.enlarge(f)) for f in [*start, *shown]]

@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from vqd_jax import config as config_lib
-from vqd_jax import pictures
+from vqd_jax.data.images import Picture, square, token_mask
 from vqd_jax.data.text import ClipTokenizer
 from vqd_jax.diffusion import rules, sampler
 from vqd_jax.errors import UserError
@@ -28,7 +28,6 @@ from vqd_jax.interop import folder
 from vqd_jax.models import autoencoder, conditioned
 from vqd_jax.models.attention import ONE_DEVICE, Placement
 from vqd_jax.parallel import sharding
-from vqd_jax.pictures import Picture
 
 # What a step of the sampler does, by the name that configs and the command line use.
 RULES: dict[str, Callable[[tuple[int, int]], Callable]] = {
@@ -255,7 +254,7 @@ class VQDiffusion:
           **options: of ``generate``.
         """
         codes = self.encode_images([image])[0]
-        painted = pictures.token_mask(mask, image, self._sizes.denoiser.grid)
+        painted = token_mask(mask, image, self._sizes.denoiser.grid)
         tokens = np.where(painted, self._num_codes, codes).astype(np.int32)
         _require((tokens == self._num_codes).any(), "the mask is empty: nothing is to be painted")
         return self._generate(None if prompt is None else [prompt], {"known": tokens}, **options)
@@ -293,7 +292,7 @@ class VQDiffusion:
         """
         _require(len(images), "no picture is given")
         side = self.config.data.image_size
-        images = np.stack([pictures.square(image, side) for image in images])
+        images = np.stack([square(image, side) for image in images])
         run = lambda rows: self._encode(self._autoencoder_params, self._put(rows))  # noqa: E731
         return _in_batches(run, images, batch_size)
 

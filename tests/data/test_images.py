@@ -3,6 +3,8 @@ import io
 import itertools
 import pathlib
 import struct
+import subprocess
+import sys
 import zlib
 
 import numpy as np
@@ -308,3 +310,44 @@ def test_captions_that_name_a_side_forbid_the_flip():
     assert images.may_flip(["A bright red copyright sign.", "a cat"])
     for text in ("on the LEFT.", "a left-hand turn", "turn (right)", "the leftmost cup", "Right!"):
         assert not images.may_flip(["a cat", text])
+
+
+def test_grid_shows_every_picture_enlarged_above_its_label():
+    shown = np.random.default_rng(0).integers(0, 256, (2, 3, 32, 32, 3)).astype(np.uint8)
+    sheet = np.asarray(images.grid(shown, ["red heart", ""]))
+    assert sheet.shape == (8 + 2 * (96 + 26 + 8), 8 + 3 * (96 + 8), 3)
+    for row in range(2):
+        for column in range(3):
+            top, left = 8 + row * 130, 8 + column * 104
+            tile = sheet[top : top + 96, left : left + 96]
+            np.testing.assert_array_equal(tile[1::3, 1::3], shown[row, column])
+        label = sheet[top + 96 : top + 122]
+        assert (label < 128).any()
+
+
+def test_a_long_label_stays_inside():
+    sheet = np.asarray(images.grid(np.zeros((1, 1, 32, 32, 3), np.uint8), ["word " * 60]))
+    assert sheet.shape[1] == 8 + 96 + 8
+    assert (sheet[104:, -6:] == 255).all()
+
+
+def test_masked_cells_are_grey():
+    image = np.zeros((4, 4, 3), np.uint8)
+    shown = images.masked(image, np.array([[True, False], [False, False]]))
+    assert (shown[:2, :2] == 160).all()
+    assert (shown[2:] == 0).all()
+
+
+def test_animation_has_all_frames(tmp_path):
+    frames = [Image.new("RGB", (8, 8), (i * 40, 0, 0)) for i in range(5)]
+    images.save_animation(tmp_path / "a.gif", frames)
+    with Image.open(tmp_path / "a.gif") as animation:
+        assert animation.n_frames == 5
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_reading_pictures_imports_no_library_of_training():
+    code = "import sys, vqd_jax.data.images; print(*sys.modules)"
+    command = [sys.executable, "-c", code]
+    found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    assert not {"jax", "grain", "orbax", "tensorflow_datasets"} & set(found)

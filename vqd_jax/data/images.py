@@ -1,15 +1,27 @@
-"""Encoded images to pixels, and the published crops: pure functions of what they are given.
+"""Pictures and masks come in here, and pictures to look at go out.
 
-Letters: H, W height and width of an image in pixels, S side of a crop.
+Reading: encoded bytes, files, and what a user gives become uint8 pixels. Cutting: the published
+crops, as pure functions of the random numbers that they are given. Showing: grids and animations.
+
+Letters: H, W height and width of an image in pixels, S side of a square image, N image tokens,
+P prompts, J images of each prompt.
 """
 
 import io
+import os
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import simplejpeg
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
+
+from vqd_jax import files
+from vqd_jax.errors import UserError
+
+# What a user may give as a picture: a Pillow image, or uint8 [H, W, 3].
+Picture = Image.Image | np.ndarray
 
 # What data sets ship. Pillow knows more, among them EPS, which runs an interpreter.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
@@ -29,6 +41,12 @@ _SIDES = {"left", "right", "lefthand", "righthand", "leftmost", "rightmost", "le
 }
 # Numbers in [0, 1) that `random_crop` takes.
 NUM_UNIFORMS = 5
+
+# Pixels between the pictures of a grid.
+MARGIN = 8
+# Small pictures are enlarged to about this many pixels, by a whole factor.
+_SHOWN_SIDE = 96
+_LABEL_HEIGHT = 26
 
 # We refuse by MAX_PIXELS; Pillow's warning would come first and once only.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
@@ -116,6 +134,18 @@ def _from_16_bits(pixels: np.ndarray) -> np.ndarray:
     if pixels.dtype.kind == "f" or pixels.min() < 0 or pixels.max() > 65535:
         raise ValueError(f"pixels are {pixels.dtype} outside 0..65535, so their white is unknown")
     return ((pixels.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
+
+
+def load(path: str | os.PathLike) -> Image.Image:
+    """The picture in a file, upright and in RGB; see ``decode``.
+
+    Raises:
+      UserError: the file cannot be read as a picture.
+    """
+    try:
+        return Image.fromarray(decode(Path(path).read_bytes()))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as a picture: {error}") from error
 
 
 def _require_rgb(image: np.ndarray) -> None:
@@ -234,3 +264,138 @@ def may_flip(captions: Sequence[str]) -> bool:
     """Whether no caption says left or right, so that a mirror image is still described."""
     words = {word.strip(".,;:!?()'\"") for text in captions for word in text.lower().split()}
     return not any(part in _SIDES for word in words for part in word.split("-"))
+
+
+def square(image: Picture, side: int) -> np.ndarray:
+    """What the autoencoder sees of a user's picture: the crop for evaluation.
+
+    Args:
+      image: a Pillow image, or uint8 [H, W, 3].
+      side: S.
+
+    Returns:
+      uint8 [S, S, 3].
+
+    Raises:
+      UserError: it is neither.
+    """
+    pixels = _array(image, "RGB")
+    if pixels.ndim != 3 or pixels.shape[-1] != 3 or pixels.dtype != np.uint8:
+        raise UserError(
+            f"a picture must be uint8 [H, W, 3], this one is {pixels.dtype} {list(pixels.shape)}"
+        )
+    return center_crop(pixels, side)
+
+
+def _array(image: Picture, mode: str) -> np.ndarray:
+    if isinstance(image, str | os.PathLike):
+        raise UserError(f"{image} is a path: open the picture first, PIL.Image.open(...)")
+    return np.asarray(image.convert(mode) if isinstance(image, Image.Image) else image)
+
+
+def token_mask(mask: Picture, image: Picture, grid: tuple[int, int]) -> np.ndarray:
+    """The tokens that have a masked pixel, after the crop of ``square``.
+
+    Args:
+      mask: [H, W] or [H, W, channels] or a Pillow image. A pixel is masked where a channel is true,
+        above 0.5 (of floats up to 1) or above 127.
+      image: the picture that the mask belongs to.
+      grid: rows and columns of the tokens.
+
+    Returns:
+      bool [N].
+
+    Raises:
+      UserError: the two are of different sizes.
+    """
+    mask, size = _array(mask, "L"), _array(image, "RGB").shape[:2]
+    if mask.ndim not in (2, 3) or mask.shape[:2] != tuple(size):
+        raise UserError(
+            f"the mask is {list(mask.shape)}, the picture {list(size)}: they must be of one size"
+        )
+    mask = mask if mask.ndim == 2 else mask.max(axis=-1)
+    half = 0.5 if mask.dtype.kind == "f" and mask.max(initial=0) <= 1 else 127
+    paint = mask if mask.dtype == bool else mask > half
+    side = min(paint.shape)
+    top, left = ((length - side) // 2 for length in paint.shape)
+    paint = paint[top : top + side, left : left + side]
+    # The cell of every pixel; a square smaller than the grid has no pixel in some cells.
+    rows, columns = (np.arange(side) * cells // side for cells in grid)
+    cells = np.zeros(grid, bool)
+    np.logical_or.at(cells, (rows[:, None], columns[None]), paint)
+    return cells.reshape(-1)
+
+
+def enlarge(image: np.ndarray) -> np.ndarray:
+    """uint8 [S, S, 3] -> [k S, k S, 3], every pixel a k x k square; k = 1 for large pictures."""
+    factor = max(1, round(_SHOWN_SIDE / image.shape[0]))
+    return image.repeat(factor, axis=0).repeat(factor, axis=1)
+
+
+def tiled(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
+    """Pictures of one size in rows on white, with ``MARGIN`` pixels around each of them."""
+    width, height = (side + MARGIN for side in rows[0][0].size)
+    size = MARGIN + max(map(len, rows)) * width, MARGIN + len(rows) * height
+    sheet = Image.new("RGB", size, "white")
+    for i, row in enumerate(rows):
+        for j, tile in enumerate(row):
+            sheet.paste(tile, (MARGIN + j * width, MARGIN + i * height))
+    return sheet
+
+
+def grid(images: np.ndarray, labels: Sequence[str]) -> Image.Image:
+    """The pictures of each prompt in a row, with the prompt under them.
+
+    Args:
+      images: uint8 [P, J, S, S, 3].
+      labels: P texts; an empty one is shown as "(no prompt)".
+    """
+    side = enlarge(images[0, 0]).shape[0]
+    blank = np.full((_LABEL_HEIGHT, side, 3), 255, np.uint8)
+    sheet = tiled(
+        [[Image.fromarray(np.concatenate([enlarge(i), blank])) for i in row] for row in images]
+    )
+    font, draw = ImageFont.load_default(15), ImageDraw.Draw(sheet)
+    for row, label in enumerate(labels):
+        top = MARGIN + row * (side + _LABEL_HEIGHT + MARGIN) + side + 3
+        text = _fit(label or "(no prompt)", font, sheet.width - 2 * MARGIN)
+        draw.text((MARGIN, top), text, fill="black", font=font)
+    return sheet
+
+
+def _fit(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
+    """The text on one line, its end replaced by "…" if it is wider than ``width`` pixels."""
+    text = " ".join(text.split())
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "…") > width:
+        text = text[:-1]
+    return text + "…"
+
+
+def masked(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """``image`` uint8 [S, S, 3] with the cells of ``mask``, bool [h, w], in grey."""
+    cell = image.shape[0] // mask.shape[0]
+    hidden = mask.repeat(cell, axis=0).repeat(cell, axis=1)
+    return np.where(hidden[..., None], np.uint8(160), image)
+
+
+def save(path: str | os.PathLike, image: Image.Image, **options) -> None:
+    """Writes a picture file that appears whole.
+
+    Args:
+      path: of the file; its suffix decides the format.
+      image: the picture.
+      **options: of ``PIL.Image.Image.save``.
+    """
+    with files.appearing(path) as scratch:
+        image.save(scratch, **options)
+
+
+def save_animation(
+    path: str | os.PathLike, frames: Sequence[Image.Image], milliseconds: int = 60
+) -> None:
+    """Writes a GIF that rests on its last frame; the others are shown for so many milliseconds."""
+    durations = [milliseconds] * (len(frames) - 1) + [1500]
+    rest = {"save_all": True, "append_images": frames[1:], "loop": 0}
+    save(path, frames[0], duration=durations, **rest)

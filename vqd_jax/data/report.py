@@ -15,7 +15,6 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from vqd_jax import pictures
 from vqd_jax.data import images
 from vqd_jax.data.batches import Crop, TrainingChoice, code_dataset
 from vqd_jax.data.codes import CodesSource
@@ -135,21 +134,12 @@ def contact_sheet(samples: Sequence[Sample], columns: int = 4) -> Image.Image:
       columns: samples side by side.
     """
     cells = [_cell(sample) for sample in samples]
-    width, height = cells[0].size
-    columns = min(columns, len(cells))
-    rows = -(-len(cells) // columns)
-    margin = pictures.MARGIN
-    size = margin + columns * (width + margin), margin + rows * (height + margin)
-    sheet = Image.new("RGB", size, "white")
-    for i, cell in enumerate(cells):
-        row, column = divmod(i, columns)
-        sheet.paste(cell, (margin + column * (width + margin), margin + row * (height + margin)))
-    return sheet
+    return images.tiled([cells[i : i + columns] for i in range(0, len(cells), columns)])
 
 
 def _cell(sample: Sample) -> Image.Image:
     shown = [sample.crop] if sample.reconstruction is None else [sample.crop, sample.reconstruction]
-    picture = np.concatenate([pictures.enlarge(image) for image in shown], axis=1)
+    picture = np.concatenate([images.enlarge(pixels) for pixels in shown], axis=1)
     height, width, _ = picture.shape
     font = ImageFont.load_default(12)
     characters = max(8, int(width / font.getlength("e")))

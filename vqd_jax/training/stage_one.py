@@ -16,7 +16,6 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from vqd_jax import config as config_lib
-from vqd_jax import pictures
 from vqd_jax.data import batches, encode, images, sets
 from vqd_jax.data.bad_records import CheckedReader
 from vqd_jax.errors import UserError
@@ -172,4 +171,4 @@ def _report(params, codebook, sizes, builder, directory: str) -> None:
         psnr, len(crops), used, sizes.num_codes, path,
     )  # fmt: skip
     shown = crops[:8], np.asarray(result["images"])[:8]
-    pictures.save(path, pictures.grid(np.stack(shown), ["pictures", "from their codes"]))
+    images.save(path, images.grid(np.stack(shown), ["pictures", "from their codes"]))

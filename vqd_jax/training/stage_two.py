@@ -11,9 +11,9 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from vqd_jax import checkpoint, pictures
+from vqd_jax import checkpoint
 from vqd_jax import config as config_lib
-from vqd_jax.data import batches, codes, encode, sets
+from vqd_jax.data import batches, codes, encode, images, sets
 from vqd_jax.data.codes import CachedRecord
 from vqd_jax.diffusion import objective
 from vqd_jax.errors import UserError
@@ -256,8 +256,8 @@ class Evaluation:
         made = self._pipeline.with_params(params).generate(
             sampling.prompts, num_images=sampling.images_per_prompt, seed=self._config.seed
         )
-        picture = pictures.grid(made.pixels, sampling.prompts)
+        picture = images.grid(made.pixels, sampling.prompts)
         path = grid_path or f"{self._workdir}/samples/step_{step:07d}.png"
-        pictures.save(path, picture)
+        images.save(path, picture)
         writer.image(step, "samples", np.asarray(picture))
         logging.info("pictures of step %d: %s", step, path)
