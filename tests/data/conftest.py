@@ -39,6 +39,11 @@ class PixelCodec:
         return np.broadcast_to(np.asarray(tokens)[:, :1, None, None], (len(tokens), 8, 8, 3))
 
 
+@pytest.fixture(scope="session")
+def pixel_codec():
+    return PixelCodec()
+
+
 def plain_records(count, bad=()):
     """Pictures of one value, the record's number, with one to three captions that name it."""
 
@@ -63,7 +68,7 @@ def make_cache():
             str(folder),
             options.pop("source", None) or plain_records(count, bad),
             options.pop("codec", PixelCodec()),
-            {"data": "plain", "autoencoder": autoencoder},
+            {"data": "plain", "autoencoder": autoencoder} | options.pop("origin", {}),
             crop=options.pop("crop", Crop(8)),
             content=content,
             **options,

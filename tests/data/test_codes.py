@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 
 import numpy as np
@@ -76,6 +77,19 @@ def test_a_shard_of_the_right_size_with_other_bytes_is_named(copy):
     path.write_bytes(bytes(path.stat().st_size))
     with pytest.raises(UserError, match="00002-of-00004.array_record is damaged"):
         codes.open_split(str(copy)).read(np.arange(50))
+
+
+def test_an_error_of_the_system_is_not_called_damage(copy, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    source = codes.open_split(str(copy))
+    links = {int(number): f"/proc/self/fd/{number}" for number in os.listdir("/proc/self/fd")}
+    broken = os.open(os.devnull, os.O_WRONLY)
+    for number, link in links.items():
+        if os.path.exists(link) and os.readlink(link).startswith(str(copy)):
+            os.dup2(broken, number)
+    with pytest.raises(OSError, match="failed: Bad file descriptor"):
+        source.read(np.arange(50))
+    os.close(broken)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]"])

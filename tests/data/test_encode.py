@@ -1,11 +1,20 @@
 import errno
 import json
+import threading
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from vqd_jax import files
 from vqd_jax.data import bad_records, codes, encode
+from vqd_jax.data.batches import Crop
+from vqd_jax.data.text import ClipTokenizer, TextFeatures
 from vqd_jax.errors import UserError
+
+GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 def snapshot(folder):
@@ -178,3 +187,86 @@ def test_a_transient_error_of_the_system_costs_no_record(make_cache, tmp_path, m
     make_cache(tmp_path, 20, source=FailsOnce(pictures(20)))
     assert ids(tmp_path) == list(range(20))
     assert not (tmp_path / bad_records.FILE).exists()
+
+
+class Gate:
+    """A codec that waits until another encoder had time to come."""
+
+    def __init__(self, codec):
+        self.reached, self.go_on, self.codec = threading.Event(), threading.Event(), codec
+        self.num_codes, self.num_tokens = codec.num_codes, codec.num_tokens
+        self.decode = codec.decode
+            codec.num_codes,
+            codec.num_tokens,
+            codec.decode,
+        )
+
+    def encode(self, images):
+        self.reached.set()
+        self.go_on.wait(10)
+        return self.codec.encode(images)
+
+
+def test_two_runs_may_share_a_folder(make_cache, pixel_codec, tmp_path):
+    whole = snapshot(make_cache(tmp_path / "whole", 40, source=pictures(40)))
+    folder, gate = tmp_path / "shared", Gate(pixel_codec)
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(make_cache, folder, 40, source=pictures(40), codec=gate)
+        assert gate.reached.wait(10)
+        second = pool.submit(make_cache, folder, 40, source=pictures(40))
+        # The second run waits for the shard that the first one is at.
+        with pytest.raises(TimeoutError):
+            second.result(0.3)
+        gate.go_on.set()
+        first.result(30)
+        second.result(30)
+    assert snapshot(folder) == whole
+
+
+@pytest.fixture
+def of_3c677fe(tmp_path):
+    """A cache that commit 3c677fe wrote; see tests/golden/README.md."""
+    with zipfile.ZipFile(GOLDEN / "codes_3c677fe.zip") as archive:
+        archive.extractall(tmp_path / "old")
+    return tmp_path / "old"
+
+
+def as_of_3c677fe(make_cache, folder):
+    def compute(ids):
+        return np.stack([ids, -ids], -1) / np.float32(7)
+
+    content = encode.Content(ClipTokenizer(8), TextFeatures(compute, 2, "seven"))
+    crop = Crop(8, random=True, flip=True)
+    options = {"crop": crop, "num_crops": 2, "seed": 3, "origin": {"split": "train"}}
+    return make_cache(folder, 40, (3,), content, **options)
+
+
+def visible(folder):
+    """Contents of the files, JSON parsed."""
+    return {
+        name: json.loads(data) if name.endswith(".json") else data
+        for name, data in snapshot(folder).items()
+        if not name.startswith(".")
+    }
+
+
+def test_a_cache_of_3c677fe_is_what_is_made_today(make_cache, of_3c677fe, tmp_path):
+    before = snapshot(of_3c677fe)
+    assert snapshot(as_of_3c677fe(make_cache, of_3c677fe)) == before
+    assert visible(as_of_3c677fe(make_cache, tmp_path / "new")) == visible(of_3c677fe)
+    # An encoding that commit 3c677fe began is finished.
+    (of_3c677fe / codes.MANIFEST).unlink()
+    (of_3c677fe / "codes-00001-of-00003.array_record").unlink()
+    assert visible(as_of_3c677fe(make_cache, of_3c677fe)) == visible(tmp_path / "new")
+    wanted = {"split": "train", "autoencoder": "first", "text_encoder": "seven"}
+    source = codes.open_split(str(of_3c677fe), wanted)
+    assert [record.id for record in source] == [r for r in range(40) if r != 3]
+
+
+def test_an_autoencoder_has_the_fingerprint_that_3c677fe_gave_it():
+    params = {
+        "b": {"c": np.arange(6, dtype=np.float32).reshape(2, 3)},
+        "a": np.arange(3, dtype="i4"),
+    }
+    wanted = "85584b826e8549cc3c24516d40cb0465b830570ba149e5804e1c280be1393dcf"
+    assert files.fingerprint(params) == wanted
