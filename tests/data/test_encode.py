@@ -196,10 +196,6 @@ class Gate:
         self.reached, self.go_on, self.codec = threading.Event(), threading.Event(), codec
         self.num_codes, self.num_tokens = codec.num_codes, codec.num_tokens
         self.decode = codec.decode
-            codec.num_codes,
-            codec.num_tokens,
-            codec.decode,
-        )
 
     def encode(self, images):
         self.reached.set()
