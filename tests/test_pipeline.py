@@ -74,6 +74,42 @@ def test_scale_seed_and_prompt_do_not_recompile(model):
 def test_fewer_steps(model):
     made = model.generate(["red heart"], num_steps=3, trajectory=True)
     assert made.trajectory.shape == (3, 1, 1, 16)
+    # The likeliest codes of the last step are where the last tokens come from.
+    assert made.predictions.shape == (3, 1, 1, 16)
+    assert made.predictions.max() < 32
+    listed = model.generate(["red heart"], times=[0, 4, 7, 10], trajectory=True)
+    np.testing.assert_array_equal(listed.trajectory, made.trajectory)
+
+
+def test_the_likeliest_code_alone_is_what_the_predictions_say(model):
+    options = {"guidance_scale": 1, "truncation": 1, "trajectory": True}
+    made = model.generate(["a cat"], num_steps=1, top_k=1, **options)
+    np.testing.assert_array_equal(made.codes, made.predictions[0])
+    cold = model.generate(["a cat"], num_steps=1, temperature=1e-3, **options)
+    np.testing.assert_array_equal(cold.codes, made.codes)
+
+
+def test_guidance_leads_away_from_a_negative_prompt(model):
+    def draw(prompt, **options):
+        options = {"seed": 3, "truncation": 1.0, "num_images": 4, "trajectory": True} | options
+        return model.generate([prompt], **options).codes
+
+    # At scale 0 only what guidance leads away from counts; at 1 it does not.
+    away = draw("red heart", guidance_scale=0.0, negative_prompt="a black cat")
+    np.testing.assert_array_equal(away, draw("a black cat", guidance_scale=1.0))
+    plain = draw("red heart", guidance_scale=2.0)
+    assert (draw("red heart", guidance_scale=2.0, negative_prompt="a black cat") != plain).any()
+    empty = draw("red heart", guidance_scale=2.0, negative_prompt="")
+    np.testing.assert_array_equal(empty, plain)
+    with pytest.raises(UserError, match="negative_prompt: needs a guidance_scale"):
+        draw("red heart", guidance_scale=1.0, negative_prompt="a black cat")
+
+
+def test_guidance_by_step(model):
+    options = {"num_steps": 4, "seed": 3, "num_images": 2}
+    ramp = model.generate(["a cat"], guidance_scale=4.0, guidance_ramp=True, **options)
+    listed = model.generate(["a cat"], guidance_scale=[1, 2, 3, 4], **options)
+    np.testing.assert_array_equal(ramp.codes, listed.codes)
 
 
 def test_reconstruction_goes_through_the_codes(model):
@@ -124,6 +160,21 @@ def test_only_the_masked_part_is_painted(model):
     np.testing.assert_array_equal(as_pictures.codes, made.codes)
     as_floats = model.inpaint(image, mask.astype(np.float32), "a cat", num_images=3, seed=2)
     np.testing.assert_array_equal(as_floats.codes, made.codes)
+
+
+def test_what_is_painted_may_begin_from_the_picture(model):
+    image = np.random.default_rng(1).integers(0, 256, (16, 16, 3)).astype(np.uint8)
+    codes = model.encode_images(image[None])[0]
+    mask = np.zeros((16, 16), bool)
+    mask[:8] = True
+    options = {"num_images": 8, "seed": 2, "trajectory": True}
+    kept = []
+    for strength in (0.3, 1.0):
+        made = model.inpaint(image, mask, "a cat", strength=strength, **options)
+        assert (made.trajectory[..., 8:] == codes[8:]).all()
+        kept.append((made.trajectory[0, ..., :8] == codes[:8]).mean())
+    assert kept[0] > 0.5
+    assert kept[1] < 0.2
 
 
 def test_what_is_no_picture_is_named(model):

@@ -7,7 +7,6 @@ K codes, S image side, F sampling steps.
 
 import functools
 import importlib
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,26 +21,18 @@ from PIL import Image
 from vqd_jax import config as config_lib
 from vqd_jax.data.images import Picture, square, token_mask
 from vqd_jax.data.text import ClipTokenizer
-from vqd_jax.diffusion import rules, sampler
+from vqd_jax.diffusion import choices, sampler
+from vqd_jax.diffusion.choices import RULES  # noqa: F401
 from vqd_jax.errors import UserError
 from vqd_jax.interop import folder
 from vqd_jax.models import autoencoder, conditioned
 from vqd_jax.models.attention import ONE_DEVICE, Placement
-from vqd_jax.parallel import sharding
-
-# What a step of the sampler does, by the name that configs and the command line use.
-RULES: dict[str, Callable[[tuple[int, int]], Callable]] = {
-    "ordinary": lambda grid: rules.Ancestral(),
-    "high_quality": lambda grid: rules.HighQuality(),
-    "purity": lambda grid: rules.Purity(1.0),
-    "confidence": lambda grid: rules.Confidence(),
-    "halton": rules.Halton,
-    "remask": lambda grid: rules.Remask(),
-}
-
+from vqd_jax.parallel import rows, sharding
 
 # Layouts of other programs that a model can be written in.
 WRITERS = ("diffusers", "published")
+# What a request leaves open.
+_OF_CONFIG = ("num_steps", "rule", "guidance_scale", "truncation")
 
 
 class Generation(NamedTuple):
@@ -52,12 +43,14 @@ class Generation(NamedTuple):
       pixels: the same as uint8 [P, J, S, S, 3].
       codes: int32 [P, J, N].
       trajectory: int32 [F, P, J, N], tokens after every step (K is the mask token), or None.
+      predictions: int32 [F, P, J, N], the likeliest clean codes at every step, or None.
     """
 
     images: list[Image.Image]
     pixels: np.ndarray
     codes: np.ndarray
     trajectory: np.ndarray | None
+    predictions: np.ndarray | None
 
 
 class VQDiffusion:
@@ -86,7 +79,7 @@ class VQDiffusion:
         self._mesh = mesh
         self._sizes = sizes = config_lib.model_config(config)
         codec = config_lib.autoencoder_config(config)
-        schedule = config_lib.noise_schedule(config)
+        self._schedule = schedule = config_lib.noise_schedule(config)
         place = ONE_DEVICE if mesh is None else sharding.placement(mesh)
         self._sample = _compiled(draw, model_config=sizes, schedule=schedule, placement=place)
         self._encode_text = _compiled(text_features, config=sizes, placement=place)
@@ -199,18 +192,37 @@ class VQDiffusion:
         codec = jax.device_put(self._autoencoder_params, sharding.replicated(mesh))
         return VQDiffusion(self.config, params, codec, self.tokenizer, mesh)
 
+    def settings(self, **options: Any) -> sampler.Settings:
+        """How to sample: as the config says, but for these options.
+
+        Args:
+          **options: see ``diffusion.choices.settings``; what is None is the config's.
+
+        Raises:
+          UserError: a value is impossible for this model.
+        """
+        options = {name: value for name, value in options.items() if value is not None}
+        chosen = {name: self.config.sampling[name] for name in _OF_CONFIG} | options
+        if not options.keys().isdisjoint(("times", "published_fast")):
+            chosen["num_steps"] = options.get("num_steps", 0)
+        if self._kind == "none":
+            alone = options.get("guidance_scale", 1) == 1
+            _require(alone, "guidance_scale: an unconditional model has nothing to be guided to")
+            chosen["guidance_scale"] = 1
+        try:
+            return choices.settings(self._schedule, self._sizes.denoiser.grid, **chosen)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+
     def generate(
         self,
         prompts: Sequence[str] | Sequence[int] | None = None,
         *,
         num_images: int = 1,
         seed: int = 0,
-        num_steps: int | None = None,
-        guidance_scale: float | None = None,
-        truncation: float | None = None,
-        rule: str | Callable | None = None,
-        trajectory: bool = False,
+        negative_prompt: str | int | None = None,
         batch_size: int = 16,
+        **options: Any,
     ) -> Generation:
         """Pictures of every prompt; image j of prompt i depends on (seed, i, j) and the prompt.
 
@@ -220,29 +232,43 @@ class VQDiffusion:
             empty text is no class; or None for an unconditional model.
           num_images: J.
           seed: 0..2**32-1.
-          num_steps: network calls, 1..T, or 0 for T; None takes the config's.
-          guidance_scale: 1 is no guidance; None takes the config's.
-          truncation: share of probability that is kept, 1 is all; None takes the config's.
-          rule: what a step does: a name in ``RULES`` or a callable of ``diffusion.rules``; None
-            takes the config's.
-          trajectory: return the tokens after every step too.
+          negative_prompt: a text or label that guidance leads away from; None is the empty one.
           batch_size: images in one call of the network.
+          **options: of ``settings``, such as ``num_steps``, ``guidance_scale``, ``truncation``,
+            ``rule`` and ``trajectory``.
+
+        Raises:
+          UserError: a request that the model cannot meet; the message names the argument.
         """
-        return self._generate(
-            prompts,
-            {},
-            num_images=num_images,
-            seed=seed,
-            num_steps=num_steps,
-            guidance_scale=guidance_scale,
-            truncation=truncation,
-            rule=rule,
-            trajectory=trajectory,
-            batch_size=batch_size,
+        _require(num_images >= 1, f"num_images={num_images}: must be at least 1")
+        if prompts is None and self._kind == "none":
+            prompts = [""]
+        if isinstance(prompts, str | int | np.integer):
+            prompts = [prompts]
+        _require(prompts is not None and len(prompts) > 0, "generate needs at least one prompt")
+        pairs = [(i, j) for i in range(len(prompts)) for j in range(num_images)]
+        made = self._draw(
+            [prompts[i] for i, _ in pairs], pairs, self.settings(**options),
+            seed=seed, negative_prompt=negative_prompt, batch_size=batch_size,
+        )  # fmt: skip
+        pixels = self.decode_codes(made.codes)
+        shape = (len(prompts), num_images)
+        seen = [x if x is None else x.reshape(len(x), *shape, -1) for x in made[1:]]
+        return Generation(
+            [Image.fromarray(p) for p in pixels],
+            pixels.reshape(*shape, *pixels.shape[1:]),
+            made.codes.reshape(*shape, -1),
+            *seen,
         )
 
     def inpaint(
-        self, image: Picture, mask: Picture, prompt: str | int | None = None, **options: Any
+        self,
+        image: Picture,
+        mask: Picture,
+        prompt: str | int | None = None,
+        *,
+        strength: float | None = None,
+        **options: Any,
     ) -> Generation:
         """Pictures whose masked part is made anew; the codes of the rest never change.
 
@@ -251,13 +277,17 @@ class VQDiffusion:
           mask: of the same height and width: above half its range (or True) where to paint. A code
             is made anew if any of its pixels is.
           prompt: text, label or None, as ``generate`` takes them; P is 1.
+          strength: what is painted begins from ``image``, noised as by ``edit``; None begins from
+            nothing.
           **options: of ``generate``.
         """
         codes = self.encode_images([image])[0]
         painted = token_mask(mask, image, self._sizes.denoiser.grid)
-        tokens = np.where(painted, self._num_codes, codes).astype(np.int32)
-        _require((tokens == self._num_codes).any(), "the mask is empty: nothing is to be painted")
-        return self._generate(None if prompt is None else [prompt], {"known": tokens}, **options)
+        _require(painted.any(), "the mask is empty: nothing is to be painted")
+        options["known"] = np.where(painted, self._num_codes, codes).astype(np.int32)
+        if strength is not None:
+            options |= {"initial": codes, "strength": strength}
+        return self.generate(None if prompt is None else [prompt], **options)
 
     def edit(
         self,
@@ -275,10 +305,8 @@ class VQDiffusion:
           strength: share of the noise, above 0 and up to 1, where nothing of ``image`` is left.
           **options: of ``generate``.
         """
-        _require(0 < strength <= 1, f"strength={strength}: must lie above 0 and up to 1")
-        codes = self.encode_images([image])[0]
-        start = {"initial": codes, "strength": jnp.float32(strength)}
-        return self._generate(None if prompt is None else [prompt], start, **options)
+        options |= {"initial": self.encode_images([image])[0], "strength": strength}
+        return self.generate(None if prompt is None else [prompt], **options)
 
     def encode_text(self, texts: Sequence[str]) -> jax.Array:
         """Features float32 [B, L, D] of B texts; of the empty one the learned null, if any."""
@@ -292,9 +320,8 @@ class VQDiffusion:
         """
         _require(len(images), "no picture is given")
         side = self.config.data.image_size
-        images = np.stack([square(image, side) for image in images])
-        run = lambda rows: self._encode(self._autoencoder_params, self._put(rows))  # noqa: E731
-        return _in_batches(run, images, batch_size)
+        squares = np.stack([square(image, side) for image in images])
+        return self._in_batches(self._encode, squares, batch_size)
 
     def decode_codes(self, codes: np.ndarray, batch_size: int = 32) -> np.ndarray:
         """Pictures uint8 [B, S, S, 3] of codes int32 [B, N] in 0..K-1."""
@@ -304,8 +331,7 @@ class VQDiffusion:
                 f"codes lie in {codes.min()}..{codes.max()}; the model knows "
                 f"0..{self._num_codes - 1}"
             )
-        run = lambda rows: self._decode(self._autoencoder_params, self._put(rows))  # noqa: E731
-        return _in_batches(run, codes, batch_size)
+        return self._in_batches(self._decode, codes, batch_size)
 
     def reconstruct(self, images: np.ndarray, batch_size: int = 32) -> np.ndarray:
         """Pictures through their codes and back: uint8 [B, H, W, 3] -> uint8 [B, S, S, 3]."""
@@ -331,113 +357,82 @@ class VQDiffusion:
     def _num_codes(self) -> int:
         return self._sizes.denoiser.num_codes
 
-    def _settings(
-        self, num_steps=None, guidance_scale=None, truncation=None, rule=None, trajectory=False
-    ):
-        defaults = self.config.sampling
-        scale = defaults.guidance_scale if guidance_scale is None else guidance_scale
-        if self._kind == "none":
-            _require(
-                guidance_scale in (None, 1), "an unconditional model has nothing to be guided to"
-            )
-            scale = 1
-        rate = defaults.truncation if truncation is None else truncation
-        steps = defaults.num_steps if num_steps is None else num_steps
-        rule = defaults.rule if rule is None else rule
-        total = self.config.diffusion.num_steps
-        _require(0 <= steps <= total, f"num_steps={steps}: must lie in 0..{total}; 0 is {total}")
-        _require(0 <= scale < math.inf, f"guidance_scale={scale}: must be finite, at least 0")
-        _require(rate > 0, f"truncation={rate}: must be positive")
-        _require(
-            callable(rule) or rule in RULES, f"rule={rule!r}: must be one of {', '.join(RULES)}"
-        )
-        return sampler.Settings(
-            num_steps=steps,
-            rule=rule if callable(rule) else RULES[rule](self._sizes.denoiser.grid),
-            guidance=None if scale == 1 else jnp.float32(scale),
-            truncation=None if rate >= 1 else jnp.float32(rate),
-            trajectory=trajectory,
-        )
-
-    def _generate(self, prompts, start, *, num_images=1, **options) -> Generation:
-        """``start``: settings of what to begin from; codes int32 [N] are for every image."""
-        _require(num_images >= 1, f"num_images={num_images}: must be at least 1")
-        if prompts is None and self._kind == "none":
-            prompts = [""]
-        if isinstance(prompts, str | int | np.integer):
-            prompts = [prompts]
-        _require(prompts is not None and len(prompts) > 0, "generate needs at least one prompt")
-        pairs = [(i, j) for i in range(len(prompts)) for j in range(num_images)]
-        codes, trajectory = self._draw([prompts[i] for i, _ in pairs], pairs, start, **options)
-        pixels = self.decode_codes(codes)
-        shape = (len(prompts), num_images)
-        if trajectory is not None:
-            trajectory = trajectory.reshape(trajectory.shape[0], *shape, -1)
-        return Generation(
-            [Image.fromarray(p) for p in pixels],
-            pixels.reshape(*shape, *pixels.shape[1:]),
-            codes.reshape(*shape, -1),
-            trajectory,
-        )
-
     def sample_codes(
-        self, prompts: Sequence[str] | Sequence[int], pairs: Sequence[tuple[int, int]], **options
+        self,
+        prompts: Sequence[str] | Sequence[int],
+        pairs: Sequence[tuple[int, int]],
+        *,
+        seed: int = 0,
+        negative_prompt: str | int | None = None,
+        batch_size: int = 16,
+        **options: Any,
     ) -> np.ndarray:
         """Codes int32 [B, N] of single images out of a large ``generate``.
 
         Args:
-          prompts: B texts or labels, one an image.
-          pairs: B times (i, j): the image is the j-th of the i-th prompt.
-          **options: of ``generate``, but for ``num_images`` and ``trajectory``.
+          prompts: B texts or labels, one for each image.
+          pairs: B pairs (i, j): the image is the j-th of the i-th prompt.
+          seed, negative_prompt, batch_size, **options: of ``generate``.
         """
-        return self._draw(prompts, pairs, {}, **options)[0]
+        settings = self.settings(**options)
+        drawn = {"seed": seed, "negative_prompt": negative_prompt, "batch_size": batch_size}
+        return self._draw(prompts, pairs, settings, **drawn).codes
 
-    def _draw(self, prompts, pairs, start, *, seed=0, batch_size=16, **options):
-        """Codes [R, N] and, if asked for, tokens [F, R, N] of R prompts and (i, j)."""
+    def _draw(
+        self, prompts, pairs, settings, *, seed, negative_prompt, batch_size
+    ) -> sampler.Sample:
+        """NumPy arrays for R prompts and pairs (i, j)."""
         _require(0 <= seed < 2**32, f"seed={seed}: must lie in 0..2**32-1")
-        settings = self._settings(**options)
-        conditions, null = self._conditions(prompts)
-        keys = image_keys(seed, np.array(pairs, np.uint32))
-        # Batches of about equal size: 20 images are two tens, not sixteen and four; and a whole
-        # number of rows on every device.
+        _require(batch_size >= 1, f"batch_size={batch_size}: must be at least 1")
+        if negative_prompt is not None:
+            _require(settings.guidance is not None, "negative_prompt: needs a guidance_scale")
+        conditions, null = self._conditions(prompts, negative_prompt)
         shards = 1 if self._mesh is None else sharding.num_row_shards(self._mesh)
-        batch_size = math.ceil(len(pairs) / math.ceil(len(pairs) / batch_size))
-        batch_size = shards * math.ceil(batch_size / shards)
-        of_all = lambda x: jnp.tile(x, (batch_size, 1)) if x.ndim else x  # noqa: E731
-        settings = settings.replace(**jax.tree.map(of_all, start))
-        codes, tokens = [], []
-        for first in range(0, len(pairs), batch_size):
-            new = min(batch_size, len(pairs) - first)
-            # The last batch is filled up with its last image, so that there is one shape.
-            rows = np.minimum(np.arange(first, first + batch_size), len(pairs) - 1)
-            sample = self._sample(
-                self._params, self._put(keys[rows]), self._put(conditions[rows]), null, settings
-            )
-            codes.append(np.asarray(sample.codes)[:new])
-            if settings.trajectory:
-                tokens.append(np.asarray(sample.trajectory)[:, :new])
-        return np.concatenate(codes), np.concatenate(tokens, axis=1) if tokens else None
+        batch_size = rows.even_size(len(pairs), batch_size, shards)
+        of_all = {"known": settings.known, "initial": settings.initial}
+        settings = settings.replace(
+            **{n: x if x is None else np.tile(x, (batch_size, 1)) for n, x in of_all.items()}
+        )
+        made = []
+        for (part, condition), new in rows.batches(
+            (np.array(pairs, np.uint32), conditions), batch_size
+        ):
+            keys = self._put(image_keys(seed, part))
+            drawn = self._sample(self._params, keys, self._put(condition), null, settings)
+            made.append(jax.tree.map(lambda x, new=new: np.asarray(x)[..., :new, :], drawn))
+        return jax.tree.map(lambda *parts: np.concatenate(parts, axis=-2), *made)
 
-    def _put(self, rows):
-        """Rows [B, ...] spread over the devices of the mesh, if there is one."""
+    def _in_batches(self, run: Callable, array: np.ndarray, batch_size: int) -> np.ndarray:
+        def on_devices(part):
+            return run(self._autoencoder_params, self._put(part))
+
+        return rows.in_batches(on_devices, array, min(batch_size, len(array)))
+
+    def _put(self, array):
+        """An array [B, ...] with its rows spread over the devices of the mesh, if there is one."""
         if self._mesh is None:
-            return rows
-        whole = rows.shape[0] % sharding.num_row_shards(self._mesh)
+            return array
+        whole = array.shape[0] % sharding.num_row_shards(self._mesh)
         place = sharding.replicated if whole else sharding.batch_sharding
-        return jax.device_put(rows, place(self._mesh))
+        return jax.device_put(array, place(self._mesh))
 
-    def _conditions(self, prompts) -> tuple[np.ndarray, np.ndarray]:
-        """Text ids [P, L], labels [P] or, without a condition, zeros [P]; and the null's."""
+    def _conditions(self, prompts, negative) -> tuple[np.ndarray, np.ndarray]:
+        """Text ids [R, L], labels [R] or, without a condition, zeros [R]; and the null's [1, ...].
+
+        The null condition is ``negative``, or the empty one where that is None.
+        """
         if self._kind == "none":
             _require(set(prompts) == {""}, "this model is unconditional: it takes no prompt")
             return np.zeros(len(prompts), np.int32), np.zeros(1, np.int32)
+        texts = [*prompts, "" if negative is None else negative]
         if self._kind == "text":
-            for prompt in prompts:
-                _require(isinstance(prompt, str), f"prompt {prompt!r}: must be a text")
-            return self._text_ids(prompts), self._text_ids([""])
-        classes = self.config.denoiser.num_classes
-        labels = [_label(prompt, classes) for prompt in prompts]
-        return np.array(labels, np.int32), np.array([classes], np.int32)
+            for text in texts:
+                _require(isinstance(text, str), f"prompt {text!r}: must be a text")
+            encoded = self._text_ids(texts)
+        else:
+            classes = self.config.denoiser.num_classes
+            encoded = np.array([_label(text, classes) for text in texts], np.int32)
+        return encoded[:-1], encoded[-1:]
 
     def _text_ids(self, texts: Sequence[str]) -> np.ndarray:
         size = self.config.text_encoder.vocab_size
@@ -523,14 +518,3 @@ def _label(prompt: str | int, classes: int) -> int:
         f"class label {prompt!r}: must be a whole number in 0..{classes - 1}; {classes} is none",
     )
     return int(prompt)
-
-
-def _in_batches(run: Callable, rows: np.ndarray, batch_size: int) -> np.ndarray:
-    """``run`` over all rows, in batches of one shape."""
-    size = min(batch_size, len(rows))
-    made = []
-    for start in range(0, len(rows), size):
-        part = rows[start : start + size]
-        padded = np.concatenate([part, part[:1].repeat(size - len(part), axis=0)])
-        made.append(np.asarray(run(padded))[: len(part)])
-    return np.concatenate(made)
