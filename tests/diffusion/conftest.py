@@ -83,6 +83,22 @@ def tables(request):
     return TABLES[request.param]
 
 
+BEGINNINGS = [
+    (name, start)
+    for name, (_, mask) in TABLES.items()
+    for start in ("schedule", "masked")
+    # Where nothing is ever masked no chain can begin from masks.
+    if start == "schedule" or mask[-1] > 0
+]
+
+
+@pytest.fixture(params=BEGINNINGS, ids="-".join)
+def beginning(request):
+    """(tables, start): a process, and how its chains begin."""
+    name, start = request.param
+    return TABLES[name], start
+
+
 @pytest.fixture
 def golden():
     """Reads a golden file by its name."""

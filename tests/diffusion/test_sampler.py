@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from vqd_jax.diffusion import sampler, schedule, transition
+from vqd_jax.diffusion import rules, sampler, schedule, transition
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -26,20 +26,21 @@ def keys(count, seed=0):
     return jax.random.split(jax.random.key(seed), count)
 
 
-def run(image_keys, settings, noise_schedule=None, network=predict):
+def run(image_keys, settings, noise_schedule=None, network=predict, num_tokens=NUM_TOKENS):
     noise_schedule = noise_schedule or schedule.paper(NUM_STEPS, NUM_CODES)
-    shape = (len(image_keys), NUM_TOKENS)
+    shape = (len(image_keys), num_tokens)
     return sampler.sample(image_keys, network, shape, noise_schedule, settings)
 
 
-many = jax.jit(run, static_argnames="network")
+many = jax.jit(run, static_argnames=("network", "num_tokens"))
 
 
-def law_of_the_chain(explicit, times, tempered=lambda p: p):
+def law_of_the_chain(explicit, times, start, tempered=lambda p: p):
     """Probability of every clean image [K, K], by enumeration of the reverse chain."""
     states = np.array(list(np.ndindex(*[NUM_CODES + 1] * NUM_TOKENS)))
-    law = np.zeros([NUM_CODES + 1] * NUM_TOKENS)
-    law[NUM_CODES, NUM_CODES] = 1
+    masked = 1.0 if start == "masked" else explicit.between(0, NUM_STEPS)[NUM_CODES, 0]
+    first = np.append(np.full(NUM_CODES, (1 - masked) / NUM_CODES), masked)
+    law = np.outer(first, first)
     for t, s in zip(times[:-1], times[1:], strict=True):
         p0 = np.exp(np.asarray(predict(states, np.full(len(states), t)), np.float64))
         after = np.zeros_like(law)
@@ -54,43 +55,31 @@ def law_of_the_chain(explicit, times, tempered=lambda p: p):
     return law[:NUM_CODES, :NUM_CODES]
 
 
-@pytest.mark.parametrize(("num_steps", "times"), [(0, (5, 4, 3, 2, 1, 0)), (2, (5, 3, 0))])
-def test_samples_have_the_law_of_the_chain(tables, matrices, num_steps, times):
-    explicit = matrices(*tables, NUM_CODES)
-    if not explicit.can_be(NUM_CODES, NUM_STEPS):
-        pytest.skip("nothing is ever masked, so a chain cannot start all masked")
-    np.testing.assert_array_equal(
-        sampler.step_times(num_steps, schedule.from_tables(*tables, NUM_CODES)), times
-    )
-    law = law_of_the_chain(explicit, times)
+def require_law(codes, law):
     np.testing.assert_allclose(law.sum(), 1, atol=1e-6)
-    codes = np.asarray(
-        many(
-            keys(20_000),
-            sampler.Settings(num_steps=num_steps),
-            schedule.from_tables(*tables, NUM_CODES),
-        ).codes
-    )
+    codes = np.asarray(codes)
     counts = np.bincount(NUM_CODES * codes[:, 0] + codes[:, 1], minlength=NUM_CODES**2)
     assert counts.shape == (NUM_CODES**2,)
-    expected = len(codes) * law.ravel() / law.sum()
-    assert stats.chisquare(counts, expected).pvalue > 1e-4
+    assert stats.chisquare(counts, len(codes) * law.ravel() / law.sum()).pvalue > 1e-4
+
+
+@pytest.mark.parametrize(("num_steps", "times"), [(0, (5, 4, 3, 2, 1, 0)), (2, (5, 3, 0))])
+def test_samples_have_the_law_of_the_chain(beginning, matrices, num_steps, times):
+    tables, start = beginning
+    noise_schedule = schedule.from_tables(*tables, NUM_CODES)
+    np.testing.assert_array_equal(sampler.step_times(num_steps, noise_schedule), times)
+    settings = sampler.Settings(num_steps=num_steps, start=start)
+    codes = many(keys(20_000), settings, noise_schedule).codes
+    require_law(codes, law_of_the_chain(matrices(*tables, NUM_CODES), times, start))
 
 
 def test_temperature_sharpens_the_law(matrices, tables):
-    keep, mask = tables
-    if mask[-1] == 0:
-        pytest.skip("nothing is ever masked")
-
     def tempered(p):
         return p**2 / (p**2).sum()
 
-    law = law_of_the_chain(matrices(*tables, NUM_CODES), (5, 3, 0), tempered)
+    law = law_of_the_chain(matrices(*tables, NUM_CODES), (5, 3, 0), "schedule", tempered)
     settings = sampler.Settings(num_steps=2, temperature=0.5)
-    codes = np.asarray(many(keys(20_000), settings, schedule.from_tables(*tables, NUM_CODES)).codes)
-    counts = np.bincount(NUM_CODES * codes[:, 0] + codes[:, 1], minlength=NUM_CODES**2)
-    expected = len(codes) * law.ravel() / law.sum()
-    assert stats.chisquare(counts, expected).pvalue > 1e-4
+    require_law(many(keys(20_000), settings, schedule.from_tables(*tables, NUM_CODES)).codes, law)
 
 
 def test_an_image_depends_on_its_own_key_only():
@@ -108,16 +97,64 @@ def test_an_image_depends_on_its_own_key_only():
     assert (np.asarray(others.trajectory) != np.asarray(together.trajectory)).any()
 
 
-def test_trajectory_ends_with_the_codes_and_starts_near_all_masked():
-    settings = sampler.Settings(trajectory=True)
+@pytest.mark.parametrize("start", ["schedule", "masked"])
+def test_trajectory_ends_with_the_codes_and_has_the_masks_of_every_time(start):
+    settings = sampler.Settings(trajectory=True, start=start)
     result = many(keys(2000), settings)
     assert result.trajectory.shape == (NUM_STEPS, 2000, NUM_TOKENS)
     assert result.codes.dtype == result.trajectory.dtype == jnp.int32
     np.testing.assert_array_equal(result.trajectory[-1], result.codes)
     masked = (np.asarray(result.trajectory) == NUM_CODES).mean((1, 2))
     mask = schedule.paper(NUM_STEPS, NUM_CODES).mask
-    np.testing.assert_allclose(masked, (mask / mask[-1])[-2::-1], atol=0.03)
+    expected = mask / (mask[-1] if start == "masked" else 1.0)
+    np.testing.assert_allclose(masked, expected[-2::-1], atol=0.03)
     assert many(keys(2), sampler.Settings()).trajectory is None
+
+
+def first_tokens(count=500, num_tokens=64, num_codes=5, **settings):
+    """Times [B] and tokens [B, N] that the network sees first, under the paper's schedule."""
+    seen = []
+
+    def network(tokens, time):
+        jax.debug.callback(lambda *x: seen.extend(map(np.asarray, x)), time, tokens)
+        return jnp.zeros((*tokens.shape, num_codes))
+
+    settings = sampler.Settings(num_steps=1, **settings)
+    many(keys(count), settings, schedule.paper(8, num_codes), network, num_tokens)
+    jax.effects_barrier()
+    return seen
+
+
+@pytest.mark.parametrize("rule", [rules.Ancestral(), rules.Remask()])
+def test_a_chain_begins_from_the_law_of_its_schedule(rule):
+    noise_schedule = schedule.paper(8, 5)
+    time, tokens = first_tokens(rule=rule)
+    assert time[0] == 8
+    shares = np.bincount(tokens.ravel(), minlength=6) / tokens.size
+    np.testing.assert_allclose(shares[5], noise_schedule.mask[8], atol=0.01)
+    np.testing.assert_allclose(shares[:5], (1 - noise_schedule.mask[8]) / 5, atol=0.005)
+
+
+def test_rules_that_never_revisit_a_token_begin_all_masked():
+    _, tokens = first_tokens(rule=rules.HighQuality())
+    assert (tokens == 5).all()
+    others = rules.Purity(), rules.Confidence(), rules.Halton((8, 8)), rules.PublishedFast(1)
+    assert {rule.start for rule in others} == {"masked"}
+
+
+def test_beside_known_codes_a_chain_begins_with_the_noise_of_its_time():
+    # Of 64 codes 16 are known, and the network must see what it met in training at that time.
+    noise_schedule, known = schedule.paper(8, 5), np.full((500, 64), 5, np.int32)
+    known[:, ::4] = 2
+    time, tokens = first_tokens(known=known)
+    assert (tokens[:, ::4] == 2).all()
+    t = time[0]
+    # The first time with 3/4 of the masks of time T; a step has an eighth of them.
+    masked = (tokens == 5).mean()
+    assert noise_schedule.mask[t - 1] - 0.01 < masked < noise_schedule.mask[t] + 0.01
+    noise = (tokens < 5).mean() - 16 / 64
+    replaced = 5 * noise_schedule.replace
+    assert replaced[t - 1] - 0.005 < noise < replaced[t] + 0.005
 
 
 TRUTH = np.array([[0, 2], [1, 1], [2, 0]])
@@ -128,12 +165,11 @@ def knows(tokens, time):
     return jnp.where(jax.nn.one_hot(TRUTH, NUM_CODES) > 0, 0.0, transition.LOG_ZERO)
 
 
-def test_a_network_that_knows_the_truth_gives_the_truth(tables, matrices):
-    if not matrices(*tables, NUM_CODES).can_be(NUM_CODES, NUM_STEPS):
-        pytest.skip("nothing is ever masked")
+def test_a_network_that_knows_the_truth_gives_the_truth(beginning):
+    tables, start = beginning
     noise_schedule = schedule.from_tables(*tables, NUM_CODES)
     for num_steps in (1, 2, NUM_STEPS):
-        settings = sampler.Settings(num_steps=num_steps)
+        settings = sampler.Settings(num_steps=num_steps, start=start)
         np.testing.assert_array_equal(many(keys(3), settings, noise_schedule, knows).codes, TRUTH)
 
 

@@ -7,6 +7,9 @@ comparison. ``Remask`` hides some tokens again. The others reveal a budget of ma
 and differ in which: at random (``HighQuality``), where the network is sure (``Purity``,
 ``Confidence``), or far apart from each other (``Halton``).
 
+The attribute ``start`` of a rule says how its chains begin unless the settings say otherwise: from
+the law of the schedule at time T ("schedule"), or with every token masked ("masked").
+
 Letters: N image tokens, K codes, T steps of the schedule, C mask probability, V = 1 - C.
 """
 
@@ -40,6 +43,8 @@ class Step(NamedTuple):
 class Ancestral(struct.PyTreeNode):
     """x_s ~ p(x_s | x_t) of every token; exact for any s < t (VQ-Diffusion, equation 11)."""
 
+    start: ClassVar[str] = "schedule"
+
     def __call__(self, key, log_x0, tokens, step: Step, schedule: Schedule) -> jax.Array:
         return _draw(key, log_x0, tokens, transition.bridge(step.s, step.t, schedule))
 
@@ -56,6 +61,7 @@ class PublishedFast(struct.PyTreeNode):
       skip: times left out between two calls.
     """
 
+    start: ClassVar[str] = "masked"
     skip: int
 
     def __call__(self, key, log_x0, tokens, step: Step, schedule: Schedule) -> jax.Array:
@@ -77,6 +83,7 @@ class Remask(struct.PyTreeNode):
       strength: 0..1 ("rescale" in the paper).
     """
 
+    start: ClassVar[str] = "schedule"
     strength: float = 0.05
 
     def __call__(self, key, log_x0, tokens, step: Step, schedule: Schedule) -> jax.Array:
@@ -116,6 +123,8 @@ class Reveal(struct.PyTreeNode):
       is_random: the order is drawn, so the key is split between codes and order.
     """
 
+    # A visible token is never looked at again, so one of pure noise would stay.
+    start: ClassVar[str] = "masked"
     redraws_last: ClassVar[bool] = False
     is_random: ClassVar[bool] = True
 

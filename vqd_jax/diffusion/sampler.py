@@ -45,6 +45,9 @@ class Settings(struct.PyTreeNode):
         tokens it has.
       initial: int32 [B, N], codes to begin from instead of masks, noised by ``strength``.
       strength: share of T at which ``initial`` enters: 1 forgets it, 1/T leaves all but one step.
+      start: the tokens that are neither known nor in ``initial`` begin "masked", or from the law of
+        the schedule at time T ("schedule"): masked with probability C_T, else any code. None takes
+        what suits the rule.
       trajectory: return the tokens and the most likely codes of every step too.
     """
 
@@ -58,6 +61,7 @@ class Settings(struct.PyTreeNode):
     known: jax.Array | None = None
     initial: jax.Array | None = None
     strength: float = 1.0
+    start: str | None = struct.field(pytree_node=False, default=None)
     trajectory: bool = struct.field(pytree_node=False, default=False)
 
 
@@ -123,7 +127,7 @@ def sample(
     schedule: Schedule,
     settings: Settings,
 ) -> Sample:
-    """Samples codes, beginning with every token masked unless the settings say otherwise.
+    """Samples codes: one call of the network and one of the rule for every step.
 
     Args:
       key: one PRNG key an image, [B]; an image depends on its own key only, whatever the batch.
@@ -142,7 +146,11 @@ def sample(
       ValueError: impossible numbers of steps or times, or two settings that exclude each other.
     """
     chex.assert_shape(key, (shape[0],))
-    tokens, times = _begin(key, shape, schedule, settings)
+    for codes in (settings.known, settings.initial):
+        if codes is not None:
+            chex.assert_shape(codes, shape)
+    times = _times(shape, schedule, settings)
+    tokens = _first_tokens(key, times[0], shape, schedule, settings)
     num_masked = jnp.sum(tokens == schedule.num_codes, axis=1)
     num_steps = times.shape[0] - 1
     scales = None
@@ -159,38 +167,42 @@ def sample(
         seen = (tokens, log_x0.argmax(-1).astype(jnp.int32)) if settings.trajectory else None
         return tokens, seen
 
-    # Index 0 of an image's key is the noise put on ``initial``.
     steps = jnp.arange(1, num_steps + 1), times[:-1], times[1:], scales
     codes, seen = jax.lax.scan(step, tokens, steps)
     return Sample(codes, *(seen or (None, None)))
 
 
-def _begin(key, shape, schedule, settings):
-    """Tokens int32 [B, N] to begin with, and times int32 [S+1, B]."""
-    if settings.times is not None and settings.num_steps:
-        raise ValueError("give either num_steps or times, not both")
-    even = step_times(settings.num_steps, schedule)
-    tokens = jnp.full(shape, schedule.num_codes, jnp.int32)
+def _times(shape, schedule, settings):
+    """int32 [S+1, B], decreasing to 0."""
+    if settings.times is not None:
+        if settings.num_steps:
+            raise ValueError("give either num_steps or times, not both")
+        listed = listed_times(settings.times, schedule)
+        return jnp.broadcast_to(listed[:, None], (len(listed), shape[0]))
+    num_steps = len(step_times(settings.num_steps, schedule)) - 1
     start = jnp.full(shape[0], schedule.num_steps)
     if settings.initial is not None:
-        chex.assert_shape(settings.initial, shape)
         steps = jnp.round(settings.strength * schedule.num_steps).astype(jnp.int32)
         start = jnp.full(shape[0], jnp.clip(steps, 1, schedule.num_steps))
     elif settings.known is not None:
-        chex.assert_shape(settings.known, shape)
-        masked_share = jnp.mean(settings.known == schedule.num_codes, axis=1)
-        start = masked_time(masked_share, schedule)
-    times = jax.vmap(lambda start: even_times(start, len(even) - 1), out_axes=1)(start)
-    if settings.times is not None:
-        listed = listed_times(settings.times, schedule)
-        times = jnp.broadcast_to(listed[:, None], (len(listed), shape[0]))
+        start = masked_time(jnp.mean(settings.known == schedule.num_codes, axis=1), schedule)
+    return jax.vmap(lambda start: even_times(start, num_steps), out_axes=1)(start)
+
+
+def _first_tokens(key, start, shape, schedule, settings):
+    """Tokens int32 [B, N] to begin with at the times ``start`` [B]."""
+    tokens = jnp.full(shape, schedule.num_codes, jnp.int32)
+    # Index 0 of an image's key is what it begins with; the steps have 1, 2, ...
+    first = jax.vmap(jax.random.fold_in, in_axes=(0, None))(key, 0)
+    keys = jax.vmap(lambda k: jax.random.split(k, shape[1]))(first)
     if settings.initial is not None:
-        first = jax.vmap(jax.random.fold_in, in_axes=(0, None))(key, 0)
-        keys = jax.vmap(lambda k: jax.random.split(k, shape[1]))(first)
         noise = jax.vmap(transition.q_sample, in_axes=(0, 0, None, None))
         noise = jax.vmap(noise, in_axes=(0, 0, 0, None))
-        tokens = noise(keys, settings.initial, times[0], schedule)
-    return _restore(tokens, schedule, settings), times
+        tokens = noise(keys, settings.initial, start, schedule)
+    elif (settings.start or getattr(settings.rule, "start", "schedule")) == "schedule":
+        prior = jax.vmap(transition.draw_prior, in_axes=(0, None))
+        tokens = jax.vmap(prior, in_axes=(0, None))(keys, schedule)
+    return _restore(tokens, schedule, settings)
 
 
 def _restore(tokens, schedule, settings):

@@ -159,6 +159,18 @@ def q_sample(key: jax.Array, x0: jax.Array, t: jax.Array, schedule: Schedule) ->
     return jnp.stack([jnp.asarray(x0, jnp.int32), code, jnp.int32(schedule.num_codes)])[branch]
 
 
+def draw_prior(key: jax.Array, schedule: Schedule) -> jax.Array:
+    """Draws x_T of one token that nothing is known of: int32 [].
+
+    Masked with probability C_T, else any code. A chain begins from this law p(x_T).
+    """
+    words = jax.random.bits(key, (5,))
+    mask = jnp.asarray(schedule.mask)[-1]
+    branch = draws.race(words[:4].reshape(2, 2), jnp.stack([1 - mask, mask]))
+    code = draws.any_code(words[4], schedule.num_codes)
+    return jnp.stack([code, jnp.int32(schedule.num_codes)])[branch]
+
+
 def draw_posterior(
     key: jax.Array,
     log_x0: jax.Array,
