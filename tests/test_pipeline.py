@@ -64,6 +64,13 @@ def test_an_image_depends_on_its_seed_prompt_and_numbers_only(model, made):
     assert len(np.unique(flat, axis=0)) == 6
 
 
+def test_every_seed_of_32_bits_will_do(model):
+    largest, next_to_it = (
+        model.generate(["a cat"], num_steps=3, seed=seed).codes for seed in (2**32 - 1, 2**31)
+    )
+    assert (largest != next_to_it).any()
+
+
 def test_scale_seed_and_prompt_do_not_recompile(model):
     model.generate(["a"], num_images=1, guidance_scale=2.0, truncation=0.9)
     compiled = model._sample._cache_size()
