@@ -397,7 +397,7 @@ class VQDiffusion:
         for (part, condition), new in rows.batches(
             (np.array(pairs, np.uint32), conditions), batch_size
         ):
-            # A larger number than an int32 holds is no whole number to a compiled function.
+            # JAX would make an int32 of a Python int, and seeds may be larger.
             keys = self._put(image_keys(np.uint32(seed), part))
             drawn = self._sample(self._params, keys, self._put(condition), null, settings)
             made.append(jax.tree.map(lambda x, new=new: np.asarray(x)[..., :new, :], drawn))

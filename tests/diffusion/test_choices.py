@@ -21,15 +21,27 @@ def test_every_choice_reaches_its_setting():
     codes = np.arange(16, dtype=np.int32)
     made = chosen(
         num_steps=4, rule="purity", guidance_scale=3.0, truncation=0.8, top_k=5, temperature=0.7,
-        known=codes, initial=codes, strength=0.5, trajectory=True,
+        known=codes, initial=codes, strength=0.9, trajectory=True,
     )  # fmt: skip
     assert (made.num_steps, made.times, made.rule) == (4, None, rules.Purity(1.0))
     assert made.guidance == jnp.float32(3.0)
     assert made.truncation == jnp.float32(0.8)
-    assert (made.top_k, made.temperature, made.strength) == (5, 0.7, 0.5)
+    assert (made.top_k, made.temperature, made.strength) == (5, 0.7, 0.9)
     assert made.trajectory
     assert made.known is codes
     assert made.initial is codes
+
+
+def test_no_step_is_asked_for_that_changes_nothing():
+    codes = np.arange(16, dtype=np.int32)
+    assert chosen(initial=codes, strength=0.5).num_steps == 5
+    assert chosen(initial=codes, strength=0.5, num_steps=3).num_steps == 3
+    assert chosen(initial=codes, strength=1.0).num_steps == 0
+    part = np.where(codes < 10, codes, 32)
+    assert chosen(known=part).num_steps == 4
+    assert chosen(known=part, initial=codes, strength=0.2).num_steps == 2
+    ramp = chosen(known=part, guidance_scale=4.0, guidance_ramp=True)
+    np.testing.assert_allclose(ramp.guidance, [1, 2, 3, 4])
 
 
 def test_guidance_may_change_from_step_to_step():
