@@ -9,7 +9,7 @@ from configs import tiny
 from vqd_jax import config as config_lib
 from vqd_jax.diffusion import schedule
 from vqd_jax.errors import UserError
-from vqd_jax.training import stage_one, state
+from vqd_jax.training import state
 from vqd_jax.training.autoencoder import create_state
 
 CONFIGS = ("emoji", "shapes", "tiny")
@@ -131,12 +131,3 @@ def test_a_stored_config_that_is_damaged_is_an_error_that_names_the_file(
         config_lib.load(str(path))
     assert str(path) in str(error.value)
     assert message in str(error.value)
-
-
-def test_autoencoder_of_other_sizes_is_refused(tmp_path):
-    config = tiny.get_config()
-    folder = tmp_path / "model"
-    folder.mkdir()
-    (folder / "config.json").write_text('{"image_size": 16, "channels": 9}')
-    with pytest.raises(UserError, match="channels=9, but config.autoencoder.channels=8"):
-        stage_one.load(config, str(folder))

@@ -42,7 +42,7 @@ def train(config: ConfigDict, workdir: str) -> None:
 def train_autoencoder(config: ConfigDict, workdir: str) -> None:
     """Stage one alone; its result is ``workdir/autoencoder/model``."""
     _exit_if_terminated(stage_two.train_autoencoder, config, workdir)
-    logging.info("the autoencoder of this run is %s", stage_one.model_folder(workdir))
+    logging.info("the autoencoder of this run is %s", pretrained.model_folder(workdir))
 
 
 def _exit_if_terminated(run, config, workdir) -> None:
@@ -112,8 +112,8 @@ def inspect(config: ConfigDict, workdir: str, *, num_samples: int = 32) -> None:
 
 def _samples(config, workdir, builder, content, count) -> list[report.Sample]:
     source = batches.records(builder, encode_lib.TRAIN, decode=False)
-    path = stage_one.find(config, workdir)
-    params = stage_one.load(config, path) if path else None
+    path = pretrained.find_autoencoder(config, workdir)
+    params = pretrained.load_autoencoder(config, path) if path else None
     codec = encode_lib.Codec(config_lib.autoencoder_config(config), params) if path else None
     crop = encode_lib.crop(config, encode_lib.TRAIN)
     num_crops = encode_lib.num_crops(config, encode_lib.TRAIN)

@@ -24,7 +24,7 @@ from vqd_jax.data.text import ClipTokenizer
 from vqd_jax.diffusion import choices, sampler
 from vqd_jax.diffusion.choices import RULES  # noqa: F401
 from vqd_jax.errors import UserError
-from vqd_jax.interop import folder
+from vqd_jax.interop import folder, pretrained
 from vqd_jax.models import autoencoder, conditioned
 from vqd_jax.models.attention import ONE_DEVICE, Placement
 from vqd_jax.parallel import rows, sharding
@@ -94,23 +94,15 @@ class VQDiffusion:
         Raises:
           UserError: nothing was trained there, or it cannot be read.
         """
-        # What only a run needs; a model folder is read without Orbax.
-        from vqd_jax import checkpoint
-        from vqd_jax.training import stage_one
-
         path = Path(workdir)
         if not (path / "config.json").exists():
             raise UserError(f"{path} has no config.json: nothing was trained there")
         config = config_lib.load(str(path / "config.json"))
-        if not Path(stage_one.model_folder(workdir)).exists():
+        if not Path(pretrained.model_folder(workdir)).exists():
             raise UserError(f"stage one of {path} is not finished; run the training command again")
-        autoencoder_params = stage_one.load(config, stage_one.model_folder(workdir))
+        codec = pretrained.load_autoencoder(config, pretrained.model_folder(workdir))
         sharding.warn_of_slow_dtype(config, jax.devices()[0])
-        abstract = conditioned.abstract_params(config_lib.model_config(config))
-        # Moments of the optimizer, and what was not averaged, stay on disk.
-        wanted = {"ema_params": checkpoint.abstract(abstract)}
-        _, found = checkpoint.load(checkpoint.folder(config, workdir), wanted)
-        return cls(config, found["ema_params"], autoencoder_params)
+        return cls(config, pretrained.load_averaged(config, workdir), codec)
 
     @classmethod
     def from_pretrained(cls, directory: str) -> "VQDiffusion":

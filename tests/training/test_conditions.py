@@ -10,7 +10,7 @@ import pytest
 
 from configs import tiny
 from vqd_jax import config as config_lib
-from vqd_jax.interop import folder, pretrained
+from vqd_jax.interop import folder
 from vqd_jax.models import conditioned
 from vqd_jax.pipeline import VQDiffusion
 from vqd_jax.training import stage_two, state
@@ -95,14 +95,14 @@ def test_a_run_begins_from_a_model_folder(parts, tmp_path):
     described = {"kind": config_lib.MODEL_KIND, **config.to_dict()}
     folder.save(tmp_path / "whole", described, params)
     config.training.init_from = str(tmp_path / "whole")
-    begun = pretrained.adopt(config, start(config))
+    begun = state.adopt(config, start(config))
     assert_equal(begun.params, params)
     assert_equal(begun.ema_params, params)
     # Without a learned null of its own, that one is learnt from the start.
     without = {name: part for name, part in params.items() if name != "null_text"}
     folder.save(tmp_path / "whole", described, without)
     fresh = start(config)
-    begun = pretrained.adopt(config, fresh)
+    begun = state.adopt(config, fresh)
     assert_equal(begun.params["denoiser"], params["denoiser"])
     assert_equal(begun.params["null_text"], fresh.params["null_text"])
 
@@ -112,7 +112,7 @@ def test_a_pretrained_text_encoder_stays_as_it_is(parts, tmp_path):
     folder.save(tmp_path / "clip", {"kind": "clip"}, {"text": params["text_encoder"]})
     config.text_encoder.path = str(tmp_path / "clip")
     fresh = start(config)
-    begun = pretrained.adopt(config, fresh)
+    begun = state.adopt(config, fresh)
     assert_equal(begun.params["text_encoder"], params["text_encoder"])
     assert_equal(begun.params["denoiser"], fresh.params["denoiser"])
     batch = {

@@ -208,7 +208,8 @@ def load_params(
     Args:
       directory: the model folder.
       abstract_params: nested dict of leaves with ``shape`` and ``dtype``.
-      part: a part of the model ("autoencoder"); the tensors of the others are left alone.
+      part: the part of the model that ``abstract_params`` is ("autoencoder"), which may be a single
+        array; the tensors of the others are left alone.
       place: called with every array as soon as it is read; its results are returned instead.
         ``jax.device_put`` puts them on the device one by one, so that none is held twice for long.
 
@@ -218,12 +219,13 @@ def load_params(
     """
     directory = Path(directory)
     flat = read_shards(directory, "model")
-    prefix = f"{part}." if part else ""
-    flat = {name: tensor for name, tensor in flat.items() if name.startswith(prefix)}
-    params = _take(abstract_params, flat, directory, prefix, place)
+    if part:
+        flat = {name: tensor for name, tensor in flat.items() if name.split(".")[0] == part}
+        abstract_params = {part: abstract_params}
+    params = _take(abstract_params, flat, directory, "", place)
     if flat:
         raise UserError(f"{directory} has a tensor that the model lacks: {sorted(flat)[0]}")
-    return params
+    return params[part] if part else params
 
 
 def _take(

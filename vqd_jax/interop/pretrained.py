@@ -1,7 +1,11 @@
-"""What a run begins with besides random numbers: a pretrained text encoder, a whole model."""
+"""The trained weights that a config or a workdir names: for training, encoding and sampling.
+
+Letters: B batch, L text tokens, D text width.
+"""
 
 import dataclasses
 import functools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -15,62 +19,62 @@ from vqd_jax import files
 from vqd_jax.data.text import TextFeatures
 from vqd_jax.errors import UserError
 from vqd_jax.interop import folder
-from vqd_jax.models import conditioned, text_encoder
-from vqd_jax.training.state import TrainState
+from vqd_jax.models import autoencoder, conditioned, text_encoder
 
 # Features of the empty caption may first be learnt in fine-tuning (Improved VQ-Diffusion, 3.1).
 _MAY_BE_NEW = ("null_text",)
 
 
-def adopt(config: ConfigDict, state: TrainState) -> TrainState:
-    """The state with the parameters of ``training.init_from`` and of ``text_encoder.path``.
+def model_folder(workdir: str) -> str:
+    """Where a workdir keeps its autoencoder."""
+    return str(Path(workdir) / "autoencoder" / "model")
 
-    Every value goes to where the one that it replaces lives.
+
+def find_autoencoder(config: ConfigDict, workdir: str) -> str | None:
+    """The model folder of the run's autoencoder; None if it must be trained.
+
+    It is the workdir's own or else that in ``config.autoencoder.path``, which may be another
+    workdir.
+    """
+    own, given = model_folder(workdir), config.autoencoder.path
+    if (Path(own) / "config.json").exists():
+        return own
+    if given and (Path(given) / "autoencoder").exists():
+        return model_folder(given)
+    return given or None
+
+
+def load_autoencoder(config: ConfigDict, directory: str) -> Any:
+    """Parameters of the autoencoder in a model folder: a nested dict of NumPy arrays.
 
     Raises:
-      UserError: a folder cannot be read, or holds parameters of other sizes than the config asks.
+      UserError: it cannot be read, or has other sizes than ``config.autoencoder`` says.
     """
-    sizes = config_lib.model_config(config)
-    key = jax.random.key(0)
-    abstract = jax.eval_shape(lambda: conditioned.init_params(sizes, key))
-    found = {}
-    if config.training.init_from:
-        found |= _model(config.training.init_from, abstract)
-    if config.text_encoder.path and "text_encoder" in abstract:
-        found["text_encoder"] = load_text_encoder(config)
-    if not found:
-        return state
-
-    def placed(params: Any) -> Any:
-        put = lambda old, new: jax.device_put(new, old.sharding)  # noqa: E731
-        return params | {n: jax.tree.map(put, params[n], part) for n, part in found.items()}
-
-    # Two copies: a donated state must not hold one buffer twice.
-    return state.replace(params=placed(state.params), ema_params=placed(state.ema_params))
-
-
-def _model(directory: str, abstract: Any) -> Any:
-    if folder.load_config(directory).get("kind") != config_lib.MODEL_KIND:
-        raise UserError(f"config.training.init_from={directory}: not the folder of a whole model")
-    names = {name.split(".")[0] for name in folder.read_shards(Path(directory), "model")}
-    parts = {}
-    for part, shapes in abstract.items():
-        if part not in names and part in _MAY_BE_NEW:
-            logging.info("%s has no %s; it is learnt from the start", directory, part)
-            continue
-        parts[part] = _load(directory, shapes, part)
-    return parts
+    wanted = config_lib.autoencoder_config(config)
+    found, part = folder.load_config(directory), ""
+    if found.get("kind") == config_lib.MODEL_KIND:
+        whole = config_lib.load(str(Path(directory) / "config.json"))
+        found, part = dataclasses.asdict(config_lib.autoencoder_config(whole)), "autoencoder"
+    # Folders from before these fields have no such choice.
+    found = {"quantizer": "nearest", "codebook_size": None} | found
+    as_stored = json.loads(json.dumps([found, dataclasses.asdict(wanted)]))
+    for field, value in as_stored[1].items():
+        if value != as_stored[0].get(field):
+            key = "data.image_size" if field == "image_size" else f"autoencoder.{field}"
+            raise UserError(
+                f"the autoencoder in {directory} has {field}={as_stored[0].get(field)}, but "
+                f"config.{key}={value}; set the config to what the autoencoder has"
+            )
+    return folder.load_params(directory, autoencoder.abstract_params(wanted), part)
 
 
 def load_text_encoder(config: ConfigDict) -> Any:
-    """Parameters of the text encoder in ``config.text_encoder.path``.
+    """Parameters of the text encoder in ``config.text_encoder.path``: a nested dict.
 
     Raises:
       UserError: it cannot be read, or has other sizes than the config says.
     """
-    directory, sizes = config.text_encoder.path, config_lib.model_config(config)
-    key = jax.random.key(0)
-    shapes = jax.eval_shape(lambda: conditioned.init_params(sizes, key))["text_encoder"]
+    directory = config.text_encoder.path
     kind = folder.load_config(directory).get("kind")
     parts = {"clip": "text", config_lib.MODEL_KIND: "text_encoder"}
     if kind not in parts:
@@ -78,11 +82,12 @@ def load_text_encoder(config: ConfigDict) -> Any:
             f"config.text_encoder.path={directory}: neither a converted CLIP nor a model with a "
             "text encoder"
         )
-    return _load(directory, shapes, parts[kind])
+    abstract = text_encoder.abstract_params(config_lib.model_config(config).text_encoder)
+    return folder.load_params(directory, abstract, parts[kind])
 
 
 def text_features(config: ConfigDict) -> TextFeatures | None:
-    """Features by the pretrained text encoder, in float32; None if they are not to be cached.
+    """What computes the features that are cached beside the codes; None if none are.
 
     Raises:
       UserError: see ``load_text_encoder``.
@@ -95,13 +100,78 @@ def text_features(config: ConfigDict) -> TextFeatures | None:
     return TextFeatures(functools.partial(compute, params), sizes.width, files.fingerprint(params))
 
 
-def _load(directory: str, shapes: Any, part: str) -> Any:
-    if isinstance(shapes, dict):
-        return folder.load_params(directory, shapes, part)
-    # A parameter on the top level, not a module with a name before its own.
-    tensor = folder.read_shards(Path(directory), "model")[part]
-    if tensor.shape != tuple(shapes.shape):
+def load_averaged(config: ConfigDict, workdir: str) -> Any:
+    """The averaged parameters of a run's newest checkpoint, for ``models.conditioned``.
+
+    Args:
+      config: of the run.
+      workdir: of the run.
+
+    Raises:
+      UserError: there is no checkpoint, or none can be read.
+    """
+    # Orbax takes a second to import, and a model folder needs none.
+    from vqd_jax import checkpoint
+
+    abstract = conditioned.abstract_params(config_lib.model_config(config))
+    # Moments of the optimizer, and what was not averaged, stay on disk.
+    wanted = checkpoint.abstract({"ema_params": abstract})
+    return checkpoint.load(checkpoint.folder(config, workdir), wanted)[1]["ema_params"]
+
+
+def load_initial(config: ConfigDict, abstract: Any) -> dict[str, Any]:
+    """The parts of a model that a run does not begin with random numbers for.
+
+    They come from ``config.training.init_from``, a model folder or the workdir of another run, and
+    from ``config.text_encoder.path``.
+
+    Args:
+      config: the resolved config.
+      abstract: the parameters of ``models.conditioned``, or their shapes.
+
+    Returns:
+      {part: nested dict of NumPy arrays}, such as "denoiser"; parts that are not there are learnt
+      from the start.
+
+    Raises:
+      UserError: a folder cannot be read, or holds parameters of other sizes than the config asks.
+    """
+    found = {}
+    if config.training.init_from:
+        found = _whole_model(config.training.init_from, abstract)
+    if config.text_encoder.path and "text_encoder" in abstract:
+        found["text_encoder"] = load_text_encoder(config)
+    return found
+
+
+def _whole_model(directory: str, abstract: Any) -> dict[str, Any]:
+    described = folder.load_config(directory)
+    is_folder = described.get("kind") == config_lib.MODEL_KIND
+    if is_folder:
+        names = {name.split(".")[0] for name in folder.read_shards(Path(directory), "model")}
+    elif "training" in described:
+        averaged = load_averaged(config_lib.load(str(Path(directory) / "config.json")), directory)
+        names = set(averaged)
+    else:
         raise UserError(
-            f"{directory}: {part} is {tensor.shape}, the config asks for {shapes.shape}"
+            f"config.training.init_from={directory}: neither the folder of a whole model nor the "
+            "workdir of a run"
         )
-    return np.array(tensor, shapes.dtype)
+    parts = {}
+    for part, shapes in abstract.items():
+        if part not in names and part in _MAY_BE_NEW:
+            logging.info("%s has no %s; it is learnt from the start", directory, part)
+        elif is_folder:
+            parts[part] = folder.load_params(directory, shapes, part)
+        else:
+            parts[part] = _fitting(averaged, part, shapes, directory)
+    return parts
+
+
+def _fitting(params: Any, part: str, shapes: Any, directory: str) -> Any:
+    found, wanted = files.flatten({part: params.get(part, {})}), files.flatten({part: shapes})
+    for name in sorted(found.keys() | wanted.keys()):
+        sizes = [tuple(x[name].shape) if name in x else None for x in (found, wanted)]
+        if sizes[0] != sizes[1]:
+            raise UserError(f"{directory}: {name} is {sizes[0]}, the config asks for {sizes[1]}")
+    return jax.tree.map(np.asarray, params[part])

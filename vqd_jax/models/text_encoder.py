@@ -125,4 +125,5 @@ class TextEncoder(nnx.Module):
         return h
 
 
+abstract_params = functools.partial(functional.abstract, TextEncoder)
 bind = functools.partial(functional.bind, TextEncoder)

@@ -6,7 +6,6 @@ sampling needs.
 
 import dataclasses
 import functools
-import json
 from pathlib import Path
 from typing import Any
 
@@ -19,58 +18,16 @@ from vqd_jax import config as config_lib
 from vqd_jax.data import batches, encode, images, sets
 from vqd_jax.data.bad_records import CheckedReader
 from vqd_jax.errors import UserError
-from vqd_jax.interop import folder
-from vqd_jax.models import autoencoder
+from vqd_jax.interop import folder, pretrained
 from vqd_jax.parallel import processes, sharding
 from vqd_jax.training import autoencoder as training
 from vqd_jax.training import loop
 
 
-def model_folder(workdir: str) -> str:
-    """Where a workdir keeps its autoencoder."""
-    return str(Path(workdir) / "autoencoder" / "model")
-
-
-def load(config: ConfigDict, directory: str) -> Any:
-    """Parameters of the autoencoder in a model folder.
-
-    Raises:
-      UserError: it cannot be read, or has other sizes than ``config.autoencoder`` says.
-    """
-    wanted = config_lib.autoencoder_config(config)
-    found, part = folder.load_config(directory), ""
-    if found.get("kind") == config_lib.MODEL_KIND:
-        whole = config_lib.load(str(Path(directory) / "config.json"))
-        found, part = dataclasses.asdict(config_lib.autoencoder_config(whole)), "autoencoder"
-        found = json.loads(json.dumps(found))
-    # Folders from before these fields have no such choice.
-    found = {"quantizer": "nearest", "codebook_size": None} | found
-    for field, value in dataclasses.asdict(wanted).items():
-        stored = found.get(field)
-        if (list(value) if isinstance(value, tuple) else value) != stored:
-            key = "data.image_size" if field == "image_size" else f"autoencoder.{field}"
-            raise UserError(
-                f"the autoencoder in {directory} has {field}={stored}, but config.{key}={value}; "
-                "set the config to what the autoencoder has"
-            )
-    abstract = jax.eval_shape(lambda: autoencoder.init_params(wanted, jax.random.key(0)))
-    return folder.load_params(directory, abstract, part)
-
-
-def find(config: ConfigDict, workdir: str) -> str | None:
-    """The model folder of the run's autoencoder, if it need not be trained: the workdir's own, or
-    that in ``config.autoencoder.path``, which may be a workdir too."""
-    if (Path(model_folder(workdir)) / "config.json").exists():
-        return model_folder(workdir)
-    given = config.autoencoder.path
-    is_workdir = (Path(given) / "autoencoder").exists()
-    return (model_folder(given) if is_workdir else given) or None
-
-
 def check(config: ConfigDict, workdir: str) -> None:
     """Raises ``UserError`` if there is no autoencoder and the config's cannot be trained here."""
     c = config.autoencoder
-    found = find(config, workdir)
+    found = pretrained.find_autoencoder(config, workdir)
     if found is not None:
         folder.load_config(found)
     elif c.quantizer != "nearest" or c.codebook_size:
@@ -89,11 +46,12 @@ def prepare(config: ConfigDict, workdir: str, builder) -> Any:
       workdir: of the run.
       builder: the prepared data set, whose train split is learnt from.
     """
-    target, found = model_folder(workdir), find(config, workdir)
+    target = pretrained.model_folder(workdir)
+    found = pretrained.find_autoencoder(config, workdir)
     if found == target:
-        return load(config, target)
+        return pretrained.load_autoencoder(config, target)
     if found is not None:
-        params = load(config, found)
+        params = pretrained.load_autoencoder(config, found)
     else:
         params = _train(config, str(Path(workdir) / "autoencoder"), builder)
     # No process may take what is written here for what was there before.

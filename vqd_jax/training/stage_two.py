@@ -145,7 +145,7 @@ def _train(config, workdir, splits, mixed, autoencoder_params) -> None:
         config=config,
         mesh=mesh,
         placed=state_lib.state_shardings(config, mesh),
-        prepare=functools.partial(pretrained.adopt, config),
+        prepare=functools.partial(state_lib.adopt, config),
         steps_per_call=c.steps_per_call,
         profile_steps=c.profile_steps,
         num_steps=c.num_steps,

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 
 from vqd_jax import config as config_lib
 from vqd_jax.diffusion import objective
+from vqd_jax.interop import pretrained
 from vqd_jax.models import conditioned
 from vqd_jax.models.attention import ONE_DEVICE, Placement
 from vqd_jax.parallel import sharding
@@ -74,6 +75,25 @@ def create_state(config: ConfigDict) -> TrainState:
         time_statistics=objective.init_time_statistics(config.diffusion.num_steps),
         key=key,
     )
+
+
+def adopt(config: ConfigDict, state: TrainState) -> TrainState:
+    """The state with the trained weights that the config names; see ``pretrained.load_initial``.
+
+    Every value goes to where the one that it replaces lives.
+    """
+    found = pretrained.load_initial(config, state.params)
+    if not found:
+        return state
+
+    def put(new, old):
+        return jax.device_put(new, old.sharding)
+
+    def placed(params):
+        return params | {n: jax.tree.map(put, part, params[n]) for n, part in found.items()}
+
+    # Two copies: a donated state must not hold one buffer twice.
+    return state.replace(params=placed(state.params), ema_params=placed(state.ema_params))
 
 
 def abstract_state(config: ConfigDict, mesh: Mesh) -> TrainState:
