@@ -129,9 +129,7 @@ def pixels(folder: Path) -> None:
         for path in paths:
             path.write_bytes(photo(rng, side))
         crop = batches.Crop(SIZE, random=True)
-        ours = batches.image_dataset(
-            Files(paths), SIZE, BATCH, 0, True, crop=crop, num_threads=WORKERS
-        )
+        ours = batches.image_dataset(Files(paths), crop, BATCH, 0, num_threads=WORKERS)
         theirs = torch.utils.data.DataLoader(
             TorchFiles(paths * 100), BATCH, shuffle=True, num_workers=WORKERS, drop_last=True
         )
@@ -188,7 +186,7 @@ def cached(folder: Path) -> None:
     cache = write_cache(folder)
     print(f"  wrote {RECORDS:,} records in {time.perf_counter() - start:.0f} s")
     for batch_size in (32, 256):
-        dataset = batches.code_dataset(cache, batch_size, 0, 0.1, train=True, with_ids=True)
+        dataset = batches.code_dataset(cache, batch_size, 0, 0.1, with_ids=True)
         iterator = iter(dataset)
         num_batches = RECORDS // batch_size
         next(iterator)

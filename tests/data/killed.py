@@ -71,7 +71,7 @@ def train(folder, num_steps):
         "training",
         create,
         jax.jit(look, donate_argnums=0),
-        batches.code_dataset(source, BATCH, 3, 0.1, True, with_ids=True),
+        batches.code_dataset(source, BATCH, 3, 0.1, with_ids=True),
         directory=f"{folder}/run",
         prefix="train",
         config=config,

@@ -45,7 +45,7 @@ def test_the_sheet_shows_what_training_is_given(source, tmp_path):
         str(tmp_path), source, Codec(), {}, crop=crop, num_crops=2, seed=3, content=CONTENT
     )
     cache = codes.open_split(str(tmp_path))
-    dataset = batches.code_dataset(cache, 12, 3, 0.3, True, with_ids=True)
+    dataset = batches.code_dataset(cache, 12, 3, 0.3, with_ids=True)
     batch = next(iter(dataset))
     samples = report.cached_samples(cache, source, Codec(), crop, CONTENT, **STREAM)
     assert [s.record for s in samples] == batch["id"].tolist()

@@ -141,13 +141,13 @@ def test_further_codes_are_mixed_in_by_weight(coco, make_config, tmp_path, monke
     config.data.weights = (1.0, 3.0)
     config_lib.validate(config)
     taken = []
-    make = stage_two.pipeline.code_dataset
+    make = stage_two.batches.code_dataset
 
     def spied(sources, *args, **options):
         taken.append(([source.folder for source in sources], options["weights"]))
         return make(sources, *args, **options)
 
-    monkeypatch.setattr(stage_two.pipeline, "code_dataset", spied)
+    monkeypatch.setattr(stage_two.batches, "code_dataset", spied)
     stage_two.train(config, str(tmp_path / "run"))
     folders = [tmp_path / "run" / "codes" / "train", tmp_path / "first" / "codes" / "train"]
     assert taken == [(folders, (1.0, 3.0))]

@@ -18,6 +18,7 @@ import tensorflow_datasets as tfds
 from vqd_jax.data import images, order
 from vqd_jax.data.bad_records import CheckedReader
 from vqd_jax.data.codes import CodesSource
+from vqd_jax.errors import UserError
 
 # Streams of random numbers beside the one that chooses captions.
 CROP_STREAM = 1
@@ -113,68 +114,62 @@ class Crop:
 
 def image_dataset(
     source: Sequence[dict],
-    image_size: int,
+    crop: Crop,
     batch_size: int,
     seed: int,
-    train: bool,
     max_bad_share: float = 0.01,
     *,
-    crop: Crop | None = None,
     num_threads: int | None = None,
     bad_log: str | None = None,
     process_index: int | None = None,
     process_count: int | None = None,
 ) -> order.Batches:
-    """Batches of images, for the autoencoder.
+    """Endless shuffled batches of images, for training the autoencoder.
+
+    The next good record takes the place of a bad one, so that all processes stay in step.
 
     Args:
       source: random-access records with ``image``; see ``records``, faster with ``decode=False``.
-      image_size: S.
+      crop: from an image to S x S.
       batch_size: B, records in a batch of this process.
       seed: of the shuffling and the crops, 0 to 2**32 - 1.
-      train: endless and shuffled; else once, in order, without the last incomplete batch.
-      max_bad_share, bad_log: see ``CheckedReader``. In training the place of a bad record is taken
-        by the good one after it, so that all processes stay in step; in evaluation it is left out.
-      crop: None is the crop for evaluation.
+      max_bad_share, bad_log: see ``bad_records.CheckedReader``.
       num_threads: threads that read and decode; None is one for each core, up to 8.
       process_index, process_count: None asks JAX.
 
     Returns:
-      An iterable of ``{'image': uint8 [B, S, S, 3]}``, the state of which is in ``order``.
+      An iterable of ``{'image': uint8 [B, S, S, 3]}``; ``order`` describes its state.
 
     Raises:
       UserError: fewer records than one batch; while iterating, too many bad records.
+      OSError: while iterating, the system cannot read a record.
     """
-    crop = crop or Crop(image_size)
     num_threads = num_threads or min(os.cpu_count() or 1, 8)
     read = CheckedReader(source, max_bad_share, bad_log, needs_captions=False)
-    places = order.shuffled([len(source)], seed) if train else grain.MapDataset.range(len(source))
 
-    def image(key):
-        for attempt in range(len(source) if train else 1):
-            cut = lambda record: {"image": crop(record, seed, key)}  # noqa: E731
-            made = read((key + attempt) % len(source), cut)
-            if made is not None:
-                return made
-        return None
-
-    def all_images(keys):
-        batch = np.empty((len(keys), image_size, image_size, 3), np.uint8)
+    def images_of(keys):
+        batch = np.empty((len(keys), crop.size, crop.size, 3), np.uint8)
         for row, key in zip(batch, keys.tolist(), strict=True):
-            row[...] = image(key)["image"]
+            row[...] = _good_image(read, crop, seed, key)
         return {"image": batch}
 
     def make(local):
-        if train:
-            # A thread makes a whole batch: Grain's work on every element is Python's.
-            options = grain.ReadOptions(num_threads, prefetch_buffer_size=num_threads)
-            keys = local.batch(batch_size, drop_remainder=True, batch_fn=np.array)
-            return keys.map(all_images).to_iter_dataset(options)
-        options = grain.ReadOptions(num_threads, prefetch_buffer_size=2 * batch_size)
-        elements = local.map(image).to_iter_dataset(options)
-        return elements.batch(batch_size, drop_remainder=True)
+        # Each thread makes a whole batch, because Grain's own work on an element is Python's.
+        options = grain.ReadOptions(num_threads, prefetch_buffer_size=num_threads)
+        keys = local.batch(batch_size, drop_remainder=True, batch_fn=np.array)
+        return keys.map(images_of).to_iter_dataset(options)
 
+    places = order.shuffled([len(source)], seed)
     return order.Batches(places, make, len(source), batch_size, process_index, process_count)
+
+
+def _good_image(read: CheckedReader, crop: Crop, seed: int, key: int) -> np.ndarray:
+    """The crop of record ``key``, counted through all epochs, or of the next good one."""
+    for number in range(key, key + len(read)):
+        made = read(number % len(read), lambda record: {"image": crop(record, seed, key)})
+        if made is not None:
+            return made["image"]
+    raise UserError(f"none of the {len(read)} records can be used")
 
 
 def code_dataset(
@@ -182,71 +177,52 @@ def code_dataset(
     batch_size: int,
     seed: int,
     null_text_rate: float,
-    train: bool,
     *,
     weights: Sequence[float] | None = None,
-    captions: str = "first",
     with_ids: bool = False,
     process_index: int | None = None,
     process_count: int | None = None,
 ) -> order.Batches:
-    """Batches of cached codes with what they are conditioned on, for the denoiser.
-
-    In training, which crop and caption of a record is taken, and whether the caption (or label) is
-    emptied, is a function of (seed, record, epoch) alone. In evaluation the crop is the first, and
-    nothing is emptied.
+    """Endless shuffled batches of cached codes and their conditions, for training the denoiser.
 
     Args:
       sources: caches of one autoencoder; several are mixed.
       batch_size: B, records in a batch of this process.
-      seed: of shuffling and choices, 0 to 2**32 - 1.
-      null_text_rate: probability of the empty caption or label in training, 0 to 1.
-      train: endless and shuffled; else one cache once, in order, without the last incomplete batch.
+      seed: of the shuffling and of ``choose``, 0 to 2**32 - 1.
+      null_text_rate: probability that a caption or label is emptied, 0 to 1.
       weights: shares of several sets; None is by their numbers of records.
-      captions: of evaluation: 'first', or 'all', which gives a record once with each caption.
-      with_ids: add ``id`` int64 [B], the number of the record in its data set, ``set``, ``crop``
-        and ``caption``, int64 [B].
+      with_ids: add ``id`` (the number of the record in its data set), ``set``, ``crop`` and
+        ``caption``, int64 [B].
       process_index, process_count: None asks JAX.
 
     Returns:
-      An iterable of dicts, the state of which is in ``order``: ``codes`` int32 [B, N], and of sets
-      with captions ``text_ids`` int32 [B, L] and, where they are cached, ``text_features`` float16
-      [B, L, D]; of sets with labels ``label`` int32 [B], where the number of classes is the empty
-      label; of sets with neither nothing else.
+      An iterable of dicts; ``order`` describes its state. All have ``codes`` int32 [B, N]; with
+      captions ``text_ids`` int32 [B, L] and, where they are cached, ``text_features`` float16
+      [B, L, D]; with labels ``label`` int32 [B], in which the number of classes is the empty label.
 
     Raises:
       UserError: caches that do not fit together, impossible weights, or fewer records than one
         batch.
-      ValueError: a rate outside 0..1, several caches in evaluation, or other captions.
+      ValueError: the rate lies outside 0..1.
     """
     sources = [sources] if isinstance(sources, CodesSource) else list(sources)
     if not 0 <= null_text_rate <= 1:
         raise ValueError(f"null_text_rate is {null_text_rate}; it must lie in 0..1")
-    if captions not in ("first", "all"):
-        raise ValueError(f"captions is {captions!r}; it must be 'first' or 'all'")
     for other in sources[1:]:
         sources[0].require_same_layout(other)
-    if train:
-        places = order.shuffled([len(source) for source in sources], seed, weights)
-        choose = TrainingChoice(sources, seed, null_text_rate)
-        count = sum(map(len, sources))
-    else:
-        if len(sources) > 1:
-            raise ValueError("several caches are evaluated one after the other")
-        choose = _EvaluationChoice(sources[0], captions)
-        count = choose.count
-        places = grain.MapDataset.range(count)
 
     def gather(elements):
-        return _gather(sources, choose(elements), with_ids)
+        return _gather(sources, choose(elements, sources, seed, null_text_rate), with_ids)
 
     def make(local):
-        # Batches of elements, then one gather a batch: a read of many records is a fast one.
+        # Batches of elements, then one gather for each: reading many records at once is fast.
         batches = local.batch(batch_size, drop_remainder=True, batch_fn=np.array).map(gather)
-        # It is Python's work, of which two threads would do less than one.
+        # This is Python's work, of which two threads would do less than one.
         return batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=8))
 
-    return order.Batches(places, make, count, batch_size, process_index, process_count)
+    counts = [len(source) for source in sources]
+    places = order.shuffled(counts, seed, weights)
+    return order.Batches(places, make, sum(counts), batch_size, process_index, process_count)
 
 
 class Choice(NamedTuple):
@@ -265,47 +241,23 @@ class Choice(NamedTuple):
     null: np.ndarray
 
 
-class TrainingChoice:
-    """Elements of ``order.shuffled`` -> choices that are functions of (seed, set, key).
+def choose(elements: np.ndarray, sources: Sequence, seed: int, null_text_rate: float) -> Choice:
+    """What is taken of the records of a batch, as a function of (seed, set, record, epoch) alone.
 
     Args:
-      sources: the sets.
+      elements: integers [B] of ``order.shuffled``.
+      sources: the sets; only their lengths matter.
       seed: of the run.
-      null_text_rate: probability of the empty caption or label.
+      null_text_rate: probability that a caption or label is emptied.
     """
-
-    def __init__(self, sources, seed, null_text_rate):
-        self._sources, self._seed, self._null_text_rate = sources, seed, null_text_rate
-
-    def __call__(self, elements: np.ndarray) -> Choice:
-        sets, keys = order.split_keys(elements, len(self._sources))
-        rows, numbers = np.empty_like(keys), np.empty((3, len(keys)))
-        for s, source in enumerate(self._sources):
-            mine = sets == s
-            rows[mine] = keys[mine] % len(source)
-            numbers[:2, mine] = order.uniforms((self._seed, s) if s else self._seed, keys[mine])
-            numbers[2, mine] = order.uniforms((self._seed, s, VIEW_STREAM), keys[mine], 1)
-        return Choice(sets, rows, numbers[2], numbers[0], numbers[1] < self._null_text_rate)
-
-
-class _EvaluationChoice:
-    """Places -> the first crop, with the first caption or each in turn."""
-
-    def __init__(self, source, captions):
-        self._counts = None
-        if captions == "all" and source.context_length:
-            self._counts = source.caption_counts()
-            self._starts = np.cumsum(self._counts) - self._counts
-        self.count = len(source) if self._counts is None else int(self._counts.sum())
-
-    def __call__(self, elements: np.ndarray) -> Choice:
-        rows, caption = elements, np.zeros(len(elements))
-        if self._counts is not None:
-            rows = np.searchsorted(self._starts, elements, side="right") - 1
-            # Into the middle of the caption's share of [0, 1), so that rounding cannot miss it.
-            caption = (elements - self._starts[rows] + 0.5) / self._counts[rows]
-        zeros = np.zeros(len(elements))
-        return Choice(np.zeros_like(elements), rows, zeros, caption, zeros.astype(bool))
+    sets, keys = order.split_keys(elements, len(sources))
+    rows, numbers = np.empty_like(keys), np.empty((3, len(keys)))
+    for s, source in enumerate(sources):
+        mine = sets == s
+        rows[mine] = keys[mine] % len(source)
+        numbers[:2, mine] = order.uniforms((seed, s) if s else seed, keys[mine])
+        numbers[2, mine] = order.uniforms((seed, s, VIEW_STREAM), keys[mine], 1)
+    return Choice(sets, rows, numbers[2], numbers[0], numbers[1] < null_text_rate)
 
 
 def _gather(sources: list[CodesSource], choice: Choice, with_ids: bool) -> dict[str, np.ndarray]:

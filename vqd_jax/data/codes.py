@@ -235,10 +235,6 @@ class CodesSource:
         for start in range(0, len(self), 1024):
             yield from self.read(np.arange(start, min(start + 1024, len(self))))
 
-    def caption_counts(self) -> np.ndarray:
-        """n of every record, int64 [R]; reads the whole split."""
-        return np.fromiter((len(record.text_ids) for record in self), np.int64, len(self))
-
     def require_same_layout(self, other: "CodesSource") -> None:
         """Raises ``UserError`` if the records of two caches cannot stand in one batch."""
         names = ("num_tokens", "context_length", "feature_width", "num_classes")

@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from vqd_jax.data import images
-from vqd_jax.data.batches import Crop, TrainingChoice, code_dataset
+from vqd_jax.data.batches import Crop, choose, code_dataset
 from vqd_jax.data.codes import CodesSource
 from vqd_jax.data.encode import Codec, Content
 from vqd_jax.data.order import shuffled
@@ -66,7 +66,7 @@ def cached_samples(
     """
     count = min(count, len(cache))
     dataset = code_dataset(
-        cache, count, seed, null_text_rate, True, with_ids=True, process_index=0, process_count=1
+        cache, count, seed, null_text_rate, with_ids=True, process_index=0, process_count=1
     )
     batch = next(iter(dataset))
     decoded = np.asarray(codec.decode(batch["codes"]))
@@ -98,7 +98,7 @@ def source_samples(
     """
     places = shuffled([len(source)], seed)
     elements = np.array([places[place] for place in range(min(count, len(source)))])
-    choice = TrainingChoice([source], seed, null_text_rate)(elements)
+    choice = choose(elements, [source], seed, null_text_rate)
     samples = []
     for i, row in enumerate(choice.rows.tolist()):
         try:

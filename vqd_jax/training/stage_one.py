@@ -68,12 +68,10 @@ def _train(config: ConfigDict, directory: str, builder) -> Any:
     sharding.require_divisible("autoencoder.batch_size", batch_size, mesh)
     dataset = batches.image_dataset(
         batches.records(builder, encode.TRAIN, decode=False),
-        sizes.image_size,
+        encode.crop(config, encode.TRAIN),
         batch_size // jax.process_count(),
         config.seed,
-        train=True,
-        max_bad_share=config.data.max_bad_share,
-        crop=encode.crop(config, encode.TRAIN),
+        config.data.max_bad_share,
         bad_log=f"{directory}/bad_records.jsonl",
     )
     whole = sharding.replicated(mesh)

@@ -123,7 +123,6 @@ def _train(config, workdir, splits, mixed, autoencoder_params) -> None:
         rows,
         config.seed,
         c.null_text_rate,
-        train=True,
         weights=tuple(config.data.weights) or None,
     )
     evaluation = Evaluation(config, workdir, splits, autoencoder_params, mesh)
