@@ -20,7 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from configs import emoji
 from vqd_jax.models import attention
 from vqd_jax.parallel import sharding
-from vqd_jax.training import state as state_lib
+from vqd_jax.training import stage_two
+from vqd_jax.training import task as task_lib
 
 # (images, queries, keys, heads, head width) and what has them.
 SIZES = {
@@ -62,9 +63,10 @@ def train_step(dtype: str):
     config = emoji.get_config()
     config.denoiser.dtype = dtype
     mesh = sharding.make_mesh(config)
-    step, shapes = state_lib.jit_train_step(config, mesh), state_lib.abstract_batch(config, mesh)
+    task = stage_two.DenoiserTask(config)
+    step, shapes = task_lib.jit_step(task, mesh), stage_two.abstract_batch(config, mesh)
     batch = {key: np.ones(x.shape, x.dtype) for key, x in shapes.items()}
-    state = jax.jit(lambda: state_lib.create_state(config))()
+    state = task_lib.init_state(task, mesh)
 
     def run():
         nonlocal state

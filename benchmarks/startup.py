@@ -59,7 +59,8 @@ def child(path: str, batch_size: int) -> None:
     import numpy as np
 
     from vqd_jax.parallel import sharding
-    from vqd_jax.training import state as state_lib
+    from vqd_jax.training import stage_two
+    from vqd_jax.training import task as task_lib
 
     spec = importlib.util.spec_from_file_location("measured", path)
     module = importlib.util.module_from_spec(spec)
@@ -70,12 +71,12 @@ def child(path: str, batch_size: int) -> None:
         config.text_encoder.path = "pretrained"
     mark()
     mesh = sharding.make_mesh(config)
-    placed = state_lib.state_shardings(config, mesh)
-    state = jax.jit(lambda: state_lib.create_state(config), out_shardings=placed)()
+    task = stage_two.DenoiserTask(config)
+    state = task_lib.init_state(task, mesh)
     jax.block_until_ready(state)
     mark()
-    step = state_lib.jit_train_step(config, mesh)
-    shapes = state_lib.abstract_batch(config, mesh)
+    step = task_lib.jit_step(task, mesh)
+    shapes = stage_two.abstract_batch(config, mesh)
     batch = {key: np.ones(x.shape, np.int32) for key, x in shapes.items()}
     for _ in range(2):
         state, metrics = step(state, sharding.put_batch(batch, mesh))

@@ -29,7 +29,8 @@ from vqd_jax.diffusion import sampler
 from vqd_jax.errors import UserError
 from vqd_jax.models import conditioned
 from vqd_jax.parallel import program, sharding
-from vqd_jax.training import state as state_lib
+from vqd_jax.training import stage_two
+from vqd_jax.training import task as task_lib
 
 GIB, MIB = 2**30, 2**20
 # Published bfloat16 FLOP/s, and bytes/s that a chip receives over the two links of one axis of the
@@ -179,8 +180,10 @@ def lower_sampler(config, mesh, rows: int) -> jax.stages.Lowered:
 def measure(kind: str, config, mesh, rows: int, hlo_path: str | None = None) -> dict:
     """Compiles one program and reads off what it takes of a chip."""
     start = time.perf_counter()
+    task = stage_two.DenoiserTask(config)
+    state = task_lib.abstract_state(task, mesh)
     if kind == "train":
-        lowered = state_lib.lower_train_step(config, mesh)
+        lowered = task_lib.jit_step(task, mesh).lower(state, stage_two.abstract_batch(config, mesh))
     else:
         lowered = lower_sampler(config, mesh, rows * mesh.size)
     lowered_at = time.perf_counter()
@@ -194,11 +197,10 @@ def measure(kind: str, config, mesh, rows: int, hlo_path: str | None = None) -> 
         with open(hlo_path, "w", encoding="utf-8") as file:
             file.write(hlo)
     found = program.collectives(hlo)
-    params = state_lib.abstract_state(config, mesh).params
     grid = config_lib.model_config(config).denoiser.grid
     stream = grid[0] * grid[1] * config.denoiser.width
     gathered = program.gathered_activations(
-        found, [x.shape for x in jax.tree.leaves(params)], stream
+        found, [x.shape for x in jax.tree.leaves(state.params)], stream
     )
     return {
         **program.memory(compiled)._asdict(),

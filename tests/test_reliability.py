@@ -10,7 +10,7 @@ import pytest
 
 from configs import tiny
 from vqd_jax import checkpoint
-from vqd_jax.training.state import create_state
+from vqd_jax.training.stage_two import create_state
 
 
 def final_state(workdir):

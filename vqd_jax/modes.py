@@ -24,8 +24,9 @@ from vqd_jax.interop import pretrained
 from vqd_jax.parallel import program, sharding
 from vqd_jax.pipeline import Generation, VQDiffusion
 from vqd_jax.training import stage_one, stage_two
-from vqd_jax.training import state as state_lib
+from vqd_jax.training import task as task_lib
 from vqd_jax.training.loop import Terminated
+from vqd_jax.training.workdir import claim
 
 # 128 + SIGTERM, what a shell reports of a process that the signal ended.
 TERMINATED_STATUS = 143
@@ -67,7 +68,7 @@ def encode(config: ConfigDict, workdir: str) -> None:
     process takes its share of the shards; an interrupted encoding goes on where it was.
     """
     stage_one.check(config, workdir)
-    with stage_two.claim_workdir(config, workdir):
+    with claim(config, workdir):
         builder = encode_lib.data_set(config)
         params = stage_one.prepare(config, workdir, builder)
         content = encode_lib.content(config, pretrained.text_features(config))
@@ -355,8 +356,10 @@ def plan(config: ConfigDict, topology: str | None = None, hbm_gib: float | None 
     c, mesh = config.training, sharding.make_mesh(config, devices)
     sharding.require_divisible("training.batch_size", c.batch_size, mesh, c.gradient_accumulation)
     logging.info("compiling the train step for %d x %s", len(devices), devices[0].device_kind)
-    state = state_lib.abstract_state(config, mesh)
-    made = program.plan(state, state_lib.lower_train_step(config, mesh), mesh)
+    task = stage_two.DenoiserTask(config)
+    state = task_lib.abstract_state(task, mesh)
+    lowered = task_lib.jit_step(task, mesh).lower(state, stage_two.abstract_batch(config, mesh))
+    made = program.plan(state, lowered, mesh)
     hbm_gib = program.hbm_of(devices[0]) if hbm_gib is None else hbm_gib
     print(program.describe(made, mesh, hbm_gib))
 

@@ -15,6 +15,7 @@ from vqd_jax.data import encode as encode_lib
 from vqd_jax.models import autoencoder
 from vqd_jax.parallel import sharding
 from vqd_jax.training import loop
+from vqd_jax.training.task import Task
 
 BATCH = 45  # Does not divide the 3155 records: epochs end inside batches.
 
@@ -58,31 +59,28 @@ def look(state, batch):
     return Seen(state.step + 1, counts, order, content), metrics
 
 
-def create():
-    zero = jnp.zeros((), jnp.uint32)
-    return Seen(jnp.zeros((), jnp.int32), jnp.zeros(3155, jnp.int32), zero, zero)
+class Look(Task):
+    name, prefix = "training", "train"
+
+    def __init__(self, batches):
+        self.batches = batches
+
+    def create_state(self):
+        zero = jnp.zeros((), jnp.uint32)
+        return Seen(jnp.zeros((), jnp.int32), jnp.zeros(3155, jnp.int32), zero, zero)
+
+    def train_step(self, state, batch, placement):
+        return look(state, batch)
 
 
 def train(folder, num_steps):
     config = configured(folder)
     mesh = sharding.make_mesh(config)
     source = codes.open_split(f"{folder}/codes/train")
-    loop.fit(
-        "training",
-        create,
-        jax.jit(look, donate_argnums=0),
-        batches.code_dataset(source, BATCH, 3, 0.1, with_ids=True),
-        directory=f"{folder}/run",
-        prefix="train",
-        config=config,
-        mesh=mesh,
-        placed=sharding.replicated(mesh),
-        num_steps=int(num_steps),
-        batch_size=BATCH,
-        log_every=1,
-        save_every=10,
-        keep_checkpoints=2,
-    )
+    task = Look(batches.code_dataset(source, BATCH, 3, 0.1, with_ids=True))
+    numbers = {"log_every": 1, "eval_every": 1000, "save_every": 10, "keep_checkpoints": 2}
+    schedule = loop.Schedule(num_steps=int(num_steps), batch_size=BATCH, **numbers)
+    loop.fit(task, schedule, loop.Place(f"{folder}/run", f"{folder}/run/checkpoints", mesh, config))
 
 
 if __name__ == "__main__":

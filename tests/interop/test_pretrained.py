@@ -11,7 +11,7 @@ from vqd_jax import config as config_lib
 from vqd_jax.errors import UserError
 from vqd_jax.interop import pretrained
 from vqd_jax.models import conditioned
-from vqd_jax.training import state
+from vqd_jax.training import stage_two
 
 
 def test_autoencoder_of_other_sizes_is_refused(tmp_path):
@@ -44,7 +44,7 @@ def test_a_path_may_be_a_workdir_and_the_own_one_comes_first(tmp_path):
 def run(tmp_path_factory):
     """(config, workdir, averaged parameters) of a run with one checkpoint."""
     workdir, config = tmp_path_factory.mktemp("run"), tiny.get_config()
-    made = jax.jit(lambda: state.create_state(config))()
+    made = jax.jit(lambda: stage_two.create_state(config))()
     averaged = jax.tree.map(lambda x: x + 1, made.ema_params)
     checkpoints = checkpoint.Checkpoints(str(workdir / "checkpoints"))
     place = iter(grain.MapDataset.range(3).to_iter_dataset())

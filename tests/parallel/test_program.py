@@ -9,7 +9,7 @@ from configs import tiny
 from vqd_jax import modes
 from vqd_jax.errors import UserError
 from vqd_jax.parallel import program, sharding
-from vqd_jax.training import state
+from vqd_jax.training import stage_two, task
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -74,12 +74,14 @@ def test_a_gathered_parameter_is_no_activation():
 def made():
     config = tiny.get_config()
     mesh = sharding.make_mesh(config)
-    lowered = state.lower_train_step(config, mesh)
-    return program.plan(state.abstract_state(config, mesh), lowered, mesh)
+    denoiser = stage_two.DenoiserTask(config)
+    state = task.abstract_state(denoiser, mesh)
+    lowered = task.jit_step(denoiser, mesh).lower(state, stage_two.abstract_batch(config, mesh))
+    return program.plan(state, lowered, mesh)
 
 
 def test_the_state_has_the_bytes_that_it_has_when_made(made):
-    real = jax.jit(lambda: state.create_state(tiny.get_config()))()
+    real = jax.jit(lambda: stage_two.create_state(tiny.get_config()))()
     real = real.replace(key=jax.random.key_data(real.key))
     for name, size in made.state.items():
         assert size == sum(x.nbytes for x in jax.tree.leaves(getattr(real, name))), name

@@ -7,13 +7,18 @@ from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 from configs import coco, imagenet, tiny
 from vqd_jax.errors import UserError
 from vqd_jax.parallel import sharding
-from vqd_jax.training import state
+from vqd_jax.training import stage_two, task
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 def mesh(data, fsdp, tensor):
     return AbstractMesh((data, fsdp, tensor), sharding.AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def places(config, mesh):
+    abstract = task.abstract_state(stage_two.DenoiserTask(config), mesh)
+    return jax.tree.map(lambda x: x.sharding, abstract)
 
 
 def config(data=-1, fsdp=1, tensor=1):
@@ -45,7 +50,7 @@ def test_sizes_that_do_not_multiply_are_named(sizes):
 @pytest.fixture(scope="module")
 def specs():
     """Path -> spec of the whole train state of the COCO model, on 2 x 4 x 2 devices."""
-    placed = state.state_shardings(coco.get_config(), mesh(2, 4, 2))
+    placed = places(coco.get_config(), mesh(2, 4, 2))
     return {
         sharding.dotted(path): x.spec for path, x in jax.tree_util.tree_leaves_with_path(placed)
     }
@@ -75,7 +80,7 @@ def test_averages_and_moments_lie_where_their_parameters_do(specs):
 
 
 def test_convolutions_and_class_tables_have_rules():
-    placed = state.state_shardings(imagenet.get_config(), mesh(1, 4, 2))
+    placed = places(imagenet.get_config(), mesh(1, 4, 2))
     blocks = placed.params["denoiser"]["blocks"]
     kernel = blocks["mlp_in"]
     while "kernel" not in kernel:
@@ -88,7 +93,7 @@ def test_a_size_that_cannot_be_divided_is_named():
     with pytest.raises(
         UserError, match=r"params\.\S+ of shape .*: 16 cannot .*config.mesh.fsdp=32"
     ):
-        state.state_shardings(tiny.get_config(), mesh(1, 32, 1))
+        places(tiny.get_config(), mesh(1, 32, 1))
 
 
 def test_a_large_leaf_without_a_rule_is_an_error():

@@ -5,7 +5,6 @@ OPTIONS is JSON: ``config`` (flattened fields), ``kill_at``, ``fail_at`` or ``si
 (a batch at which process 1 ends itself, raises, or is told to stop).
 """
 
-import functools
 import json
 import math
 import os
@@ -26,8 +25,7 @@ from vqd_jax import config as config_lib
 from vqd_jax.diffusion import sampler
 from vqd_jax.models import conditioned
 from vqd_jax.parallel import processes, sharding
-from vqd_jax.training import loop
-from vqd_jax.training import state as state_lib
+from vqd_jax.training import loop, stage_two
 
 
 class Stream:
@@ -95,23 +93,9 @@ def main():
     sharding.require_divisible("training.batch_size", c.batch_size, mesh, c.gradient_accumulation)
     with jax.transfer_guard("disallow"):
         state = loop.fit(
-            "training",
-            functools.partial(state_lib.create_state, config),
-            state_lib.jit_train_step(config, mesh),
-            Stream(config, mesh),
-            directory=WORKDIR,
-            prefix="train",
-            config=config,
-            mesh=mesh,
-            placed=state_lib.state_shardings(config, mesh),
-            num_steps=c.num_steps,
-            batch_size=c.batch_size,
-            log_every=c.log_every,
-            save_every=c.save_every,
-            keep_checkpoints=3,
-            checkpoints=str(checkpoint.folder(config, WORKDIR)),
-            steps_per_call=c.steps_per_call,
-            profile_steps=c.profile_steps,
+            stage_two.DenoiserTask(config, Stream(config, mesh)),
+            loop.Schedule.of(config, keep_checkpoints=3),
+            loop.Place(WORKDIR, str(checkpoint.folder(config, WORKDIR)), mesh, config),
         )
     codes = sample(config, mesh, state.ema_params)
     if processes.is_writer():

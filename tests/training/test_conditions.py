@@ -13,7 +13,7 @@ from vqd_jax import config as config_lib
 from vqd_jax.interop import folder
 from vqd_jax.models import conditioned
 from vqd_jax.pipeline import VQDiffusion
-from vqd_jax.training import stage_two, state
+from vqd_jax.training import stage_two
 
 LAYOUTS = Path(__file__).parents[1] / "data" / "layouts"
 
@@ -83,7 +83,11 @@ def parts():
 
 
 def start(config):
-    return jax.jit(lambda: state.create_state(config))()
+    return jax.jit(lambda: stage_two.create_state(config))()
+
+
+def begin(config, state):
+    return stage_two.DenoiserTask(config).begin(state)
 
 
 def assert_equal(tree, other):
@@ -95,14 +99,14 @@ def test_a_run_begins_from_a_model_folder(parts, tmp_path):
     described = {"kind": config_lib.MODEL_KIND, **config.to_dict()}
     folder.save(tmp_path / "whole", described, params)
     config.training.init_from = str(tmp_path / "whole")
-    begun = state.adopt(config, start(config))
+    begun = begin(config, start(config))
     assert_equal(begun.params, params)
     assert_equal(begun.ema_params, params)
     # Without a learned null of its own, that one is learnt from the start.
     without = {name: part for name, part in params.items() if name != "null_text"}
     folder.save(tmp_path / "whole", described, without)
     fresh = start(config)
-    begun = state.adopt(config, fresh)
+    begun = begin(config, fresh)
     assert_equal(begun.params["denoiser"], params["denoiser"])
     assert_equal(begun.params["null_text"], fresh.params["null_text"])
 
@@ -112,14 +116,14 @@ def test_a_pretrained_text_encoder_stays_as_it_is(parts, tmp_path):
     folder.save(tmp_path / "clip", {"kind": "clip"}, {"text": params["text_encoder"]})
     config.text_encoder.path = str(tmp_path / "clip")
     fresh = start(config)
-    begun = state.adopt(config, fresh)
+    begun = begin(config, fresh)
     assert_equal(begun.params["text_encoder"], params["text_encoder"])
     assert_equal(begun.params["denoiser"], fresh.params["denoiser"])
     batch = {
         "codes": np.zeros((2, 16), np.int32),
         "text_ids": np.array([[49406, 320, 49407] + [0] * 13] * 2, np.int32),
     }
-    step = jax.jit(lambda s, b: state.train_step(s, b, config=config))
+    step = jax.jit(lambda s, b: stage_two.train_step(s, b, config=config))
     moved, _ = step(begun, batch)
     moved, _ = step(moved, batch)
     assert_equal(moved.params["text_encoder"], params["text_encoder"])

@@ -15,6 +15,7 @@ from vqd_jax.checkpoint import Checkpoints, abstract
 from vqd_jax.errors import UserError
 from vqd_jax.parallel import sharding
 from vqd_jax.training import loop
+from vqd_jax.training.task import Task
 
 MESH = sharding.make_mesh(ConfigDict({"mesh": {"data": 1, "fsdp": 1, "tensor": 1}}))
 
@@ -43,25 +44,35 @@ def dataset():
     return grain.MapDataset.range(50).seed(0).shuffle().repeat().batch(4).to_iter_dataset()
 
 
+class Sum(Task):
+    name, prefix = "test", "train"
+
+    def __init__(self, evaluate, bad_step):
+        self.batches = dataset()
+        self._evaluate, self._bad_step = evaluate, bad_step
+
+    def create_state(self):
+        return create()
+
+    def train_step(self, state, batch, placement):
+        return step(state, batch, self._bad_step)
+
+    def evaluate(self, *args):
+        if self._evaluate:
+            self._evaluate(*args)
+
+
 def fit(directory, num_steps=20, save_every=5, evaluate=None, bad_step=-1):
-    return loop.fit(
-        "test",
-        create,
-        jax.jit(lambda s, b: step(s, b, bad_step), donate_argnums=0),
-        dataset(),
-        directory=str(directory),
-        prefix="train",
-        config=ConfigDict({"a": 1}),
-        mesh=MESH,
-        placed=sharding.replicated(MESH),
+    schedule = loop.Schedule(
         num_steps=num_steps,
         batch_size=4,
         log_every=2,
+        eval_every=1,
         save_every=save_every,
         keep_checkpoints=2,
-        eval_every=1,
-        evaluate=evaluate,
     )
+    place = loop.Place(str(directory), f"{directory}/checkpoints", MESH, ConfigDict({"a": 1}))
+    return loop.fit(Sum(evaluate, bad_step), schedule, place)
 
 
 def metrics(directory):

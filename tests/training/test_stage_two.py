@@ -16,7 +16,7 @@ from vqd_jax.errors import UserError
 from vqd_jax.interop import folder
 from vqd_jax.models import conditioned
 from vqd_jax.pipeline import VQDiffusion
-from vqd_jax.training import stage_two, state
+from vqd_jax.training import stage_two
 
 LAYOUTS = Path(__file__).parents[1] / "data" / "layouts"
 END = 49407
@@ -120,10 +120,10 @@ def test_features_that_are_trained_are_not_cached(make_config):
         config_lib.validate(config)
     config = make_config("coco_text", "coco")
     mesh = jax.make_mesh((1, 1, 1), ("data", "fsdp", "tensor"))
-    assert sorted(state.abstract_batch(config, mesh)) == ["codes", "text_ids"]
+    assert sorted(stage_two.abstract_batch(config, mesh)) == ["codes", "text_ids"]
     config.data.cache_text_features = True
     config_lib.validate(config)
-    abstract = state.abstract_batch(config, mesh)
+    abstract = stage_two.abstract_batch(config, mesh)
     assert sorted(abstract) == ["codes", "text_features", "text_ids"]
     assert abstract["text_features"].shape == (2, 16, 16)
 

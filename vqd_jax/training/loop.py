@@ -1,15 +1,14 @@
-"""The loop that both stages share: resume, step, log, save, stop cleanly.
+"""The loop of every training: resume, step, log, evaluate, save, stop cleanly.
 
-Nothing here knows what is trained: a step is (state, batch) -> (state, metrics). The loop is the
-same for one process and for many, which all run it.
+It knows no model; a task does (``task.py``). One process or many run the same loop.
 """
 
 import contextlib
+import dataclasses
 import functools
 import signal
 import time
-from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import grain
 import jax
@@ -23,7 +22,9 @@ from vqd_jax.checkpoint import Checkpoints
 from vqd_jax.data import order
 from vqd_jax.errors import UserError
 from vqd_jax.parallel import sharding
+from vqd_jax.training import task as task_lib
 from vqd_jax.training.metrics import MetricWriter, progress_bar
+from vqd_jax.training.task import Task
 
 
 class Terminated(Exception):
@@ -59,53 +60,60 @@ class _SigtermFlag:
             signal.signal(signal.SIGTERM, self._old)
 
 
-def fit(
-    name: str,
-    create_state: Callable[[], Any],
-    train_step: Callable[[Any, Any], tuple[Any, dict[str, jax.Array]]],
-    dataset: grain.IterDataset,
-    *,
-    directory: str,
-    prefix: str,
-    checkpoints: str | None = None,
-    config: ConfigDict,
-    mesh: Mesh,
-    placed: Any,
-    num_steps: int,
-    batch_size: int,
-    log_every: int,
-    save_every: int,
-    keep_checkpoints: int,
-    steps_per_call: int = 1,
-    profile_steps: int = 0,
-    prepare: Callable[[Any], Any] | None = None,
-    eval_every: int | None = None,
-    evaluate: Callable[[int, Any, MetricWriter], None] | None = None,
-) -> Any:
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """How long a run is, and what is due when.
+
+    Attributes:
+      num_steps: of the run.
+      batch_size: rows of a batch of all processes.
+      log_every, eval_every, save_every: steps. All are due after the last step, too. What is due
+        between the steps of one call is done after it.
+      keep_checkpoints: how many are kept; the newest stay.
+      steps_per_call: steps in one compiled program, a divisor of what is left of ``num_steps``.
+      profile_steps: steps that are traced to ``directory/profile``, after the first calls.
+    """
+
+    num_steps: int
+    batch_size: int
+    log_every: int
+    eval_every: int
+    save_every: int
+    keep_checkpoints: int
+    steps_per_call: int = 1
+    profile_steps: int = 0
+
+    @classmethod
+    def of(cls, config: ConfigDict, **changes: int) -> "Schedule":
+        """That of ``config.training``, with some fields changed."""
+        names = [field.name for field in dataclasses.fields(cls)]
+        return cls(**{name: config.training[name] for name in names} | changes)
+
+    def due(self, every: int, before: int, step: int) -> bool:
+        """Whether the call that went from ``before`` to ``step`` passed a multiple, or is last."""
+        return step == self.num_steps or before // every < step // every
+
+
+class Place(NamedTuple):
+    """Where a run lives.
+
+    Attributes:
+      directory: of metrics.jsonl and the event files.
+      checkpoints: their folder, which may be in a bucket.
+      mesh: the devices of all processes; the rows of batches are spread over it.
+      config: it is saved in every checkpoint.
+    """
+
+    directory: str
+    checkpoints: str
+    mesh: Mesh
+    config: ConfigDict
+
+
+def fit(task: Task, schedule: Schedule, place: Place) -> Any:
     """Trains from the newest checkpoint, or from the start.
 
-    Args:
-      name: what the progress bar calls it.
-      create_state: makes the state before the first step; has a field ``step``. Jittable.
-      train_step: compiled step that consumes its state. Its metrics have ``loss`` and
-        ``gradient_norm``. With ``steps_per_call`` S > 1 it takes S batches, stacked, and its
-        metrics are of S steps.
-      dataset: batches of NumPy arrays, this process's rows of them; its iterator's position is
-        saved beside the state.
-      directory: where metrics.jsonl and event files go.
-      prefix: of metric names, such as 'train'.
-      checkpoints: where they are, maybe in a bucket; None is ``directory/checkpoints``.
-      config: saved in every checkpoint.
-      mesh: the devices of all processes; the rows of batches are spread over it.
-      placed: shardings of the state, or one of all of it. A checkpoint may come from another mesh.
-      num_steps, log_every, save_every, keep_checkpoints: numbers of the run. What is due between
-        the steps of one call is done after it.
-      batch_size: rows of a batch of all processes.
-      steps_per_call: S, a divisor of what is left of ``num_steps``.
-      profile_steps: so many steps, after the first calls, are traced to ``directory/profile``.
-      prepare: applied to the state of a run that begins.
-      eval_every, evaluate: (step, state, writer) is evaluated every so many steps and after the
-        last; must not consume the state.
+    A checkpoint may come from another mesh or another number of processes.
 
     Returns:
       The state after ``num_steps`` steps; a checkpoint of it is on disk.
@@ -115,75 +123,91 @@ def fit(
       Terminated: after SIGTERM, once the state is saved.
     """
     with contextlib.ExitStack() as stack:
-        saved = Checkpoints(checkpoints or f"{directory}/checkpoints", keep_checkpoints)
+        saved = Checkpoints(place.checkpoints, schedule.keep_checkpoints)
         # Whatever ends the run, a write that has begun is completed.
         stack.callback(saved.close)
-        fetch = functools.partial(_next_batches, mesh=mesh, count=steps_per_call)
-        iterator = iter(order.Ahead(dataset, fetch))
+        fetch = functools.partial(_next_batches, mesh=place.mesh, count=schedule.steps_per_call)
+        iterator = iter(order.Ahead(task.batches, fetch))
         if saved.latest_step is None:
-            # Made where it lives: no device and no host ever holds the whole of it.
-            state = jax.jit(create_state, out_shardings=placed)()
-            state = prepare(state) if prepare else state
+            state = task.begin(task_lib.init_state(task, place.mesh))
         else:
-            abstract = sharding.with_shardings(jax.eval_shape(create_state), placed)
-            state = saved.restore(abstract, iterator)
+            state = saved.restore(task_lib.abstract_state(task, place.mesh), iterator)
         step = int(jax.device_get(state.step))
-        if step >= num_steps:
-            logging.info(
-                "%s is done (%d steps in %s); nothing is left to do", name, step, directory
-            )
+        if step >= schedule.num_steps:
+            done = f"{task.name} is done ({step} steps in {place.directory})"
+            logging.info("%s; nothing is left to do", done)
             return state
-        if (num_steps - step) % steps_per_call:
-            raise UserError(
-                f"config.training.steps_per_call={steps_per_call} does not divide the "
-                f"{num_steps - step} steps that are left; choose a divisor"
-            )
+        _require_whole_calls(schedule, step)
         if step:
-            logging.info("%s goes on from step %d in %s", name, step, directory)
+            logging.info("%s goes on from step %d in %s", task.name, step, place.directory)
+        writer = stack.enter_context(contextlib.closing(MetricWriter(place.directory, step)))
+        run = stack.enter_context(_Run(task, schedule, place, saved, writer, step))
+        return run.finish(state, iterator)
 
-        writer = stack.enter_context(contextlib.closing(MetricWriter(directory, step)))
-        sigterm = stack.enter_context(_SigtermFlag())
-        bar = stack.enter_context(progress_bar(name, num_steps, step))
-        profiler = stack.enter_context(
-            _Profiler(f"{directory}/profile", profile_steps, steps_per_call)
+
+def _require_whole_calls(schedule: Schedule, step: int) -> None:
+    left = schedule.num_steps - step
+    if left % schedule.steps_per_call:
+        raise UserError(
+            f"config.training.steps_per_call={schedule.steps_per_call} does not divide the "
+            f"{left} steps that are left; choose a divisor"
         )
-        speed = _Speed(batch_size)
-        last = None
-        while step < num_steps and not sigterm.raised:
-            state, metrics = train_step(state, next(iterator))
-            before, step = step, step + steps_per_call
-            sigterm.after_call()
-            profiler.after_call(metrics)
-            due = functools.partial(_due, before, step, num_steps)
+
+
+class _Run(contextlib.ExitStack):
+    """The steps of one start of the program."""
+
+    def __init__(self, task, schedule, place, saved, writer, step):
+        super().__init__()
+        self._task, self._schedule, self._saved, self._writer = task, schedule, saved, writer
+        self._config = place.config.to_dict()
+        self._step = step
+        self._train_step = task_lib.jit_step(task, place.mesh, schedule.steps_per_call)
+        self._sigterm = self.enter_context(_SigtermFlag())
+        self._bar = self.enter_context(progress_bar(task.name, schedule.num_steps, step))
+        self._profiler = self.enter_context(_Profiler(place.directory, schedule))
+        self._speed = _Speed(schedule.batch_size)
+
+    def finish(self, state: Any, iterator: grain.DatasetIterator) -> Any:
+        """The state after the last step."""
+        schedule, last = self._schedule, None
+        while self._step < schedule.num_steps and not self._sigterm.raised:
+            state, metrics = self._train_step(state, next(iterator))
+            before, self._step = self._step, self._step + schedule.steps_per_call
+            self._sigterm.after_call()
+            self._profiler.after_call(metrics)
+            log, evaluate, save = (
+                schedule.due(every, before, self._step)
+                for every in (schedule.log_every, schedule.eval_every, schedule.save_every)
+            )
             # The step before is finished by now, so that reading it does not hold this one up.
-            _require_finite(last, saved)
-            last = step, metrics
-            if due(log_every) or due(save_every) or due(eval_every):
-                _require_finite(last, saved)
-            speed.count(steps_per_call)
-            if due(log_every):
-                values = {k: float(np.ravel(v)[-1]) for k, v in jax.device_get(metrics).items()}
-                values["images_per_second"] = speed.read()
-                writer.write(step, {f"{prefix}/{key}": value for key, value in values.items()})
-                shown = "loss {loss:.3f}, {images_per_second:.0f} images/s".format(**values)
-                bar.set_postfix_str(shown, refresh=False)
-            bar.update(steps_per_call)
-            with speed.paused():
+            _require_finite(last, self._saved)
+            last = self._step, metrics
+            if log or evaluate or save:
+                _require_finite(last, self._saved)
+            self._speed.count(schedule.steps_per_call)
+            if log:
+                self._log(metrics)
+            self._bar.update(schedule.steps_per_call)
+            with self._speed.paused():
                 # Before the save: what a kill cuts off in here is done again after the restart.
-                if evaluate and due(eval_every) and not sigterm.raised:
-                    evaluate(step, state, writer)
-                if due(save_every):
-                    saved.save(step, state, iterator, config.to_dict())
-        if sigterm.raised:
-            _require_finite(last, saved)
-            saved.save(step, state, iterator, config.to_dict())
-            raise Terminated(f"stopped by SIGTERM at step {step}; the same command goes on")
+                if evaluate and not self._sigterm.raised:
+                    self._task.evaluate(self._step, state, self._writer)
+                if save:
+                    self._saved.save(self._step, state, iterator, self._config)
+        if self._sigterm.raised:
+            _require_finite(last, self._saved)
+            self._saved.save(self._step, state, iterator, self._config)
+            raise Terminated(f"stopped by SIGTERM at step {self._step}; the same command goes on")
         return state
 
-
-def _due(before: int, step: int, last: int, every: int | None) -> bool:
-    """Whether the call that went from ``before`` to ``step`` passed a multiple, or is the last."""
-    return step == last or bool(every) and before // every < step // every
+    def _log(self, metrics: dict[str, jax.Array]) -> None:
+        values = {key: float(np.ravel(value)[-1]) for key, value in jax.device_get(metrics).items()}
+        values["images_per_second"] = self._speed.read()
+        named = {f"{self._task.prefix}/{key}": value for key, value in values.items()}
+        self._writer.write(self._step, named)
+        shown = "loss {loss:.3f}, {images_per_second:.0f} images/s".format(**values)
+        self._bar.set_postfix_str(shown, refresh=False)
 
 
 def _next_batches(iterator, mesh: Mesh, count: int) -> Any:
@@ -200,9 +224,9 @@ class _Profiler:
     # The first calls compile, and fill what runs ahead.
     _WARM_UP = 3
 
-    def __init__(self, directory: str, num_steps: int, steps_per_call: int):
-        self._directory = directory
-        self._num_calls = -(-num_steps // steps_per_call)
+    def __init__(self, directory: str, schedule: Schedule):
+        self._directory = f"{directory}/profile"
+        self._num_calls = -(-schedule.profile_steps // schedule.steps_per_call)
         self._calls = 0
         self._tracing = False
 

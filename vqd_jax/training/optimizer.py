@@ -5,7 +5,7 @@ import optax
 
 
 def learning_rate(
-    peak: float, warmup_steps: int, num_steps: int, final_share: float
+    peak: float, warmup_steps: int, num_steps: int, final_share: float = 0.0
 ) -> optax.Schedule:
     """Linear from 0 to ``peak`` over the warm-up, then a cosine down to ``final_share * peak``."""
     warmup_steps = min(warmup_steps, num_steps - 1)

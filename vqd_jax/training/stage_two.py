@@ -1,93 +1,233 @@
-"""Stage two: trains text-to-image diffusion on the codes of stage one."""
+"""Stage two: trains the denoiser on the codes of stage one.
 
-import contextlib
-import fcntl
+Letters: B batch, N image tokens, L text positions, A parts of a batch.
+"""
+
 import functools
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import chex
+import grain
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 from absl import logging
+from flax import struct
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from vqd_jax import checkpoint
 from vqd_jax import config as config_lib
 from vqd_jax.data import batches, codes, encode, images, sets
-from vqd_jax.data.codes import CachedRecord
 from vqd_jax.diffusion import objective
-from vqd_jax.errors import UserError
-from vqd_jax.evaluation.likelihood import caption_likelihood
+from vqd_jax.evaluation import likelihood
 from vqd_jax.interop import pretrained
 from vqd_jax.models import conditioned
+from vqd_jax.models.attention import ONE_DEVICE, Placement
 from vqd_jax.parallel import processes, sharding
 from vqd_jax.pipeline import VQDiffusion
-from vqd_jax.training import loop, stage_one
-from vqd_jax.training import state as state_lib
+from vqd_jax.training import loop, optimizer, stage_one
+from vqd_jax.training import task as task_lib
+from vqd_jax.training.metrics import MetricWriter
+from vqd_jax.training.task import Task
+from vqd_jax.training.workdir import claim
 
-LIKELIHOOD_BATCH = 64
+# What a batch calls the condition of the denoiser, by config.denoiser.condition.
+CONDITION_KEYS = {"text": "text_ids", "class": "label", "none": None}
 
 
-@contextlib.contextmanager
-def claim_workdir(config: ConfigDict, workdir: str) -> Iterator[None]:
-    """Holds the workdir for this run, with the config that belongs to it written there.
+class TrainState(struct.PyTreeNode):
+    """Everything that a step reads or changes; a checkpoint of it is a complete one.
 
-    Of several processes the first one holds it; the others wait until it does.
-
-    Raises:
-      UserError: another run works in it, or it was made with another config.
-      OSError: it cannot be written.
+    Attributes:
+      step: int32 [], steps taken.
+      params, ema_params: nested dicts of float32 arrays.
+      opt_state: moments of the optimizer.
+      time_statistics: what importance sampling of t has learnt.
+      key: PRNG key of the run; a step uses ``fold_in(key, step)``.
     """
-    with contextlib.ExitStack() as stack:
-        if processes.is_writer():
-            stack.enter_context(_claimed(config, workdir))
-        processes.barrier("workdir claimed")
-        yield
+
+    step: jax.Array
+    params: Any
+    ema_params: Any
+    opt_state: optax.OptState
+    time_statistics: objective.TimeStatistics
+    key: jax.Array
 
 
-@contextlib.contextmanager
-def _claimed(config: ConfigDict, workdir: str) -> Iterator[None]:
-    path = Path(workdir)
-    path.mkdir(parents=True, exist_ok=True)
-    with open(path / ".lock", "w", encoding="utf-8") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"another run is at work in {path}; use another --workdir") from error
-        stored = path / "config.json"
-        if stored.exists():
-            changed = config_lib.differences(
-                config_lib.load(str(stored)), config, _sections_in_use(config, path)
-            )
-            if changed:
-                raise UserError(
-                    f"{path} was made with another config ({'; '.join(changed)}). "
-                    "Put the values back to go on, or use another --workdir"
-                )
-        checkpoint.claim(config, workdir)
-        scratch = stored.with_suffix(".tmp")
-        scratch.write_text(config_lib.to_json(config) + "\n", encoding="utf-8")
-        scratch.replace(stored)
-        yield
+def _optimizer(config: ConfigDict) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    c = config.training
+    rate = optimizer.learning_rate(
+        c.learning_rate, c.warmup_steps, c.num_steps, c.final_learning_rate
+    )
+    frozen = ("text_encoder",) if config_lib.model_config(config).freeze_text_encoder else ()
+    return optimizer.adamw(
+        rate,
+        b1=c.adam_b1,
+        b2=c.adam_b2,
+        weight_decay=c.weight_decay,
+        clip_norm=c.clip_norm,
+        frozen=frozen,
+    ), rate
 
 
-def _sections_in_use(config: ConfigDict, workdir: Path) -> tuple[str, ...]:
-    """Beginnings of the config keys on which something in the workdir depends already."""
-    if checkpoint.exist(config, str(workdir)):
-        return ("",)
-    if (workdir / "autoencoder").exists():
-        crops = ("random_crop", "flip", "num_crops", "cache_text_features")
-        return (
-            *("seed", "data.name", "data.image_size", "autoencoder."),
-            *(f"data.{field}" for field in crops if (workdir / "codes").exists()),
+def create_state(config: ConfigDict) -> TrainState:
+    """The state before the first step, decided by ``config.seed``; wrap it in ``jax.jit``."""
+    init_key, key = jax.random.split(jax.random.key(config.seed))
+    params = conditioned.init_params(config_lib.model_config(config), init_key)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        # A copy: a donated state must not hold one buffer twice.
+        ema_params=jax.tree.map(jnp.copy, params),
+        opt_state=_optimizer(config)[0].init(params),
+        time_statistics=objective.init_time_statistics(config.diffusion.num_steps),
+        key=key,
+    )
+
+
+def abstract_batch(config: ConfigDict, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes, dtypes and places on the mesh of one batch; see ``train_step``."""
+    size, placed = config.training.batch_size, sharding.batch_sharding(mesh)
+    grid = config_lib.model_config(config).denoiser.grid
+    shapes = {
+        "codes": (size, grid[0] * grid[1]),
+        "text_ids": (size, config.text_encoder.context_length),
+        "label": (size,),
+    }
+    wanted = "codes", CONDITION_KEYS[config.denoiser.condition]
+    batch = {
+        key: jax.ShapeDtypeStruct(shapes[key], jnp.int32, sharding=placed) for key in wanted if key
+    }
+    if config.data.cache_text_features:
+        shape = (*shapes["text_ids"], config.text_encoder.width)
+        batch["text_features"] = jax.ShapeDtypeStruct(shape, jnp.float16, sharding=placed)
+    return batch
+
+
+def train_step(
+    state: TrainState,
+    batch: dict[str, jax.Array],
+    *,
+    config: ConfigDict,
+    placement: Placement = ONE_DEVICE,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One step of AdamW on the bound, and of the moving average.
+
+    Args:
+      state: of the step before.
+      batch: ``codes`` int32 [B, N], and the condition: ``text_ids`` int32 [B, L] and, where they
+        are cached, ``text_features`` [B, L, width] of the text encoder; or ``label`` int32 [B].
+      config: the resolved config.
+      placement: of the model on several devices.
+
+    Returns:
+      The next state and float32 scalars: ``loss`` (nats a token), ``bound_bits`` (the variational
+      bound in bits a token), ``accuracy`` of the most likely codes, ``gradient_norm`` before
+      clipping, ``learning_rate``.
+    """
+    key = jax.random.fold_in(state.key, state.step)
+    compute = functools.partial(_gradients, state.params, config=config, placement=placement)
+    parts = config.training.gradient_accumulation
+    gradients, statistics, metrics = task_lib.accumulate(
+        compute, state.time_statistics, key, batch, parts
+    )
+    transform, rate = _optimizer(config)
+    metrics["learning_rate"] = rate(state.step)
+    with jax.named_scope("optimizer"):
+        metrics["gradient_norm"] = optax.tree.norm(gradients)
+        updates, opt_state = transform.update(gradients, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        # Young averages forget their random start: the decay grows from 1/10 to its final value.
+        decay = jnp.minimum(config.training.ema_decay, (1.0 + state.step) / (10.0 + state.step))
+        ema_params = jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), state.ema_params, params)
+    return state.replace(
+        step=state.step + 1,
+        params=params,
+        ema_params=ema_params,
+        opt_state=opt_state,
+        time_statistics=statistics,
+    ), metrics
+
+
+def _gradients(params, statistics, key, batch, *, config, placement):
+    """Gradients, updated time statistics and metrics of the objective on some rows of a batch."""
+    condition = batch.get(CONDITION_KEYS[config.denoiser.condition])
+    if condition is not None:
+        chex.assert_equal(batch["codes"].shape[0], condition.shape[0])
+    model_config = config_lib.model_config(config)
+
+    def loss_fn(params):
+        model = conditioned.bind(model_config, params, placement=placement)
+        return objective.variational_bound(
+            key,
+            lambda tokens, time: model.log_x0(tokens, time, condition, batch.get("text_features")),
+            batch["codes"],
+            config_lib.noise_schedule(config),
+            statistics,
+            auxiliary_weight=config.training.auxiliary_weight,
         )
-    return ("-",)
+
+    (loss, aux), gradients = jax.value_and_grad(loss_fn, has_aux=True)(params)
+    return (
+        gradients,
+        aux["statistics"],
+        {"loss": loss, "bound_bits": aux["bound"] / jnp.log(2.0), "accuracy": aux["accuracy"]},
+    )
+
+
+class DenoiserTask(Task):
+    """Stage two of a config.
+
+    Args:
+      config: the resolved config.
+      dataset: batches as ``train_step`` takes them; None if none is trained on.
+      evaluation: what is measured on the way; None is nothing.
+    """
+
+    name, prefix = "training", "train"
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        dataset: grain.IterDataset | None = None,
+        evaluation: "Evaluation | None" = None,
+    ):
+        self.batches = dataset
+        self._config, self._evaluation = config, evaluation
+
+    def create_state(self):
+        return create_state(self._config)
+
+    def train_step(self, state, batch, placement):
+        return train_step(state, batch, config=self._config, placement=placement)
+
+    def shardings(self, abstract, mesh):
+        return sharding.shardings(abstract, mesh)
+
+    def begin(self, state):
+        found = pretrained.load_initial(self._config, state.params)
+
+        def put(old, new):
+            return jax.make_array_from_callback(new.shape, old.sharding, lambda rows: new[rows])
+
+        def begun(params):
+            return params | {n: jax.tree.map(put, params[n], part) for n, part in found.items()}
+
+        # Two copies: a donated state must not hold one buffer twice.
+        return state.replace(params=begun(state.params), ema_params=begun(state.ema_params))
+
+    def evaluate(self, step, state, writer):
+        if self._evaluation:
+            self._evaluation.run(step, state.ema_params, writer)
 
 
 def train_autoencoder(config: ConfigDict, workdir: str) -> None:
     """Stage one alone."""
     stage_one.check(config, workdir)
-    with claim_workdir(config, workdir):
+    with claim(config, workdir):
         stage_one.prepare(config, workdir, encode.data_set(config))
 
 
@@ -96,7 +236,7 @@ def train(config: ConfigDict, workdir: str) -> None:
     stage_one.check(config, workdir)
     for where in config.data.more_codes:
         codes.open_split(str(Path(where) / encode.TRAIN))
-    with claim_workdir(config, workdir):
+    with claim(config, workdir):
         builder = encode.data_set(config)
         autoencoder_params = stage_one.prepare(config, workdir, builder)
         content = encode.content(config, pretrained.text_features(config))
@@ -113,150 +253,84 @@ def train(config: ConfigDict, workdir: str) -> None:
 
 
 def _train(config, workdir, splits, mixed, autoencoder_params) -> None:
-    c = config.training
-    mesh = sharding.make_mesh(config)
+    c, mesh = config.training, sharding.make_mesh(config)
     sharding.warn_of_slow_dtype(config, mesh.devices.flat[0])
     sharding.require_divisible("training.batch_size", c.batch_size, mesh, c.gradient_accumulation)
-    rows = c.batch_size // jax.process_count()
     dataset = batches.code_dataset(
         [splits["train"], *mixed],
-        rows,
+        c.batch_size // jax.process_count(),
         config.seed,
         c.null_text_rate,
         weights=tuple(config.data.weights) or None,
     )
     evaluation = Evaluation(config, workdir, splits, autoencoder_params, mesh)
-
-    def evaluate(step, state, writer):
-        if step == c.num_steps:
-            evaluation.run(step, state, writer, ["train", "validation"], f"{workdir}/samples.png")
-        else:
-            evaluation.run(step, state, writer, ["validation"])
-
-    loop.fit(
-        "training",
-        functools.partial(state_lib.create_state, config),
-        state_lib.jit_train_step(config, mesh),
-        dataset,
-        directory=workdir,
-        prefix="train",
-        checkpoints=str(checkpoint.folder(config, workdir)),
-        config=config,
-        mesh=mesh,
-        placed=state_lib.state_shardings(config, mesh),
-        prepare=functools.partial(state_lib.adopt, config),
-        steps_per_call=c.steps_per_call,
-        profile_steps=c.profile_steps,
-        num_steps=c.num_steps,
-        batch_size=c.batch_size,
-        log_every=c.log_every,
-        save_every=c.save_every,
-        keep_checkpoints=c.keep_checkpoints,
-        eval_every=c.eval_every,
-        evaluate=evaluate,
-    )
-
-
-def _condition(record: CachedRecord, config: ConfigDict) -> np.ndarray:
-    """The first caption's ids [L], or the label [], or 0 where there is no condition."""
-    if config.denoiser.condition == "text":
-        return record.text_ids[0]
-    return np.int32(record.label if config.denoiser.condition == "class" else 0)
+    place = loop.Place(workdir, str(checkpoint.folder(config, workdir)), mesh, config)
+    task = DenoiserTask(config, dataset, evaluation)
+    loop.fit(task, loop.Schedule.of(config), place)
 
 
 class Evaluation:
-    """Likelihoods and pictures of the averaged parameters; compiles each function once.
+    """Likelihoods and pictures of a model in training; compiles each function once.
 
-    All devices share in the likelihoods. Of several processes, the first one draws the pictures.
+    All devices share in the likelihoods. Among several processes, the first one draws the pictures.
     """
 
     def __init__(self, config, workdir, splits, autoencoder_params, mesh):
-        self._mesh = mesh
-        self._config = config
-        self._workdir = workdir
+        self._config, self._workdir = config, workdir
         self._pipeline = VQDiffusion(config, None, autoencoder_params)
-        self._sets = {}
-        for split, cached in splits.items():
-            count = min(config.evaluation.num_images, len(cached))
-            rows = np.sort(np.random.default_rng(0).permutation(len(cached))[:count])
-            records = cached.read(rows)
-            self._sets[split] = (
-                np.stack([record.codes[0] for record in records]).astype(np.int32),
-                np.stack([_condition(record, config) for record in records]).astype(np.int32),
-            )
-        model_config = config_lib.model_config(config)
-        schedule = config_lib.noise_schedule(config)
+        self._sets = {
+            name: likelihood.chosen(source, config.evaluation.num_images, config.denoiser.condition)
+            for name, source in splits.items()
+        }
+        self._bound = likelihood.Bound(config, mesh)
 
-        def bits(params, key_data, codes, conditions):
-            key = jax.random.wrap_key_data(key_data)
-            model = conditioned.bind(model_config, params, placement=sharding.placement(mesh))
-            context = model.context(conditions)
+    def run(self, step: int, params: Any, writer: MetricWriter) -> None:
+        """Writes likelihoods and a grid of the config's prompts; at the last step, of all splits.
 
-            def predict(tokens, time):
-                return model.denoiser.denoise(tokens, model.denoiser.modulations(time), context)
-
-            draws = min(config.evaluation.num_draws, schedule.num_steps)
-            return objective.likelihood(key, predict, codes, schedule, draws)
-
-        self._compiled_bits = jax.jit(bits, out_shardings=sharding.replicated(mesh))
-
-    def _bits(self, params, key, codes, conditions):
-        rows = sharding.put_rows((codes, conditions), self._mesh)
-        key_data = np.asarray(jax.random.key_data(key))
-        return self._compiled_bits(params, key_data, *rows)
-
-    def _batch_size(self) -> int:
-        """The same on all usual meshes, and with it the noise that the pictures meet."""
-        shards = sharding.num_row_shards(self._mesh)
-        return -(-LIKELIHOOD_BATCH // shards) * shards
-
-    def run(self, step, state, writer, splits, grid_path=None) -> None:
-        """Writes likelihoods of the splits, and a grid of the config's prompts."""
+        Args:
+          step: steps taken.
+          params: the averaged parameters, on the mesh.
+          writer: of the metrics.
+        """
+        is_last = step == self._config.training.num_steps
         values = {}
-        for split in splits:
-            codes, conditions = self._sets[split]
-            result = caption_likelihood(
-                functools.partial(self._bits, state.ema_params),
-                codes,
-                conditions,
-                seed=0,
-                batch_size=self._batch_size(),
-            )
-            values[f"{split}/bits_per_token"] = result.right
-            if self._config.denoiser.condition == "none":
-                logging.info(
-                    "step %d, %d %s pictures: %.3f bits a token",
-                    step, len(codes), split, result.right,
-                )  # fmt: skip
-                continue
-            values |= {
-                f"{split}/bits_per_token_shuffled": result.shuffled,
-                f"{split}/shuffled_over_right": result.shuffled / result.right,
-                f"{split}/difference_in_standard_errors": result.difference_in_standard_errors,
-            }
-            logging.info(
-                "step %d, %d %s pictures: %.3f bits a token with right %s, %.3f with "
-                "shuffled ones (%.2f times; the difference is %.1f standard errors)",
-                step, len(codes), split, result.right,
-                "classes" if self._config.denoiser.condition == "class" else "captions",
-                result.shuffled, result.shuffled / result.right,
-                result.difference_in_standard_errors,
-            )  # fmt: skip
+        for split in ("train", "validation") if is_last else ("validation",):
+            values |= self._likelihood(step, params, split)
         writer.write(step, values)
-        params = state.ema_params
         if jax.process_count() > 1:
             # A leaf at a time: no device holds the whole model.
             params = sharding.fetch(params)
         if processes.is_writer():
-            self._draw(step, params, writer, grid_path)
+            name = "samples.png" if is_last else f"samples/step_{step:07d}.png"
+            self._draw(step, params, writer, f"{self._workdir}/{name}")
 
-    def _draw(self, step, params, writer, grid_path) -> None:
+    def _likelihood(self, step, params, split) -> dict[str, float]:
+        codes, conditions = self._sets[split]
+        found = self._bound(params, codes, conditions)
+        about = f"step {step}, {len(codes)} {split} pictures: {found.right:.3f} bits a token"
+        values = {f"{split}/bits_per_token": found.right}
+        if self._config.denoiser.condition == "none":
+            logging.info("%s", about)
+            return values
+        ratio = found.shuffled / found.right
+        logging.info(
+            "%s with right %s, %.3f with shuffled ones (%.2f times; the difference is "
+            "%.1f standard errors)",
+            about, "classes" if self._config.denoiser.condition == "class" else "captions",
+            found.shuffled, ratio, found.difference_in_standard_errors,
+        )  # fmt: skip
+        return values | {
+            f"{split}/bits_per_token_shuffled": found.shuffled,
+            f"{split}/shuffled_over_right": ratio,
+            f"{split}/difference_in_standard_errors": found.difference_in_standard_errors,
+        }
+
+    def _draw(self, step, params, writer, path) -> None:
         sampling = self._config.sampling
         made = self._pipeline.with_params(params).generate(
             sampling.prompts, num_images=sampling.images_per_prompt, seed=self._config.seed
         )
         picture = images.grid(made.pixels, sampling.prompts)
-        path = grid_path or f"{self._workdir}/samples/step_{step:07d}.png"
         images.save(path, picture)
         writer.image(step, "samples", np.asarray(picture))
         logging.info("pictures of step %d: %s", step, path)
