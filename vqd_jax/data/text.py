@@ -1,6 +1,6 @@
-"""CLIP's text tokenizer: byte-level BPE over 49,408 ids.
+"""CLIP's text tokenizer, byte-level BPE over 49,408 ids; and what text encoders make of its ids.
 
-Letters: B batch, L text tokens (context length).
+Letters: B batch, L text tokens (context length), D width of text features.
 
 A caption becomes ``[start, bytes merged by rank ..., end, 0, 0, ...]``. Id 0 is the padding and
 also the token "!", as in the published system; everything after the last end mark is padding.
@@ -25,12 +25,11 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from vqd_jax.errors import UserError
 
 VOCAB_SIZE = 49408
-START_ID = 49406
-END_ID = 49407
 PAD_ID = 0
 
 _MERGES_FILE = "assets/bpe_simple_vocab_16e6.txt.gz"
 _NUM_MERGES = 48894
+Merges = list[tuple[str, str]]
 _MARKS = ("<|startoftext|>", "<|endoftext|>")
 _SPLIT = (
     r"<\|startoftext\|>|<\|endoftext\|>|(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -42,9 +41,6 @@ def _byte_symbols() -> list[str]:
     """The 256 printable characters that stand for bytes, in the order of the vocabulary."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     return [chr(b) for b in printable] + [chr(256 + i) for i in range(256 - len(printable))]
-
-
-Merges = list[tuple[str, str]]
 
 
 @functools.lru_cache(maxsize=1)
@@ -66,7 +62,7 @@ def _published() -> tuple[dict[str, int], Merges]:
 
 @functools.lru_cache(maxsize=1)
 def _published_encoder() -> Tokenizer:
-    """Takes about 0.2 s, once a process."""
+    """Made once in a process, which takes about 0.2 s."""
     return _byte_pair_encoder(*_published())
 
 
@@ -83,7 +79,11 @@ def _byte_pair_encoder(vocabulary: dict[str, int], merges: Merges) -> Tokenizer:
 
 
 class TextFeatures(NamedTuple):
-    """What a text encoder makes of captions, whichever encoder it is.
+    """What a text encoder makes of ids, whichever encoder it is.
+
+    Whoever has an encoder that is not trained (``interop.pretrained.text_features``) gives one of
+    these to ``encode``, which caches its features; a denoiser then takes them from the batch
+    instead of computing them.
 
     Attributes:
       compute: ids int32 [B, L] -> features, floats [B, L, D].
@@ -104,12 +104,23 @@ def clean(caption: str) -> str:
 
 
 class ClipTokenizer:
-    """Captions to fixed-length rows of ids, equal to the published tokenizer.
+    """Captions to rows of L ids, equal to those of the published tokenizer.
+
+    The ``tokenizers`` library splits captions and merges bytes. Marks are added here: the library's
+    own template would also see a mark that follows other signs, where the published code sees none.
 
     Args:
-      context_length: L, ids in a row, the two marks included; at least 2.
+      context_length: L, which counts the two marks; at least 2.
       vocabulary, merges: of another byte-level BPE of CLIP's kind, whose last two ids are the start
-        and the end mark; None is CLIP's own.
+        mark and the end mark; None is CLIP's own.
+
+    Attributes:
+      context_length: L.
+      vocab_size: number of ids.
+      start_id, end_id: of the marks.
+
+    Raises:
+      ValueError: the context length is below 2.
     """
 
     def __init__(
@@ -138,7 +149,7 @@ class ClipTokenizer:
         """The tokenizer in ``vocab.json`` and ``merges.txt``, as Hugging Face lays it out.
 
         Raises:
-          UserError: the files are missing, damaged, or of another kind of tokenizer.
+          UserError: a file is missing or damaged, or the tokenizer is of another kind.
         """
         try:
             text = (Path(directory) / "vocab.json").read_text(encoding="utf-8")
@@ -150,7 +161,7 @@ class ClipTokenizer:
             if [vocabulary[mark] for mark in _MARKS] != [len(vocabulary) - 2, len(vocabulary) - 1]:
                 raise ValueError("the marks are not the last two ids")
             return cls(context_length, vocabulary, merges)
-        # The library raises plain exceptions, for merges that the vocabulary lacks for one.
+        # The library raises plain exceptions, such as that of a merge that the vocabulary lacks.
         except Exception as error:
             raise UserError(f"{directory} holds no tokenizer of CLIP's kind: {error}") from error
 
@@ -174,7 +185,7 @@ class ClipTokenizer:
         return ids
 
     def num_ids(self, caption: str) -> int:
-        """The number of ids of a caption before any cut, start and end mark included."""
+        """The number of ids of a whole caption, its two marks included."""
         return len(self._ids(caption))
 
     def encode(self, caption: str, warn: bool = True) -> np.ndarray:
@@ -182,44 +193,36 @@ class ClipTokenizer:
 
         Args:
           caption: any text; "" gives ``[start, end, 0, ...]``.
-          warn: log a warning where a caption is cut.
+          warn: log a warning if the caption is cut.
 
         Returns:
-          int32 [L]. A caption of more than L ids keeps the first L with the last one replaced by
-          the end mark.
+          int32 [L]. A caption of more than L ids keeps the first L - 1 and the end mark.
         """
-        ids = self._ids(caption)
-        length = self.context_length
-        if len(ids) > length:
-            if warn:
-                logging.warning(
-                    "caption of %d ids is cut to the limit of %d: %r...",
-                    len(ids), length, caption[:60],
-                )  # fmt: skip
-            ids = [*ids[: length - 1], self.end_id]
-        row = np.full(length, PAD_ID, np.int32)
-        row[: len(ids)] = ids
-        return row
+        return self.encode_batch([caption], warn)[0]
 
     def encode_batch(self, captions: list[str], warn: bool = True) -> np.ndarray:
-        """Encodes B captions; see `encode`. Returns int32 [B, L].
-
-        ``warn=False`` is for data sets, where who calls counts the captions that are cut.
-        """
-        rows = np.empty((len(captions), self.context_length), np.int32)
+        """Encodes B captions; see `encode`. Returns int32 [B, L]."""
+        length = self.context_length
+        rows = np.full((len(captions), length), PAD_ID, np.int32)
         for row, caption in zip(rows, captions, strict=True):
-            row[:] = self.encode(caption, warn)
+            ids = self._ids(caption)
+            if len(ids) > length:
+                if warn:
+                    told = "caption of %d ids is cut to the limit of %d: %r..."
+                    logging.warning(told, len(ids), length, caption[:60])
+                ids = [*ids[: length - 1], self.end_id]
+            row[: len(ids)] = ids
         return rows
 
     def decode(self, ids) -> str:
         """The cleaned text of a row of ids.
 
         Args:
-          ids: integers [<= L], as `encode` gives; the start mark, the last end mark and what
-            follows it are left out.
+          ids: integers [<= L], as `encode` gives them. The start mark, the last end mark and all
+            that follows it are left out.
 
         Returns:
-          The text with one space between tokens that end a word ("bird's" gives "bird 's").
+          The text, with a space after every token that ends a word ("bird's" gives "bird 's").
 
         Raises:
           ValueError: an id outside 0..vocab_size-1.
