@@ -6,8 +6,11 @@ import jax
 import numpy as np
 import pytest
 
+from configs import tiny
+from vqd_jax import config as config_lib
 from vqd_jax.errors import UserError
 from vqd_jax.interop import convert, torch_file
+from vqd_jax.models import autoencoder, conditioned
 from vqd_jax.pipeline import VQDiffusion
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -39,15 +42,29 @@ def exported(pipeline_model, tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def theirs(exported):
+def open_pipeline(folder):
+    """diffusers' pipeline of a folder."""
     diffusers = pytest.importorskip("diffusers", reason="comes with the extra 'convert'")
     pipelines = "diffusers.pipelines.deprecated.vq_diffusion.pipeline_vq_diffusion"
     module = pytest.importorskip(pipelines)
     # The index of a pipeline can name only what the library's front page has.
     name = "LearnedClassifierFreeSamplingEmbeddings"
     setattr(diffusers, name, getattr(module, name))
-    return diffusers.VQDiffusionPipeline.from_pretrained(str(exported))
+    return diffusers.VQDiffusionPipeline.from_pretrained(str(folder))
+
+
+@pytest.fixture(scope="module")
+def theirs(exported):
+    return open_pipeline(exported)
+
+
+def random_params(config):
+    """Parameters of the denoiser with its text encoder, and of the autoencoder."""
+    sizes, codec = config_lib.model_config(config), config_lib.autoencoder_config(config)
+    key = jax.random.key(0)
+    return jax.jit(
+        lambda: (conditioned.init_params(sizes, key), autoencoder.init_params(codec, key))
+    )()
 
 
 def leaves(params):
@@ -146,3 +163,14 @@ def test_what_a_layout_cannot_hold_is_an_error(tmp_path_factory, tmp_path):
     with pytest.raises(UserError, match="format='onnx'"):
         model.save_pretrained(str(tmp_path / "x"), format="onnx")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_diffusers_draws_with_the_context_length_of_the_model(tmp_path):
+    """The tokenizer pads to what the text encoder takes: 16 tokens of configs/tiny.py, not 77."""
+    config = tiny.get_config()
+    model = VQDiffusion(config, *random_params(config))
+    model.save_pretrained(str(tmp_path / "pipeline"), format="diffusers")
+    made = open_pipeline(tmp_path / "pipeline")(
+        "the red boat", num_inference_steps=2, output_type="np"
+    )
+    assert made.images.shape == (1, 16, 16, 3)

@@ -131,14 +131,17 @@ def write(directory: str, config: ConfigDict, params: Any, tokenizer: ClipTokeni
         (root / "tokenizer").mkdir()
         for name, text in tokenizer.files("tokenizer").items():
             (root / name).write_text(text, encoding="utf-8")
-        _write_json(root / "tokenizer" / "tokenizer_config.json", _TOKENIZER)
+        _write_json(
+            root / "tokenizer" / "tokenizer_config.json",
+            _TOKENIZER | {"model_max_length": sizes.text_encoder.context_length},
+        )
         _write_json(root / "model_index.json", _INDEX)
 
 
 _TOKENIZER = {
     "tokenizer_class": "CLIPTokenizer", "bos_token": "<|startoftext|>",
     "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>", "pad_token": "!",
-    "model_max_length": 77, "do_lower_case": True,
+    "do_lower_case": True,
 }  # fmt: skip
 _INDEX = {
     "_class_name": "VQDiffusionPipeline",
