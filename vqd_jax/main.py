@@ -40,7 +40,9 @@ _PICTURES = [
     flags.DEFINE_float("strength", 0.5, "sample: share of noise put on an --image without a mask."),
 ]
 _TARGET = flags.DEFINE_string("target", None, "convert, export: what to write.")
-_FORMAT = flags.DEFINE_enum("format", "diffusers", ["diffusers", "published"], "export: layout.")
+_FORMAT = flags.DEFINE_enum(
+    "format", "diffusers", ["diffusers", "published", "vqd_jax"], "export: layout."
+)
 _TOPOLOGY = flags.DEFINE_string(
     "topology", None, "plan: devices that are not here: v5e:4x4, h100:8."
 )

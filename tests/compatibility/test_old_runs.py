@@ -7,8 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from absl.testing import flagsaver
 
 from vqd_jax import config as config_lib
+from vqd_jax import main
 from vqd_jax.data import encode
 from vqd_jax.interop import pretrained
 from vqd_jax.pipeline import VQDiffusion
@@ -70,3 +72,13 @@ def test_a_cache_of_codes_and_captions_opens(old):
     record = cached.read([0])[0]
     assert record.codes.shape == (1, 16) and record.codes.max() < 8
     assert record.text_ids[0, 0] == 49406
+
+
+def test_a_run_becomes_a_model_folder(old):
+    main.FLAGS.mark_as_parsed()
+    with flagsaver.flagsaver(mode="export", model="run", target="out", format="vqd_jax"):
+        main.main(["vqd_jax"])
+    assert_draws_the_same(VQDiffusion.from_pretrained("out"), old)
+    assert (
+        Path("out/model.safetensors").read_bytes() == Path("model/model.safetensors").read_bytes()
+    )
