@@ -15,7 +15,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11,<3.14",
     packages=find_packages(include=["vqd_jax", "vqd_jax.*"]),
-    package_data={"vqd_jax.data": ["assets/*"]},
+    package_data={"vqd_jax.data": ["assets/*", "assets/*/*"]},
     install_requires=[
         "absl-py>=2.1,<3",
         "array_record>=0.8,<0.9",

@@ -210,3 +210,14 @@ def test_a_tfrecord_cut_short_is_named(layout, prepared, tmp_path):
     shard.write_bytes(shard.read_bytes()[:-10])
     with pytest.raises(UserError, match="train.tfrecord-00000-of-00001 is cut short"):
         sets.load("coco_text", str(tmp_path / "official"), prepared)
+
+
+@pytest.mark.parametrize("kind", ["tfrecord", "array_record"])
+def test_a_shard_that_is_a_link_out_is_refused(prepared, tmp_path, kind):
+    (tmp_path / "outside").write_bytes(b"")
+    (tmp_path / "linked").mkdir()
+    for split in ("train", "val"):
+        shard = tmp_path / f"linked/coco_captions-{split}.{kind}-00000-of-00001"
+        shard.symlink_to(tmp_path / "outside")
+    with pytest.raises(UserError, match="00000-of-00001: a symbolic link leads out"):
+        sets.load("coco_text", str(tmp_path / "linked"), prepared)

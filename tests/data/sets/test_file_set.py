@@ -1,6 +1,7 @@
 """What all sets made from files share: information, bad data, source, interruption."""
 
 import errno
+import hashlib
 import json
 import os
 import pathlib
@@ -13,7 +14,9 @@ import time
 
 import pytest
 
+from vqd_jax.config import DATA_SETS
 from vqd_jax.data import images, sets
+from vqd_jax.data.sets import prepare
 from vqd_jax.errors import UserError
 
 ROOT = pathlib.Path(__file__).parents[3]
@@ -42,9 +45,8 @@ def bad(layout):
     return source.parent
 
 
-def test_every_name_is_listed():
-    assert set(SETS) < set(sets.NAMES)
-    assert {"emoji_text", "shapes_text", "shapes_text/64px"} < set(sets.NAMES)
+def test_every_set_is_listed():
+    assert set(SETS) < set(DATA_SETS)
 
 
 @pytest.mark.parametrize("name", SETS)
@@ -181,7 +183,7 @@ def test_a_changed_source_is_noticed_and_named(layout, prepared, change):
     first = sets.load("coco_text", str(source), prepared)
     fingerprint = sets.source_fingerprint(first)
     name = change(source)
-    with pytest.raises(UserError, match=f"changed since it was prepared: {name} ") as error:
+    with pytest.raises(UserError, match=f"changed since it was prepared: {name}: ") as error:
         sets.load("coco_text", str(source), prepared, max_bad_share=0.5)
     assert f"remove {first.data_path} to prepare it anew" in str(error.value)
     shutil.rmtree(first.data_path)
@@ -194,7 +196,7 @@ def test_a_changed_caption_file_is_noticed(layout, prepared):
     sets.load("cub_text", str(source), prepared)
     path = next((source / "text_c10/001.Rooster").iterdir())
     path.write_text(path.read_text() + "one more\n")
-    with pytest.raises(UserError, match="changed since it was prepared: text_c10 "):
+    with pytest.raises(UserError, match="changed since it was prepared: text_c10: "):
         sets.load("cub_text", str(source), prepared)
 
 
@@ -215,6 +217,27 @@ def test_a_prepared_set_without_its_source_is_used(layout, tmp_path, all_rows, c
     shutil.copytree(source / "coco_text", copy / "coco_text")
     assert all_rows(sets.load("coco_text", str(copy))) == first
     assert "not compared with its files" in caplog.text
+
+
+def test_a_set_that_an_earlier_version_prepared_is_used(layout, tmp_path, all_rows):
+    source, prepared = layout("coco"), tmp_path / "prepared"
+    shutil.unpack_archive(pathlib.Path(__file__).parent / "coco_text_3c677fe.zip", prepared)
+    stored = {p: p.read_bytes() for p in prepared.rglob("*") if p.is_file()}
+    builder = sets.load("coco_text", str(source), str(prepared))
+    # Caches of codes name the fingerprint.
+    assert sets.source_fingerprint(builder) == "coco_text/1.0.0@1808ec008385ca45"
+    assert all(path.read_bytes() == data for path, data in stored.items())
+    anew = sets.load("coco_text", str(source), str(tmp_path / "anew"))
+    assert all_rows(anew) == all_rows(builder)
+    assert sets.source_fingerprint(anew) == sets.source_fingerprint(builder)
+
+
+def test_the_folder_of_a_set_without_versions_stays_the_same(layout, prepared):
+    source = layout("jsonl")
+    builder = sets.load("image_text_folder", str(source), prepared)
+    facts = json.loads((builder.data_path / "source.json").read_text())["facts"]
+    key = hashlib.sha256(json.dumps([str(source), facts]).encode()).hexdigest()[:12]
+    assert builder.data_path == pathlib.Path(prepared) / "image_text_folder" / key / "1.0.0"
 
 
 def test_what_is_no_prepared_set_is_named(layout, prepared):
@@ -241,7 +264,7 @@ def test_a_full_disk_is_named(layout, prepared, monkeypatch):
     def full(builder, beam):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(sets, "_prepare", full)
+    monkeypatch.setattr(prepare, "_prepare", full)
     with pytest.raises(OSError, match="cannot prepare coco_text: No space left .* make room"):
         sets.load("coco_text", str(layout("coco")), prepared)
 

@@ -1,65 +1,84 @@
 import errno
+import os
 import pathlib
-import signal
 import subprocess
 import sys
 import time
 
 import pytest
 
+from vqd_jax.config import DATA_SETS
 from vqd_jax.data import sets
+from vqd_jax.data.sets import prepare
 
 ROOT = pathlib.Path(__file__).parents[3]
 LOAD = """
 import sys
 from vqd_jax.data import batches, sets
-builder = sets.load('emoji_text', sys.argv[1])
+print('ready', flush=True)
+builder = sets.load('ffhq_images', sys.argv[1], sys.argv[2])
 source = batches.records(builder, 'train')
-print(len(source), source[7]['image'].shape, 'tensorflow' in sys.modules)
+print(len(source), source[0]['image'].shape, 'tensorflow' in sys.modules)
 """
 
 
-def start(data_dir):
-    command = [sys.executable, "-c", LOAD, str(data_dir)]
+def start(source, prepared):
+    """A process that is about to load the set."""
+    command = [sys.executable, "-c", LOAD, str(source), str(prepared)]
     pipe = subprocess.PIPE
     return subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True)
 
 
-def test_remains_of_a_kill_are_cleared_and_two_processes_prepare_at_once(tmp_path):
-    home = tmp_path / "emoji_text"
-    killed = start(tmp_path)
+def wait_for(found):
     deadline = time.monotonic() + 60
-    while not list(home.glob("incomplete.*/*")) and time.monotonic() < deadline:
+    while not found() and time.monotonic() < deadline:
         time.sleep(0.01)
-    killed.send_signal(signal.SIGKILL)
+    assert found()
+
+
+def test_remains_of_a_kill_are_cleared_and_two_processes_prepare_at_once(layout, tmp_path):
+    source, home = layout("ffhq"), tmp_path / "prepared" / "ffhq_images"
+    picture = source / "images256x256/00000.png"
+    data = picture.read_bytes()
+    # Whoever reads the picture waits until the test writes it.
+    picture.unlink()
+    os.mkfifo(picture)
+    killed = start(source, home.parent)
+    wait_for(lambda: list(home.glob("incomplete.*")))
+    killed.kill()
     killed.communicate()
-    assert killed.returncode == -signal.SIGKILL
-    assert list(home.glob("incomplete.*"))
+    [remains] = home.glob("incomplete.*")
     assert not (home / "1.0.0").exists()
 
-    for process in [start(tmp_path), start(tmp_path)]:
+    both = [start(source, home.parent), start(source, home.parent)]
+    for process in both:
+        assert process.stdout.readline() == "ready\n"
+    wait_for(lambda: not remains.exists() and list(home.glob("incomplete.*")))
+    # A second process that prepared would wait for this for ever.
+    picture.write_bytes(data)
+    for process in both:
         out, err = process.communicate(timeout=120)
         assert process.returncode == 0, err
-        assert out == "3155 (64, 64, 3) False\n"
+        assert out == "1 (256, 256, 3) False\n"
         assert "examples/s" not in err
     assert (home / "1.0.0" / "dataset_info.json").exists()
     assert not list(home.glob("incomplete.*"))
 
 
-def test_result_of_another_process_is_used(tmp_path, monkeypatch):
-    prepare = sets._prepare
+def test_result_of_another_process_is_used(layout, prepared, monkeypatch):
+    whole = prepare._prepare
 
-    def lose_the_race(builder):
-        prepare(builder)
+    def lose_the_race(builder, beam):
+        whole(builder)
         raise OSError(errno.ENOTEMPTY, "Directory not empty")
 
-    monkeypatch.setattr(sets, "_prepare", lose_the_race)
-    builder = sets.load("emoji_text", str(tmp_path))
-    assert builder.info.splits["test"].num_examples == 193
+    monkeypatch.setattr(prepare, "_prepare", lose_the_race)
+    builder = sets.load("coco_text", str(layout("coco")), prepared)
+    assert builder.info.splits["validation"].num_examples == 8
 
 
 def test_prepared_data_is_reused(emoji, data_dir, monkeypatch):
-    monkeypatch.setattr(sets, "_prepare", lambda builder: pytest.fail("prepared again"))
+    monkeypatch.setattr(prepare, "_prepare", lambda builder: pytest.fail("prepared again"))
     assert sets.load("emoji_text", data_dir).data_path == emoji.data_path
 
 
@@ -75,7 +94,7 @@ def test_denied_permission_is_named(tmp_path, monkeypatch):
     def denied(builder):
         raise PermissionError(errno.EACCES, "Permission denied", "somewhere")
 
-    monkeypatch.setattr(sets, "_prepare", denied)
+    monkeypatch.setattr(prepare, "_prepare", denied)
     with pytest.raises(PermissionError, match="Permission denied; make the directory writable"):
         sets.load("emoji_text", str(tmp_path))
 
@@ -92,9 +111,25 @@ def test_unknown_name_lists_the_names(name):
         sets.load(name)
 
 
-def test_default_directory_is_that_of_tfds(tmp_path):
-    code = "from vqd_jax.data import sets\nprint(sets._create('emoji_text', '').data_path)"
-    environment = {"TFDS_DATA_DIR": str(tmp_path), "PATH": ""}
+def test_default_directory_is_that_of_tfds(tmp_path, monkeypatch):
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    monkeypatch.setattr(prepare, "_prepare", lambda builder: builder.data_path.mkdir(parents=True))
+    with pytest.raises(FileNotFoundError, match=f"{tmp_path}/emoji_text/1.0.0 exists but"):
+        sets.load("emoji_text")
+
+
+def test_every_name_has_a_builder_and_every_builder_is_named():
+    found = set()
+    for name in DATA_SETS:
+        cls = sets.builder_class(name)
+        base = name.partition("/")[0]
+        assert cls.name == base
+        found |= {base, *(f"{base}/{config}" for config in cls.builder_configs)}
+    assert found == set(DATA_SETS)
+
+
+def test_tfds_is_imported_when_a_set_is_loaded():
+    code = "import sys, vqd_jax.data.sets; print(*sys.modules)"
     command = [sys.executable, "-c", code]
-    out = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert out.stdout.strip() == str(tmp_path / "emoji_text" / "1.0.0"), out.stderr
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert not {"tensorflow_datasets", "grain", "apache_beam"} & set(found.split())

@@ -1,5 +1,6 @@
 import os
 import pickle
+import tarfile
 import zipfile
 
 import pytest
@@ -65,6 +66,17 @@ def test_links_that_lead_out_are_refused(root):
     with pytest.raises(UserError, match="a symbolic link leads out"):
         tree.files("folder")
     assert tree.read("inside") == b"one"
+
+
+def test_a_tar_is_neither_followed_out_nor_read_without_a_bound(root):
+    member = tarfile.TarInfo("huge.jpg")
+    member.size = 10**12
+    (root / "huge.tar").write_bytes(member.tobuf())
+    assert next(Tree(root).tar("huge.tar")) == ("huge.jpg", None)
+    (root.parent / "outside.tar").write_bytes(member.tobuf())
+    (root / "out.tar").symlink_to(root.parent / "outside.tar")
+    with pytest.raises(UserError, match="out.tar: a symbolic link leads out"):
+        next(Tree(root).tar("out.tar"))
 
 
 def test_the_directory_itself_may_be_a_link(root):

@@ -7,41 +7,12 @@ import re
 import struct
 from collections.abc import Callable, Iterator, Sequence
 
-import tensorflow_datasets as tfds
 from array_record.python import array_record_module
 from tensorflow_datasets.proto import tf_example_pb2
 
 from vqd_jax.data.sets.file_set import Bad, FileSet, Item, Record, clean, read_item
 from vqd_jax.data.sets.tree import Tree
 from vqd_jax.errors import UserError
-
-_DESCRIPTION = """\
-Photographs of everyday scenes with five or more captions each by different people (Microsoft COCO,
-release of 2014): 82,783 images train, 40,504 validate. One record an image, with all its captions
-in the order of their ids.
-"""
-
-_CITATION = """\
-@article{chen2015microsoft,
-  title = {Microsoft {COCO} Captions: Data Collection and Evaluation Server},
-  author = {Chen, Xinlei and Fang, Hao and Lin, Tsung-Yi and Vedantam, Ramakrishna and
-            Gupta, Saurabh and Doll{\\'a}r, Piotr and Zitnick, C. Lawrence},
-  journal = {arXiv preprint arXiv:1504.00325},
-  year = {2015},
-}
-@inproceedings{lin2014microsoft,
-  title = {Microsoft {COCO}: Common Objects in Context},
-  author = {Lin, Tsung-Yi and Maire, Michael and Belongie, Serge and Hays, James and
-            Perona, Pietro and Ramanan, Deva and Doll{\\'a}r, Piotr and Zitnick, C. Lawrence},
-  booktitle = {European Conference on Computer Vision},
-  year = {2014},
-}
-"""
-
-_LICENSE = (
-    "Annotations: Creative Commons Attribution 4.0, (c) COCO Consortium. Images: Flickr terms of "
-    "use; the licence of each image is named in the annotation files."
-)
 
 _PHASES = {"train": "train", "validation": "val"}
 _ANNOTATION_ZIP = "annotations_trainval2014.zip"
@@ -51,17 +22,12 @@ _SHARD = re.compile(r"(?:^|/)coco_captions-(\w+)\.(?:tfrecord|array_record)-\d+-
 class CocoText(FileSet):
     """TFDS builder `coco_text`; see `FileSet` for the features."""
 
-    VERSION = tfds.core.Version("1.0.0")
-    RELEASE_NOTES = {"1.0.0": "First release."}
+    HOMEPAGE = "https://cocodataset.org"
+    LICENSE = (
+        "Annotations: Creative Commons Attribution 4.0, (c) COCO Consortium. Images: Flickr terms "
+        "of use; the licence of each image is named in the annotation files."
+    )
     ZIPS = (_ANNOTATION_ZIP, "train2014.zip", "val2014.zip")
-
-    def _info(self) -> tfds.core.DatasetInfo:
-        return self._dataset_info(
-            description=_DESCRIPTION,
-            citation=_CITATION,
-            license=_LICENSE,
-            homepage="https://cocodataset.org",
-        )
 
     @classmethod
     def facts(cls, tree: Tree, config: str) -> dict[str, str]:
@@ -145,7 +111,7 @@ def _read_shard_or_item(tree: Tree, item: Item | str) -> Iterator[Record | Bad]:
 
 
 def _read_shard(tree: Tree, name: str) -> Iterator[Record]:
-    path = str(tree.root / name)
+    path = str(tree.path(name))
     examples = _array_records(path) if ".array_record-" in name else _tf_records(path)
     for serialized in examples:
         feature = tf_example_pb2.Example.FromString(serialized).features.feature

@@ -8,34 +8,6 @@ from vqd_jax.data.sets.file_set import FileSet, Item
 from vqd_jax.data.sets.tree import Tree
 from vqd_jax.errors import UserError
 
-_DESCRIPTION = """\
-11,788 photographs of 200 kinds of birds, with ten captions each. Config `official`: the split of
-the data set's authors, 5,994 to train and 5,794 to test, all classes in both. Config `published`:
-the split of the text-to-image literature and of the published VQ-Diffusion (filenames.pickle),
-8,855 images of 150 classes to train and 2,933 of the other 50 to test.
-"""
-
-_CITATION = """\
-@techreport{WahCUB_200_2011,
-  title = {{The Caltech-UCSD Birds-200-2011 Dataset}},
-  author = {Wah, C. and Branson, S. and Welinder, P. and Perona, P. and Belongie, S.},
-  year = {2011},
-  institution = {California Institute of Technology},
-  number = {CNS-TR-2011-001},
-}
-@inproceedings{reed2016learning,
-  title = {Learning Deep Representations of Fine-Grained Visual Descriptions},
-  author = {Reed, Scott and Akata, Zeynep and Lee, Honglak and Schiele, Bernt},
-  booktitle = {IEEE Conference on Computer Vision and Pattern Recognition},
-  year = {2016},
-}
-"""
-
-_LICENSE = (
-    "Images: for non-commercial research and education; copyright remains with the photographers. "
-    "Captions: released for research by their authors without a stated licence."
-)
-
 _ROOTS = ("", "CUB_200_2011/", "birds/CUB_200_2011/")
 _CAPTIONS = (
     "text_c10",
@@ -49,21 +21,18 @@ _CAPTIONS = (
 class CubText(FileSet):
     """TFDS builder `cub_text`; see `FileSet` for the features. Labels are the class folders."""
 
-    VERSION = tfds.core.Version("1.0.0")
-    RELEASE_NOTES = {"1.0.0": "First release."}
+    HOMEPAGE = "https://www.vision.caltech.edu/datasets/cub_200_2011/"
+    LICENSE = (
+        "Images: for non-commercial research and education; copyright remains with the "
+        "photographers. Captions: released for research by their authors without a stated licence."
+    )
     BUILDER_CONFIGS = [
         tfds.core.BuilderConfig(name="official", description="train_test_split.txt"),
         tfds.core.BuilderConfig(name="published", description="filenames.pickle"),
     ]
 
-    def _info(self) -> tfds.core.DatasetInfo:
-        return self._dataset_info(
-            labels=self._tree.folders(_images(self._tree)),
-            description=_DESCRIPTION,
-            citation=_CITATION,
-            license=_LICENSE,
-            homepage="https://www.vision.caltech.edu/datasets/cub_200_2011/",
-        )
+    def labels(self) -> list[str]:
+        return self._tree.folders(_images(self._tree))
 
     @classmethod
     def facts(cls, tree: Tree, config: str) -> dict[str, str]:

@@ -2,30 +2,8 @@
 
 from collections.abc import Sequence
 
-import tensorflow_datasets as tfds
-
 from vqd_jax.data.sets.file_set import FileSet, Item, hold_out
 from vqd_jax.data.sets.tree import Tree
-
-_DESCRIPTION = """\
-70,000 aligned faces: in the split of the data set's authors, images 0 to 59,999 train and the rest
-validate. A smaller part of the set without any of the latter gives up every 20th image for
-validation. No captions.
-"""
-
-_CITATION = """\
-@inproceedings{karras2019style,
-  title = {A Style-Based Generator Architecture for Generative Adversarial Networks},
-  author = {Karras, Tero and Laine, Samuli and Aila, Timo},
-  booktitle = {IEEE/CVF Conference on Computer Vision and Pattern Recognition},
-  year = {2019},
-}
-"""
-
-_LICENSE = (
-    "The set: Creative Commons BY-NC-SA 4.0, NVIDIA Corporation. Images: their authors' licences "
-    "(CC BY 2.0, CC BY-NC 2.0, public domain mark, CC0 or U.S. government works)."
-)
 
 _FOLDERS = ("images256x256", "images1024x1024", "thumbnails128x128")
 _FIRST_VALIDATION = 60_000
@@ -34,17 +12,12 @@ _FIRST_VALIDATION = 60_000
 class FfhqImages(FileSet):
     """TFDS builder `ffhq_images`; see `FileSet` for the features."""
 
-    VERSION = tfds.core.Version("1.0.0")
-    RELEASE_NOTES = {"1.0.0": "First release."}
+    HOMEPAGE = "https://github.com/NVlabs/ffhq-dataset"
+    LICENSE = (
+        "The set: Creative Commons BY-NC-SA 4.0, NVIDIA Corporation. Images: their authors' "
+        "licences (CC BY 2.0, CC BY-NC 2.0, public domain mark, CC0 or U.S. government works)."
+    )
     NEEDS_CAPTIONS = False
-
-    def _info(self) -> tfds.core.DatasetInfo:
-        return self._dataset_info(
-            description=_DESCRIPTION,
-            citation=_CITATION,
-            license=_LICENSE,
-            homepage="https://github.com/NVlabs/ffhq-dataset",
-        )
 
     @classmethod
     def facts(cls, tree: Tree, config: str) -> dict[str, str]:

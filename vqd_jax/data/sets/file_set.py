@@ -1,8 +1,8 @@
-"""What all data sets made from a publisher's files share: records, bad records, the bond to the
-files, and the two ways to prepare: in this process, or by Apache Beam.
+"""What all data sets made from a publisher's files share: how records are read and checked, and the
+two ways to prepare them, in this process or by Apache Beam.
 
-Every record has `image` (the file as published, never encoded anew), `captions` (empty in sets
-without texts), `file` (its name in the data directory), and `label` in sets with classes.
+A record has `image` (the bytes of the file as published), `captions` (empty in a set without
+texts), `file` (its name in the data directory) and, in a set with classes, `label`.
 """
 
 import collections
@@ -17,26 +17,27 @@ from pathlib import Path
 from typing import Any
 
 import tensorflow_datasets as tfds
+from etils import epath
 
-from vqd_jax.data import images
-from vqd_jax.data.sets.tree import Tree
+from vqd_jax import files
+from vqd_jax.data import bad_records, images
+from vqd_jax.data.sets.tree import SOURCE, Tree
 from vqd_jax.errors import UserError
 
-BAD_RECORDS = "bad_records.jsonl"
-SOURCE = "source.json"
+_ASSETS = epath.resource_path("vqd_jax.data") / "assets"
 _HOLD_OUT = 20
 
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-    """One image to read.
+    """An image that is to be read.
 
     Attributes:
       file: its name in the data directory.
-      captions: its captions, as published.
-      caption_file: name of a text file with one caption a line; '' if there is none.
-      label: name of its class.
-      problem: why it cannot become a record, if that is known before anything is read.
+      captions: as published.
+      caption_file: name of a text file with a caption on each line; '' if there is none.
+      label: name of the class.
+      problem: why no record can be made of it; '' if nothing is known against it.
     """
 
     file: str
@@ -48,7 +49,7 @@ class Item:
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """One image as read."""
+    """An image that was read."""
 
     file: str
     image: bytes
@@ -58,16 +59,16 @@ class Record:
 
 @dataclasses.dataclass(frozen=True)
 class Bad:
-    """What cannot become a record, and why."""
+    """Something of which no record can be made, and why."""
 
     file: str
     reason: str
 
 
 def clean(captions: Iterable[str]) -> list[str]:
-    """Captions on one line each, empty ones left out.
+    """Each caption on one line, without the empty ones.
 
-    The replacement characters that earlier conversions left in published captions become spaces.
+    Published captions hold replacement characters from earlier conversions; they become spaces.
     """
     lines = (" ".join(text.replace("\ufffd", " ").split()) for text in captions)
     return [line for line in lines if line]
@@ -105,7 +106,7 @@ def check(result: Record | Bad, needs_captions: bool) -> Record | Bad:
 
 
 def hold_out(items: Sequence[Any]) -> dict[str, Sequence[Any]]:
-    """Splits for a set that comes without: every 20th for validation, of fewer the last one."""
+    """Splits of a set that has none: every 20th item validates, of fewer the last one."""
     if len(items) < 2:
         return {"train": items}
     held = set(range(_HOLD_OUT - 1, len(items), _HOLD_OUT)) or {len(items) - 1}
@@ -113,17 +114,8 @@ def hold_out(items: Sequence[Any]) -> dict[str, Sequence[Any]]:
     return {"train": train, "validation": [items[i] for i in sorted(held)]}
 
 
-def check_share(name: str, bad: int, total: int, max_bad_share: float, last: str = "") -> None:
-    """Raises UserError if more than the tolerated share of records is bad."""
-    if bad > max_bad_share * total:
-        raise UserError(
-            f"{name}: at least {bad} of {total} records are bad, more than the tolerated share of "
-            f"{max_bad_share}{last}. Repair or remove them, or raise config.data.max_bad_share"
-        )
-
-
 def _in_threads(function: Callable, values: Iterable) -> Iterator:
-    """``map(function, values)`` on all cores, in order, few values ahead."""
+    """``map(function, values)``, in order, by a thread for each core that reads a little ahead."""
     workers = os.cpu_count() or 1
     pending = collections.deque()
     with ThreadPoolExecutor(workers) as pool:
@@ -145,13 +137,21 @@ def _example(record: Record) -> tuple[str, dict]:
 class FileSet(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     """A TFDS builder of a set whose files the user has.
 
+    A subclass gives ``facts``, ``items``, and maybe ``read`` and ``labels``. Its description and
+    citation are README.md and CITATIONS.bib in ``data/assets/<name of the set>``.
+
     Args:
       tree: the publisher's files.
-      max_bad_share: bad records tolerated, as a share of all records, 0 to 1.
+      max_bad_share: bad records that are tolerated, as a share of all records, 0 to 1.
       beam: whether Apache Beam prepares the set.
       **kwargs: of every TFDS builder.
     """
 
+    VERSION = tfds.core.Version("1.0.0")
+    RELEASE_NOTES = {"1.0.0": "First release."}
+    HOMEPAGE = ""
+    LICENSE = ""
+    # Zips in the data directory whose members count as files of it.
     ZIPS: tuple[str, ...] = ()
     NEEDS_CAPTIONS = True
 
@@ -162,9 +162,17 @@ class FileSet(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         self._bad: list[Bad] = []
         super().__init__(**kwargs)
 
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        cls.pkg_dir_path = _ASSETS / cls.name
+
     @classmethod
     def facts(cls, tree: Tree, config: str) -> dict[str, str]:
         """What the prepared set depends on: {file or folder: what it holds}.
+
+        Args:
+          tree: the publisher's files.
+          config: name of the builder's config, or ''.
 
         Raises:
           UserError: the directory does not hold this data set.
@@ -172,24 +180,32 @@ class FileSet(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         raise NotImplementedError
 
     def items(self) -> dict[str, Sequence[Any]]:
-        """{split: what ``read`` makes records of}."""
+        """{split: values of which ``read`` makes records}."""
         raise NotImplementedError
 
     @property
     def read(self) -> Callable[[Tree, Any], Iterator[Record | Bad]]:
-        """Makes records of one item; a function that can be pickled."""
+        """A function that can be pickled and makes the records of one item."""
         return read_item
 
-    def _dataset_info(self, labels: Sequence[str] | None = None, **kwargs) -> tfds.core.DatasetInfo:
+    def labels(self) -> Sequence[str] | None:
+        """Names of the classes, in the order of their numbers; None in a set without classes."""
+        return None
+
+    def _features(self) -> tfds.features.FeaturesDict:
         features = {
             "image": tfds.features.Image(shape=(None, None, 3)),
             "captions": tfds.features.Sequence(tfds.features.Text()),
             "file": tfds.features.Text(),
         }
-        if labels is not None:
+        if (labels := self.labels()) is not None:
             features["label"] = tfds.features.ClassLabel(names=list(labels))
-        features = tfds.features.FeaturesDict(features)
-        return tfds.core.DatasetInfo(builder=self, features=features, **kwargs)
+        return tfds.features.FeaturesDict(features)
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        return self.dataset_info_from_configs(
+            features=self._features(), homepage=self.HOMEPAGE, license=self.LICENSE
+        )
 
     def _split_generators(self, dl_manager):
         del dl_manager  # Nothing is downloaded: the licences want that users do it themselves.
@@ -235,7 +251,7 @@ class FileSet(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         return build()
 
     def _download_and_prepare(self, dl_manager, download_config) -> None:
-        # Taken first: a file that changes meanwhile is noticed when the set is loaded.
+        # First, so that loading the set notices a file that changes during the preparation.
         config = self.builder_config.name if self.builder_config else ""
         facts = self.facts(self._tree, config)
         self._items = self.items()
@@ -244,7 +260,7 @@ class FileSet(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             super()._download_and_prepare(dl_manager, download_config)
         except (OSError, UserError):
             raise
-        # Beam raises what its workers raised, with where it happened in the message.
+        # Beam raises the errors of its workers, and adds to the message where they happened.
         except Exception as error:
             if not self._beam:
                 raise
@@ -253,16 +269,17 @@ class FileSet(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         if self._beam:
             for split in self._items:
                 path = folder / f"bad-{split}"
-                self._bad += [Bad(**json.loads(line)) for line in path.read_text().splitlines()]
+                self._bad += [Bad(**entry) for entry in bad_records.read(path)]
                 path.unlink()
         good = sum(split.num_examples for split in self.info.splits.values())
         self._check_share(good)
         source = {"facts": facts, "good": good, "bad": len(self._bad)}
-        (folder / SOURCE).write_text(json.dumps(source, indent=2))
-        (folder / BAD_RECORDS).write_text(self.bad_records())
+        # `source_fingerprint` is a hash of these bytes, and caches of codes name it.
+        files.write_text(folder / SOURCE, json.dumps(source, indent=2))
+        files.write_text(folder / bad_records.FILE, self.bad_records())
 
     def _tell_progress_bars(self) -> None:
-        """TFDS takes the length of its bars from what is known of a set before it is prepared."""
+        """Sets the number of records, which TFDS shows as the length of its progress bars."""
         splits = [
             tfds.core.SplitInfo(name=split, shard_lengths=[len(items)], num_bytes=0)
             for split, items in self._items.items()
@@ -271,17 +288,22 @@ class FileSet(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         self.info.set_splits(tfds.core.SplitDict(splits))
 
     def bad_records(self) -> str:
-        """The bad records met so far, as lines of JSON with `file` and `reason`, by name."""
-        rows = sorted((bad.file, bad.reason) for bad in self._bad)
-        return "".join(json.dumps({"file": f, "reason": r}) + "\n" for f, r in rows)
+        """Lines of JSON with `file` and `reason` of the bad records so far, sorted by file."""
+        found = sorted(self._bad, key=lambda bad: (bad.file, bad.reason))
+        return bad_records.to_lines(map(dataclasses.asdict, found))
 
     def _stop_if_hopeless(self) -> None:
-        """Stops early where even all the rest could not bring the share down."""
+        """Stops as soon as the share is exceeded even if all other records are good."""
         if all(isinstance(item, Item) for items in self._items.values() for item in items[:1]):
             self._check_share(sum(map(len, self._items.values())) - len(self._bad))
 
     def _check_share(self, good: int) -> None:
         if self._bad:
-            last = f"; the last one is {self._bad[-1].file} ({self._bad[-1].reason})"
-            bad = len(self._bad)
-            check_share(self.info.full_name, bad, bad + good, self._max_bad_share, last)
+            bad, last = len(self._bad), self._bad[-1]
+            bad_records.require_share(
+                bad,
+                bad + good,
+                self._max_bad_share,
+                f"{self.info.full_name}: at least ",
+                f"the last one is {last.file} ({last.reason})",
+            )

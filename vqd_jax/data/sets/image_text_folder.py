@@ -37,15 +37,13 @@ _CAPTION_KEYS = ("text", "caption", "captions")
 class ImageTextFolder(FileSet):
     """TFDS builder `image_text_folder`; see `FileSet` for the features."""
 
-    VERSION = tfds.core.Version("1.0.0")
-    RELEASE_NOTES = {"1.0.0": "First release."}
-
     def _info(self) -> tfds.core.DatasetInfo:
-        return self._dataset_info(
+        return tfds.core.DatasetInfo(
+            builder=self,
+            features=self._features(),
+            # The name of a prepared folder is a hash, so this says where it comes from.
             description=f"Images with texts from {self._tree.root}.",
-            citation="",
             license="That of the user's own files.",
-            homepage="",
         )
 
     @classmethod
@@ -187,7 +185,9 @@ def _read_tar(tree: Tree, tar: str) -> Iterator[Record | Bad]:
         folder, _, base = name.rpartition("/")
         stem, _, extension = base.partition(".")
         if data is None:
-            yield Bad(f"{tar}/{name}", "a link, a device or a name that leads out: refused")
+            yield Bad(
+                f"{tar}/{name}", "a link, a device, over 1 GiB or a name that leads out: refused"
+            )
             continue
         new_key = f"{folder}/{stem}" if folder else stem
         if new_key != key:

@@ -3,35 +3,9 @@
 import csv
 from collections.abc import Sequence
 
-import tensorflow_datasets as tfds
-
 from vqd_jax.data.sets.file_set import FileSet, Item
 from vqd_jax.data.sets.tree import Tree
 from vqd_jax.errors import UserError
-
-_DESCRIPTION = """\
-1,281,167 images to train and 50,000 to validate, of 1,000 classes. The label of a class is its
-place in the sorted list of WordNet ids, as in all published models; no captions.
-"""
-
-_CITATION = """\
-@article{ILSVRC15,
-  title = {{ImageNet Large Scale Visual Recognition Challenge}},
-  author = {Russakovsky, Olga and Deng, Jia and Su, Hao and Krause, Jonathan and
-            Satheesh, Sanjeev and Ma, Sean and Huang, Zhiheng and Karpathy, Andrej and
-            Khosla, Aditya and Bernstein, Michael and Berg, Alexander C. and Fei-Fei, Li},
-  journal = {International Journal of Computer Vision},
-  year = {2015},
-  volume = {115},
-  number = {3},
-  pages = {211--252},
-}
-"""
-
-_LICENSE = (
-    "For non-commercial research and education only, under the terms of access of "
-    "image-net.org; copyright remains with the owners of the images."
-)
 
 _ROOTS = ("", "ILSVRC/Data/CLS-LOC/", "Data/CLS-LOC/")
 # Which class each validation image has, for a `val` folder without class folders.
@@ -41,18 +15,15 @@ _VALIDATION_CLASSES = "LOC_val_solution.csv"
 class ImagenetClass(FileSet):
     """TFDS builder `imagenet_class`; see `FileSet` for the features. Labels are WordNet ids."""
 
-    VERSION = tfds.core.Version("1.0.0")
-    RELEASE_NOTES = {"1.0.0": "First release."}
+    HOMEPAGE = "https://image-net.org/challenges/LSVRC/2012/"
+    LICENSE = (
+        "For non-commercial research and education only, under the terms of access of "
+        "image-net.org; copyright remains with the owners of the images."
+    )
     NEEDS_CAPTIONS = False
 
-    def _info(self) -> tfds.core.DatasetInfo:
-        return self._dataset_info(
-            labels=self._tree.folders(_folder(self._tree, "train")),
-            description=_DESCRIPTION,
-            citation=_CITATION,
-            license=_LICENSE,
-            homepage="https://image-net.org/challenges/LSVRC/2012/",
-        )
+    def labels(self) -> list[str]:
+        return self._tree.folders(_folder(self._tree, "train"))
 
     @classmethod
     def facts(cls, tree: Tree, config: str) -> dict[str, str]:

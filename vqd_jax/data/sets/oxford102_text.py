@@ -5,36 +5,10 @@ from io import BytesIO
 
 import numpy as np
 import scipy.io
-import tensorflow_datasets as tfds
 
 from vqd_jax.data.sets.file_set import FileSet, Item
 from vqd_jax.data.sets.tree import Tree
 from vqd_jax.errors import UserError
-
-_DESCRIPTION = """\
-8,189 photographs of 102 kinds of flowers, with ten captions each, in the split of the data set's
-authors: 1,020 to train, 1,020 to validate, 6,149 to test, all classes in each.
-"""
-
-_CITATION = """\
-@inproceedings{Nilsback08,
-  title = {Automated Flower Classification over a Large Number of Classes},
-  author = {Nilsback, M-E. and Zisserman, A.},
-  booktitle = {Indian Conference on Computer Vision, Graphics and Image Processing},
-  year = {2008},
-}
-@inproceedings{reed2016learning,
-  title = {Learning Deep Representations of Fine-Grained Visual Descriptions},
-  author = {Reed, Scott and Akata, Zeynep and Lee, Honglak and Schiele, Bernt},
-  booktitle = {IEEE Conference on Computer Vision and Pattern Recognition},
-  year = {2016},
-}
-"""
-
-_LICENSE = (
-    "Images: collected from the web for research; no licence is stated and copyright remains with "
-    "their owners. Captions: released for research by their authors without a stated licence."
-)
 
 # In the order of the numbers in imagelabels.mat.
 _CLASSES = """
@@ -62,17 +36,15 @@ _SPLITS = {"train": "trnid", "validation": "valid", "test": "tstid"}
 class Oxford102Text(FileSet):
     """TFDS builder `oxford102_text`; see `FileSet` for the features."""
 
-    VERSION = tfds.core.Version("1.0.0")
-    RELEASE_NOTES = {"1.0.0": "First release."}
+    HOMEPAGE = "https://www.robots.ox.ac.uk/~vgg/data/flowers/102/"
+    LICENSE = (
+        "Images: collected from the web for research; no licence is stated and copyright remains "
+        "with their owners. Captions: released for research by their authors without a stated "
+        "licence."
+    )
 
-    def _info(self) -> tfds.core.DatasetInfo:
-        return self._dataset_info(
-            labels=class_names(),
-            description=_DESCRIPTION,
-            citation=_CITATION,
-            license=_LICENSE,
-            homepage="https://www.robots.ox.ac.uk/~vgg/data/flowers/102/",
-        )
+    def labels(self) -> list[str]:
+        return class_names()
 
     @classmethod
     def facts(cls, tree: Tree, config: str) -> dict[str, str]:

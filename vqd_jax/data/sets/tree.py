@@ -1,6 +1,6 @@
-"""The directory with a publisher's files, read without trust: nothing outside it is ever opened.
+"""The directory with a publisher's files. It is not trusted: nothing outside it is ever opened.
 
-Names are relative to the directory, with "/" between the parts.
+Names of files and folders are relative to the directory, with "/" between the parts.
 """
 
 import hashlib
@@ -17,15 +17,18 @@ from absl import logging
 
 from vqd_jax.errors import UserError
 
+# In a prepared set, the file that says what it was made from.
+SOURCE = "source.json"
 _END_OF_TAR = bytes(1024)
+_MAX_MEMBER_BYTES = 2**30
 
 
 class Tree:
-    """A directory, and the zips in it whose members count as files of the directory.
+    """A directory and the zips in it whose members count as files of the directory.
 
     Args:
       root: the directory.
-      zips: names of zips that are read in place where they exist.
+      zips: names of zips, which are read without being unpacked. They need not exist.
 
     Raises:
       UserError: no such directory, or a zip that is damaged.
@@ -40,7 +43,7 @@ class Tree:
         self._open_zips()
 
     def __getstate__(self):
-        # Open archives do not travel to the workers of Apache Beam.
+        # Open archives cannot be sent to the workers of Apache Beam.
         return {k: v for k, v in self.__dict__.items() if k not in ("_zips", "_members")}
 
     def __setstate__(self, state):
@@ -61,7 +64,7 @@ class Tree:
             self._members |= {m.filename: archive for m in archive.infolist() if not m.is_dir()}
 
     def has(self, name: str) -> bool:
-        """Whether there is such a file or folder."""
+        """Whether there is a file or folder of this name."""
         folder = name.rstrip("/") + "/"
         return (
             (self.root / name).exists()
@@ -92,23 +95,22 @@ class Tree:
 
         Raises:
           ValueError: with the reason: the name or a symbolic link leads out of the directory, or
-            the file is missing or cannot be read.
+            the file is missing, may not be read, or is damaged in a zip.
         """
         path = self._path(name)
-        if name in self._members and not path.exists():
-            try:
-                return self._members[name].read(name)
-            except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, OSError) as error:
-                raise ValueError(f"damaged in the zip: {error}") from error
         try:
+            if name in self._members and not path.exists():
+                return self._members[name].read(name)
             return path.read_bytes()
+        except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
+            raise ValueError(f"damaged in the zip: {error}") from error
         except FileNotFoundError:
             raise ValueError("the file is missing") from None
         except OSError as error:
             raise ValueError(error.strerror or str(error)) from error
 
     def required(self, name: str) -> bytes:
-        """As ``read``, for a file without which nothing can be made.
+        """As ``read``, of a file without which no set can be made.
 
         Raises:
           UserError: it cannot be read.
@@ -127,7 +129,7 @@ class Tree:
         return decode_text(self.required(name), str(self.root / name))
 
     def strings(self, name: str) -> list[str]:
-        """The list of str in a pickle, read without running anything that the pickle asks for.
+        """The list of str in a pickle. No code that the pickle names is run.
 
         Raises:
           UserError: the file holds something else.
@@ -136,7 +138,7 @@ class Tree:
             value = _ListsOfStrings(BytesIO(self.required(name)), encoding="latin1").load()
         except UserError:
             raise
-        # A damaged or hostile pickle fails in as many ways as there are opcodes.
+        # A damaged or hostile pickle fails in many ways.
         except Exception as error:
             raise UserError(
                 f"{self.root / name} is not a pickled list of names: {error}"
@@ -146,7 +148,7 @@ class Tree:
         return value
 
     def files(self, folder: str = "", recursive: bool = True) -> list[str]:
-        """Names of the files in a folder, sorted; hidden ones and prepared sets left out.
+        """Sorted names of the files in a folder, without hidden ones and those of prepared sets.
 
         Raises:
           UserError: the folder is a symbolic link out of the directory.
@@ -157,11 +159,7 @@ class Tree:
             for name in self._members
             if name.startswith(prefix) and (recursive or "/" not in name[len(prefix) :])
         ]
-        try:
-            path = self._path(folder or ".")
-        except ValueError as error:
-            raise UserError(f"{self.root / folder}: {error}") from error
-        if path.is_dir():
+        if (path := self.path(folder or ".")).is_dir():
             names += self._walk(path, prefix, recursive)
         return sorted(set(names))
 
@@ -178,37 +176,40 @@ class Tree:
                     yield from self._walk(Path(entry.path), f"{name}/", recursive)
 
     def folders(self, folder: str) -> list[str]:
-        """Names, relative to ``folder``, of the folders right in it that hold files; sorted."""
+        """Sorted names of the folders in ``folder`` that hold files, relative to it."""
         prefix = f"{folder}/" if folder else ""
         inner = {n[len(prefix) :] for n in self.files(folder)}
         return sorted({name.split("/")[0] for name in inner if "/" in name})
 
     def tar(self, name: str) -> Iterator[tuple[str, bytes | None]]:
-        """The members of a tar, in order: (name, bytes), or (name, None) for one that is refused.
+        """The members of a tar in order: (name, bytes), or (name, None) of a refused one.
 
-        Refused are links, devices, and names that lead out of the archive.
+        Refused are links, devices, names that lead out of the archive, and more than 1 GiB.
 
         Raises:
           UserError: the tar cannot be read.
         """
+        path = self.path(name)
         try:
-            with open(self._path(name), "rb") as file, tarfile.open(fileobj=file, mode="r|") as tar:
+            with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r|") as tar:
                 for member in tar:
                     if member.isdir():
                         continue
-                    safe = member.isfile() and not _leads_out(member.name)
+                    # A sparse member may claim any size.
+                    small = member.size <= _MAX_MEMBER_BYTES
+                    safe = small and member.isfile() and not _leads_out(member.name)
                     yield member.name, tar.extractfile(member).read() if safe else None
         except (tarfile.TarError, EOFError, OSError, ValueError) as error:
             raise UserError(f"{self.root / name} cannot be read: {error}") from error
 
     def check_tar(self, name: str) -> None:
-        """Raises UserError if a tar lacks its end, as one does that was cut short."""
+        """Raises ``UserError`` if the end of a tar is missing because it was cut short."""
         try:
-            with open(self._path(name), "rb") as file:
+            with open(self.path(name), "rb") as file:
                 size = file.seek(0, os.SEEK_END)
                 file.seek(max(0, size - len(_END_OF_TAR)))
                 whole = size % 512 == 0 and file.read() == _END_OF_TAR
-        except (OSError, ValueError) as error:
+        except OSError as error:
             raise UserError(f"{self.root / name} cannot be read: {error}") from error
         if not whole:
             raise UserError(
@@ -216,7 +217,7 @@ class Tree:
             )
 
     def content_fact(self, name: str) -> str:
-        """What a file holds: for a zip its table of contents, else its bytes."""
+        """Size and hash of what a file holds: the bytes, or the contents of a zip."""
         if name in self._zips:
             members = sorted((m.filename, m.file_size, m.CRC) for m in self._zips[name].infolist())
             return f"{len(members)} members, {_digest(repr(members).encode())}"
@@ -224,7 +225,7 @@ class Tree:
         return f"{len(data)} bytes, {_digest(data)}"
 
     def listing_fact(self, names: list[str], sizes: bool = False) -> str:
-        """What a list of files is: their number and names, with ``sizes`` also their sizes."""
+        """Number of files and a hash of their names, and with ``sizes`` of their sizes too."""
         parts = [f"{n} {self._size(n)}" for n in names] if sizes else names
         return f"{len(names)} files, {_digest(chr(10).join(parts).encode(errors='replace'))}"
 
@@ -232,6 +233,17 @@ class Tree:
         if name in self._members and not (self.root / name).exists():
             return self._members[name].getinfo(name).file_size
         return os.lstat(self.root / name).st_size
+
+    def path(self, name: str) -> Path:
+        """Where a file or folder lies.
+
+        Raises:
+          UserError: the name or a symbolic link leads out of the directory.
+        """
+        try:
+            return self._path(name)
+        except ValueError as error:
+            raise UserError(f"{self.root / name}: {error}") from error
 
     def _path(self, name: str) -> Path:
         if _leads_out(name):
