@@ -25,7 +25,7 @@ from vqd_jax.errors import UserError
 T = TypeVar("T")
 
 _SCRATCH = ".tmp-"
-# What another attempt will not mend.
+# Errors that remain at another attempt.
 _LASTING = {
     errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG,
     errno.ELOOP, errno.EROFS, errno.ENOSPC,
@@ -139,10 +139,15 @@ def read_again(read: Callable[[], T], *, attempts: int = 3, seconds: float = 0.2
         try:
             return read()
         except OSError as error:
-            if error.errno is None or error.errno in _LASTING or attempt == attempts:
+            if is_lasting(error) or attempt == attempts:
                 raise
             time.sleep(seconds * 2**attempt)
     raise AssertionError("unreachable")
+
+
+def is_lasting(error: OSError) -> bool:
+    """Whether another attempt would fail as well, as for a file that is missing."""
+    return error.errno is None or error.errno in _LASTING
 
 
 def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

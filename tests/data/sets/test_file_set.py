@@ -240,6 +240,30 @@ def test_the_folder_of_a_set_without_versions_stays_the_same(layout, prepared):
     assert builder.data_path == pathlib.Path(prepared) / "image_text_folder" / key / "1.0.0"
 
 
+@pytest.mark.parametrize("failures", [2, 3])
+def test_an_error_of_the_system_is_no_bad_record(layout, prepared, monkeypatch, failures):
+    source = layout("ffhq")
+    name = next(source.rglob("*.png"))
+    calls, read_bytes = [], pathlib.Path.read_bytes
+
+    def read(path):
+        if path == name:
+            calls.append(path)
+            if len(calls) <= failures:
+                raise OSError(errno.EIO, "Input/output error")
+        return read_bytes(path)
+
+    monkeypatch.setattr(pathlib.Path, "read_bytes", read)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    if failures == 3:
+        with pytest.raises(OSError, match=f"Input/output error while reading {name}"):
+            sets.load("ffhq_images", str(source), prepared)
+    else:
+        builder = sets.load("ffhq_images", str(source), prepared)
+        assert sets.bad_records(builder) == []
+        assert sum(s.num_examples for s in builder.info.splits.values()) == 2
+
+
 def test_what_is_no_prepared_set_is_named(layout, prepared):
     source = layout("coco")
     builder = sets.load("coco_text", str(source), prepared)

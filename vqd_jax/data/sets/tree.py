@@ -15,6 +15,7 @@ from pathlib import Path, PurePosixPath
 
 from absl import logging
 
+from vqd_jax import files
 from vqd_jax.errors import UserError
 
 # In a prepared set, the file that says what it was made from.
@@ -96,18 +97,22 @@ class Tree:
         Raises:
           ValueError: with the reason: the name or a symbolic link leads out of the directory, or
             the file is missing, may not be read, or is damaged in a zip.
+          OSError: the system cannot read the file, at the third attempt too.
         """
         path = self._path(name)
         try:
             if name in self._members and not path.exists():
-                return self._members[name].read(name)
-            return path.read_bytes()
+                return files.read_again(lambda: self._members[name].read(name))
+            return files.read_again(path.read_bytes)
         except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
             raise ValueError(f"damaged in the zip: {error}") from error
         except FileNotFoundError:
             raise ValueError("the file is missing") from None
         except OSError as error:
-            raise ValueError(error.strerror or str(error)) from error
+            if files.is_lasting(error):
+                raise ValueError(error.strerror or str(error)) from error
+            # It says nothing about the content of the file.
+            raise OSError(error.errno, f"{error.strerror} while reading {path}") from error
 
     def required(self, name: str) -> bytes:
         """As ``read``, of a file without which no set can be made.
