@@ -12,6 +12,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from vqd_jax.data import images
+from vqd_jax.errors import UserError
 
 BAD = pathlib.Path(__file__).parent / "layouts" / "bad" / "images"
 READABLE = {
@@ -310,6 +311,36 @@ def test_captions_that_name_a_side_forbid_the_flip():
     assert images.may_flip(["A bright red copyright sign.", "a cat"])
     for text in ("on the LEFT.", "a left-hand turn", "turn (right)", "the leftmost cup", "Right!"):
         assert not images.may_flip(["a cat", text])
+
+
+@pytest.mark.parametrize("name", [*READABLE, "transparent.png"])
+def test_a_picture_of_pillow_is_read_as_its_file_is(name, tmp_path):
+    path = BAD / name
+    if name == "transparent.png":
+        half = np.zeros((8, 8, 4), np.uint8)
+        half[4:, :, 3] = 255
+        Image.fromarray(half).save(path := tmp_path / name)
+    loaded = images.load(path)
+    side = min(loaded.size)
+    with Image.open(path) as opened:
+        np.testing.assert_array_equal(images.square(opened, side), images.square(loaded, side))
+        painted = images.token_mask(opened, opened, (8, 8))
+    np.testing.assert_array_equal(painted, images.token_mask(loaded, loaded, (8, 8)))
+    if name == "transparent.png":
+        # Black where it is opaque, else white.
+        np.testing.assert_array_equal(painted, [True] * 32 + [False] * 32)
+
+
+def test_a_picture_of_an_unknown_range_is_refused():
+    for read in (lambda image: images.square(image, 1), lambda i: images.token_mask(i, i, (1, 1))):
+        with pytest.raises(UserError, match="white is unknown"):
+            read(Image.fromarray(np.float32([[0.5]])))
+
+
+def test_a_file_that_is_no_picture_is_named():
+    for name in ("truncated.jpg", "nothing.jpg"):
+        with pytest.raises(UserError, match=f"{name} cannot be read as a picture"):
+            images.load(BAD / name)
 
 
 def test_grid_shows_every_picture_enlarged_above_its_label():

@@ -55,20 +55,20 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 def decode(data: bytes, min_side: int = 0) -> np.ndarray:
     """The upright RGB pixels of an encoded image of any colour mode.
 
-    The EXIF orientation is applied; 16-bit pixels are scaled to 8 bits; transparency is composited
-    on white; of several frames the first is taken.
+    The EXIF orientation is applied, 16-bit pixels are scaled to 8 bits, transparency is composited
+    on white, and the first of several frames is taken.
 
     Args:
       data: the bytes of a JPEG, PNG, WebP, GIF, BMP, TIFF, PPM or AVIF file.
-      min_side: if positive, a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size (which is faster)
+      min_side: if positive, a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, which is faster,
         as long as neither side falls below this.
 
     Returns:
       uint8 [H, W, 3].
 
     Raises:
-      ValueError: with the reason: empty, not an image, truncated or damaged, more than
-        ``MAX_PIXELS`` pixels, or pixels without a defined range.
+      ValueError: with the reason: the data are empty, no image, cut short or damaged, or have more
+        than ``MAX_PIXELS`` pixels or values of an unknown range.
     """
     if not data:
         raise ValueError("the file is empty")
@@ -78,44 +78,49 @@ def decode(data: bytes, min_side: int = 0) -> np.ndarray:
                 raise ValueError(
                     f"{image.width} x {image.height} pixels, more than the {MAX_PIXELS:,} allowed"
                 )
-            turn = _TURNS.get(_orientation(image))
             pixels = _jpeg_pixels(data, image, min_side)
             if pixels is None:
                 if min_side:
                     image.draft(None, (min_side, min_side))
                 image.load()
                 pixels = np.asarray(_to_rgb(image))
+            return _upright(pixels, image)
     except Image.UnidentifiedImageError:
         raise ValueError("not an image of a known format") from None
     # Pillow reports damage as OSError, SyntaxError, struct.error, EOFError, ...
     except Exception as error:
         raise ValueError(str(error) or type(error).__name__) from error
-    if turn is None:
-        return pixels
-    return np.asarray(Image.fromarray(pixels).transpose(turn))
+
+
+def colour_mode(data: bytes) -> str:
+    """Pillow's name of the colour mode in which an encoded image is stored, such as "RGB"."""
+    with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+        return image.mode
 
 
 def _jpeg_pixels(data: bytes, image: Image.Image, min_side: int) -> np.ndarray | None:
-    """The pixels of a common JPEG, as Pillow gives them, but sooner; None of other images."""
+    """The pixels that Pillow gives of a common JPEG, in less time; None of other images."""
     if image.format != "JPEG" or image.mode != "RGB":
         return None
     shrunk = min(image.size) // min_side if min_side else 1
     divisor = next(d for d in (8, 4, 2, 1) if shrunk >= d or d == 1)
-    # Other divisors would do as well, but take longer.
+    # simplejpeg knows further divisors, which take longer.
     height, width = (-(-side // divisor) if divisor > 1 else 0 for side in image.size[::-1])
     try:
         return simplejpeg.decode_jpeg(data, "RGB", min_height=height, min_width=width)
-    # Pillow decides which damage can be borne, and names the rest.
+    # Pillow decides which damage is tolerated, and names the rest.
     except ValueError:
         return None
 
 
-def _orientation(image: Image.Image) -> int:
+def _upright(pixels: np.ndarray, image: Image.Image) -> np.ndarray:
+    """``pixels`` turned as the EXIF orientation of ``image`` says."""
     try:
-        return image.getexif().get(_ORIENTATION, 1)
-    # Damaged EXIF beside sound pixels: most viewers ignore it.
+        turn = _TURNS.get(image.getexif().get(_ORIENTATION))
+    # Most viewers ignore damaged EXIF beside sound pixels.
     except Exception:
-        return 1
+        turn = None
+    return pixels if turn is None else np.asarray(Image.fromarray(pixels).transpose(turn))
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -154,10 +159,10 @@ def _require_rgb(image: np.ndarray) -> None:
 
 
 def center_crop(image: np.ndarray, size: int) -> np.ndarray:
-    """The crop for evaluation: short side to S (bicubic, antialiased), then the centred square.
+    """The crop for evaluation: the short side is resized to S, then the centred square is cut.
 
-    The resized long side is cut to a whole number, as in the published transform; of an odd margin
-    the larger half is at the end.
+    The filter is bicubic and antialiased. As in the published transform, the resized long side is
+    rounded down, and the larger half of an odd margin is at the end.
 
     Args:
       image: uint8 [H, W, 3].
@@ -167,7 +172,7 @@ def center_crop(image: np.ndarray, size: int) -> np.ndarray:
       uint8 [S, S, 3]; ``image`` itself if it has that shape.
 
     Raises:
-      ValueError: another kind of image.
+      ValueError: ``image`` has another dtype or shape.
     """
     _require_rgb(image)
     height, width, _ = image.shape
@@ -177,7 +182,7 @@ def center_crop(image: np.ndarray, size: int) -> np.ndarray:
     new_width, new_height = size * width // short, size * height // short
     left, top = (new_width - size) // 2, (new_height - size) // 2
     x, y = width / new_width, height / new_height
-    # The box cuts what is not kept out of the resized image before it is computed.
+    # The box leaves out what would be cut off the resized image.
     box = (left * x, top * y, (left + size) * x, (top + size) * y)
     return _resize_box(image, box, size)
 
@@ -185,29 +190,30 @@ def center_crop(image: np.ndarray, size: int) -> np.ndarray:
 def random_crop(image: np.ndarray, size: int, uniforms: Sequence[float]) -> np.ndarray:
     """The published crop for training.
 
-    A square of the short side s = min(H, W), near the centre: on the long side of length h its
-    offset is uniform on the whole numbers from floor(3 (h - s) / 8) to floor(5 (h - s) / 8) - 1, or
-    the first of them if there is no other. The square is resized (bicubic, antialiased) to a side
-    uniform on S .. max(S, min(s, round(9 S / 8))), and a square of side S is cut at an offset
-    uniform on all that fit.
+    1. A square of the short side s = min(H, W) is cut near the centre. On the long side of length h
+       its offset is uniform on the whole numbers from floor(3 (h - s) / 8) to
+       floor(5 (h - s) / 8) - 1, or the first of them if there is no other.
+    2. It is resized (bicubic, antialiased) to a side that is uniform on
+       S .. max(S, min(s, round(9 S / 8))).
+    3. A square of side S is cut at an offset that is uniform on all that fit.
 
     Args:
       image: uint8 [H, W, 3].
       size: S.
-      uniforms: ``NUM_UNIFORMS`` numbers in [0, 1): vertical and horizontal offset of the first
-        square, side, vertical and horizontal offset of the second square.
+      uniforms: ``NUM_UNIFORMS`` numbers in [0, 1), for the vertical and horizontal offset of the
+        first square, the side, and the vertical and horizontal offset of the second square.
 
     Returns:
       uint8 [S, S, 3].
 
     Raises:
-      ValueError: another kind of image, or other uniforms.
+      ValueError: ``image`` has another dtype or shape, or the uniforms are others.
     """
     if len(uniforms) != NUM_UNIFORMS or not all(0 <= u < 1 for u in uniforms):
         raise ValueError(f"uniforms are {uniforms}; {NUM_UNIFORMS} numbers in [0, 1) are needed")
     _require_rgb(image)
     top, left, side, scaled, inner_top, inner_left = crop_geometry(*image.shape[:2], size, uniforms)
-    # Cut first: the filter must not see what lies beside the square.
+    # The filter must not see what lies beside the square.
     square = image[top : top + side, left : left + side]
     if scaled == side:
         return square[inner_top : inner_top + size, inner_left : inner_left + size]
@@ -219,7 +225,7 @@ def random_crop(image: np.ndarray, size: int, uniforms: Sequence[float]) -> np.n
 def _resize_box(image: np.ndarray, box: tuple[float, ...], size: int) -> np.ndarray:
     pil = Image.fromarray(image)
     left, top, right, bottom = box
-    # Rounding may put the far corner outside by a hair, which Pillow refuses.
+    # Rounding may put the far corner just outside, which Pillow refuses.
     box = (left, top, min(right, pil.width), min(bottom, pil.height))
     return np.asarray(pil.resize((size, size), Image.Resampling.BICUBIC, box))
 
@@ -227,11 +233,11 @@ def _resize_box(image: np.ndarray, box: tuple[float, ...], size: int) -> np.ndar
 def crop_geometry(
     height: int, width: int, size: int, uniforms: Sequence[float]
 ) -> tuple[int, int, int, int, int, int]:
-    """What ``random_crop`` cuts.
+    """What ``random_crop`` cuts, from the same arguments.
 
     Returns:
-      (top, left, side s) of the first square in pixels of the image; (side, top, left) of the
-      resized square and of the second one in it.
+      ``top``, ``left`` and ``side`` s of the first square in pixels of the image, the side that it
+      is resized to, and ``top`` and ``left`` of the second square in pixels of the resized one.
     """
     side = min(height, width)
     top, left = (
@@ -245,18 +251,14 @@ def crop_geometry(
 
 
 def _between(low: int, high: int, uniform: float) -> int:
-    """A whole number in low .. high - 1 (low if that is empty), each for an equal share."""
+    """One of the whole numbers low .. high - 1, all equally likely; low if there is none."""
     count = max(1, high - low)
-    # The product of a number just below 1 may round up to the count itself.
+    # The product may round up to the count itself.
     return low + min(int(uniform * count), count - 1)
 
 
 def flip(image: np.ndarray) -> np.ndarray:
-    """The mirror image: left and right exchanged.
-
-    Args:
-      image: [H, W, channels].
-    """
+    """The mirror image of [H, W, channels]: left and right are exchanged."""
     return np.ascontiguousarray(image[:, ::-1])
 
 
@@ -277,9 +279,9 @@ def square(image: Picture, side: int) -> np.ndarray:
       uint8 [S, S, 3].
 
     Raises:
-      UserError: it is neither.
+      UserError: it is neither, or cannot be read.
     """
-    pixels = _array(image, "RGB")
+    pixels = _pixels(image)
     if pixels.ndim != 3 or pixels.shape[-1] != 3 or pixels.dtype != np.uint8:
         raise UserError(
             f"a picture must be uint8 [H, W, 3], this one is {pixels.dtype} {list(pixels.shape)}"
@@ -287,18 +289,24 @@ def square(image: Picture, side: int) -> np.ndarray:
     return center_crop(pixels, side)
 
 
-def _array(image: Picture, mode: str) -> np.ndarray:
+def _pixels(image: Picture) -> np.ndarray:
+    """A user's array as it is, or what ``decode`` gives of the file of a Pillow image."""
     if isinstance(image, str | os.PathLike):
         raise UserError(f"{image} is a path: open the picture first, PIL.Image.open(...)")
-    return np.asarray(image.convert(mode) if isinstance(image, Image.Image) else image)
+    if not isinstance(image, Image.Image):
+        return np.asarray(image)
+    try:
+        return _upright(np.asarray(_to_rgb(image)), image)
+    except (OSError, ValueError) as error:
+        raise UserError(f"the picture cannot be read: {error}") from error
 
 
 def token_mask(mask: Picture, image: Picture, grid: tuple[int, int]) -> np.ndarray:
     """The tokens that have a masked pixel, after the crop of ``square``.
 
     Args:
-      mask: [H, W] or [H, W, channels] or a Pillow image. A pixel is masked where a channel is true,
-        above 0.5 (of floats up to 1) or above 127.
+      mask: [H, W] or [H, W, channels], masked where a channel is true, above 0.5 (of floats up to
+        1) or above 127; or a Pillow image, masked where it is lighter than a medium grey.
       image: the picture that the mask belongs to.
       grid: rows and columns of the tokens.
 
@@ -308,7 +316,10 @@ def token_mask(mask: Picture, image: Picture, grid: tuple[int, int]) -> np.ndarr
     Raises:
       UserError: the two are of different sizes.
     """
-    mask, size = _array(mask, "L"), _array(image, "RGB").shape[:2]
+    is_pillow = isinstance(mask, Image.Image)
+    mask, size = _pixels(mask), _pixels(image).shape[:2]
+    if is_pillow:
+        mask = np.asarray(Image.fromarray(mask).convert("L"))
     if mask.ndim not in (2, 3) or mask.shape[:2] != tuple(size):
         raise UserError(
             f"the mask is {list(mask.shape)}, the picture {list(size)}: they must be of one size"

@@ -5,7 +5,6 @@ Letters: S image side, L text tokens.
 
 import collections
 import hashlib
-import io
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
@@ -221,8 +220,6 @@ def _look(source: Sequence[dict], row: int, content: Content) -> tuple[dict, str
     try:
         record = source[row]
         data = record["image"]
-        with Image.open(io.BytesIO(data)) as header:
-            mode = header.mode
         height, width, _ = images.decode(data).shape
         captions = list(record.get("captions", ()))
         if content.tokenizer is not None and not (captions and all(c.strip() for c in captions)):
@@ -230,7 +227,7 @@ def _look(source: Sequence[dict], row: int, content: Content) -> tuple[dict, str
         tokenizer = content.tokenizer
         return {
             "size": (width, height),
-            "mode": mode,
+            "mode": images.colour_mode(data),
             "captions": captions,
             "ids": [tokenizer.num_ids(c) for c in captions] if tokenizer else [],
             "label": record.get("label"),

@@ -1,6 +1,5 @@
 """Noto Emoji with English captions: 3,524 pictures of 64x64 pixels, packaged with this project."""
 
-import io
 import json
 import zipfile
 from collections.abc import Iterator
@@ -8,6 +7,8 @@ from collections.abc import Iterator
 import tensorflow_datasets as tfds
 from etils import epath
 from PIL import Image
+
+from vqd_jax.data import images
 
 _ASSETS = epath.resource_path("vqd_jax.data") / "assets"
 
@@ -58,7 +59,7 @@ class EmojiText(tfds.core.GeneratorBasedBuilder):
                 yield (
                     name,
                     {
-                        "image": Image.open(io.BytesIO(pictures.read(row["file"]))).convert("RGB"),
+                        "image": Image.fromarray(images.decode(pictures.read(row["file"]))),
                         "captions": row["captions"],
                         "concept": row["concept"],
                         "category": row["category"],
