@@ -5,10 +5,10 @@ Letters: P prompts, J images a prompt, B batch, N image tokens, L text tokens, D
 K codes, S image side, F sampling steps.
 """
 
+import dataclasses
 import functools
 import importlib
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from vqd_jax import config as config_lib
+from vqd_jax import files
 from vqd_jax.data.images import Picture, square, token_mask
 from vqd_jax.data.text import ClipTokenizer
 from vqd_jax.diffusion import choices, sampler
@@ -94,15 +95,7 @@ class VQDiffusion:
         Raises:
           UserError: nothing was trained there, or it cannot be read.
         """
-        path = Path(workdir)
-        if not (path / "config.json").exists():
-            raise UserError(f"{path} has no config.json: nothing was trained there")
-        config = config_lib.load(str(path / "config.json"))
-        if not Path(pretrained.model_folder(workdir)).exists():
-            raise UserError(f"stage one of {path} is not finished; run the training command again")
-        codec = pretrained.load_autoencoder(config, pretrained.model_folder(workdir))
-        sharding.warn_of_slow_dtype(config, jax.devices()[0])
-        return cls(config, pretrained.load_averaged(config, workdir), codec)
+        return cls(*pretrained.load_run(workdir))
 
     @classmethod
     def from_pretrained(cls, directory: str) -> "VQDiffusion":
@@ -113,36 +106,7 @@ class VQDiffusion:
         Raises:
           UserError: there is no model, or it is damaged or of another kind.
         """
-        path = Path(directory)
-        if (path / "model_index.json").exists():
-            raise UserError(
-                f"{path} is a folder of diffusers; convert it first: "
-                f"--mode=convert --source={path} --target=DIR"
-            )
-        if not (path / "config.json").exists():
-            raise UserError(
-                f"{path} is no model folder and no workdir of a run: it has no config.json"
-            )
-        kind = folder.load_config(path).get("kind")
-        if kind is None:
-            return cls.from_workdir(directory)
-        if kind != config_lib.MODEL_KIND:
-            raise UserError(
-                f"{path} holds a model of kind {kind!r}; pictures need a whole one: denoiser and "
-                "autoencoder"
-            )
-        config = config_lib.load(str(path / "config.json"))
-        sharding.warn_of_slow_dtype(config, jax.devices()[0])
-        abstract = conditioned.abstract_params(config_lib.model_config(config))
-        codec = autoencoder.abstract_params(config_lib.autoencoder_config(config))
-        abstract = {**abstract, "autoencoder": codec}
-        params = folder.load_params(path, abstract, place=jax.device_put)
-        codec = params.pop("autoencoder")
-        tokenizer = None
-        if (path / "tokenizer").is_dir():
-            length = config.text_encoder.context_length
-            tokenizer = ClipTokenizer.from_folder(path / "tokenizer", length)
-        return cls(config, params, codec, tokenizer)
+        return cls(*pretrained.load_model(directory))
 
     def save_pretrained(
         self, directory: str, *, format: str = "vqd_jax", dtype: str = "float32"
@@ -164,12 +128,23 @@ class VQDiffusion:
         params = jax.tree.map(np.asarray, params)
         if format == "vqd_jax":
             described = {"kind": config_lib.MODEL_KIND, **self.config.to_dict()}
-            files = self.tokenizer.files("tokenizer")
-            folder.save(directory, described, params, dtype=dtype, files=files)
+            texts = self.tokenizer.files("tokenizer")
+            folder.save(directory, described, params, dtype=dtype, files=texts)
             return
         _require(format in WRITERS, f"format={format!r}: vqd_jax, {' or '.join(WRITERS)}")
         writer = importlib.import_module(f"vqd_jax.interop.{format}")
         writer.write(directory, self.config, params, self.tokenizer)
+
+    def fingerprint(self) -> str:
+        """Hexadecimal SHA-256 of all that decides the pictures that a request gets."""
+        decisive = {
+            "params": self._params,
+            "autoencoder": self._autoencoder_params,
+            "sizes": [str(self._sizes), str(config_lib.autoencoder_config(self.config))],
+            "noise": dataclasses.asdict(self._schedule),
+            "tokenizer": self.tokenizer.files("tokenizer"),
+        }
+        return files.fingerprint(decisive)
 
     def with_params(self, params: Any) -> "VQDiffusion":
         """The same model with other parameters; compiled functions are shared."""

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -16,10 +16,11 @@ from ml_collections import ConfigDict
 
 from vqd_jax import config as config_lib
 from vqd_jax import files
-from vqd_jax.data.text import TextFeatures
+from vqd_jax.data.text import ClipTokenizer, TextFeatures
 from vqd_jax.errors import UserError
 from vqd_jax.interop import folder
 from vqd_jax.models import autoencoder, conditioned, text_encoder
+from vqd_jax.parallel import sharding
 
 # Features of the empty caption may first be learnt in fine-tuning (Improved VQ-Diffusion, 3.1).
 _MAY_BE_NEW = ("null_text",)
@@ -117,6 +118,76 @@ def load_averaged(config: ConfigDict, workdir: str) -> Any:
     # Moments of the optimizer, and what was not averaged, stay on disk.
     wanted = checkpoint.abstract({"ema_params": abstract})
     return checkpoint.load(checkpoint.folder(config, workdir), wanted)[1]["ema_params"]
+
+
+class Model(NamedTuple):
+    """All that sampling needs.
+
+    Attributes:
+      config: that the model was trained with.
+      params: of ``models.conditioned``.
+      autoencoder_params: of ``models.autoencoder``.
+      tokenizer: of prompts; None is CLIP's.
+    """
+
+    config: ConfigDict
+    params: Any
+    autoencoder_params: Any
+    tokenizer: ClipTokenizer | None = None
+
+
+def load_run(workdir: str) -> Model:
+    """The newest checkpoint of a training run, with averaged parameters.
+
+    Raises:
+      UserError: nothing was trained there, or it cannot be read.
+    """
+    path = Path(workdir)
+    if not (path / "config.json").exists():
+        raise UserError(f"{path} has no config.json: nothing was trained there")
+    config = config_lib.load(str(path / "config.json"))
+    if not Path(model_folder(workdir)).exists():
+        raise UserError(f"stage one of {path} is not finished; run the training command again")
+    codec = load_autoencoder(config, model_folder(workdir))
+    sharding.warn_of_slow_dtype(config, jax.devices()[0])
+    return Model(config, load_averaged(config, workdir), codec)
+
+
+def load_model(directory: str) -> Model:
+    """The model in a folder that ``VQDiffusion.save_pretrained`` wrote, or in a workdir.
+
+    Raises:
+      UserError: there is no model, or it is damaged or of another kind.
+    """
+    path = Path(directory)
+    if (path / "model_index.json").exists():
+        raise UserError(
+            f"{path} is a folder of diffusers; convert it first: "
+            f"--mode=convert --source={path} --target=DIR"
+        )
+    if not (path / "config.json").exists():
+        raise UserError(f"{path} is no model folder and no workdir of a run: it has no config.json")
+    kind = folder.load_config(path).get("kind")
+    if kind is None:
+        return load_run(directory)
+    if kind != config_lib.MODEL_KIND:
+        raise UserError(
+            f"{path} holds a model of kind {kind!r}; pictures need a whole one: denoiser and "
+            "autoencoder"
+        )
+    config = config_lib.load(str(path / "config.json"))
+    sharding.warn_of_slow_dtype(config, jax.devices()[0])
+    abstract = {
+        **conditioned.abstract_params(config_lib.model_config(config)),
+        "autoencoder": autoencoder.abstract_params(config_lib.autoencoder_config(config)),
+    }
+    params = folder.load_params(path, abstract, place=jax.device_put)
+    codec = params.pop("autoencoder")
+    tokenizer = None
+    if (path / "tokenizer").is_dir():
+        length = config.text_encoder.context_length
+        tokenizer = ClipTokenizer.from_folder(path / "tokenizer", length)
+    return Model(config, params, codec, tokenizer)
 
 
 def load_initial(config: ConfigDict, abstract: Any) -> dict[str, Any]:

@@ -84,6 +84,19 @@ def barrier(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
+def wait_for_all(name: str) -> None:
+    """Returns when all processes are here, however long that takes.
+
+    Unlike ``barrier`` it needs no exchange between devices, which may be given up after a while.
+
+    Args:
+      name: of this place in the program, which is passed once.
+    """
+    if jax.process_count() > 1:
+        milliseconds = 7 * 24 * 3600 * 1000
+        runtime.global_state.client.wait_at_barrier(f"vqd_jax/{name}", milliseconds)
+
+
 def all_agree(good: bool) -> bool:
     """Whether ``good`` holds in every process; all of them must ask."""
     if jax.process_count() == 1:
