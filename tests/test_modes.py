@@ -37,7 +37,7 @@ def names(folder):
 
 def test_pictures_are_those_of_generate(model, mesh, tmp_path):
     make(model, mesh, tmp_path)
-    assert names(tmp_path) == [*(f"{k:08d}.png" for k in range(8)), "prompts.txt"]
+    assert names(tmp_path) == [*(f"{k:08d}.png" for k in range(8)), "manifest.json", "prompts.txt"]
     lines = (tmp_path / "prompts.txt").read_text().splitlines()
     assert lines == (PROMPTS * 3)[:8]
     expected = model.generate(PROMPTS, num_images=3, seed=1, num_steps=3).pixels
@@ -54,20 +54,21 @@ def test_only_what_is_missing_is_made(model, mesh, tmp_path, monkeypatch):
     make(model, mesh, tmp_path, num_images=8)
     assert (tmp_path / "00000002.png").read_bytes() == before["00000002.png"]
     assert (tmp_path / "00000003.png").read_bytes() == b"left alone"
-    assert len(names(tmp_path)) == 9
+    assert len(names(tmp_path)) == 10
 
 
 def test_array_records_hold_the_same_pictures(model, mesh, tmp_path, monkeypatch):
     monkeypatch.setattr(modes, "BLOCK", 5)
     make(model, mesh, tmp_path / "png")
     make(model, mesh, tmp_path / "records", format="array_record")
-    files = ["images-00000.array_record", "images-00001.array_record", "prompts.txt"]
+    files = [
+        "images-00000.array_record",
+        "images-00001.array_record",
+        "manifest.json",
+        "prompts.txt",
+    ]
     assert names(tmp_path / "records") == files
-    stored = []
-    for file in files[:2]:
-        reader = array_record_module.ArrayRecordReader(str(tmp_path / "records" / file))
-        stored += [reader.read([k])[0] for k in range(reader.num_records())]
-        reader.close()
+    stored = [png for file in files for png in read_records(tmp_path / "records" / file)]
     assert len(stored) == 8
     for k, png in enumerate(stored):
         found = np.asarray(Image.open(io.BytesIO(png)))
@@ -75,11 +76,55 @@ def test_array_records_hold_the_same_pictures(model, mesh, tmp_path, monkeypatch
         np.testing.assert_array_equal(found, expected)
 
 
-def test_a_folder_of_other_prompts_is_left_alone(model, mesh, tmp_path):
-    (tmp_path / "prompts.txt").write_text("something else\n")
-    with pytest.raises(UserError, match="holds pictures of other prompts"):
-        make(model, mesh, tmp_path)
-    assert names(tmp_path) == ["prompts.txt"]
+def read_records(path):
+    reader = array_record_module.ArrayRecordReader(str(path))
+    stored = [reader.read([k])[0] for k in range(reader.num_records())]
+    reader.close()
+    return stored
+
+
+def test_a_short_file_of_records_is_filled_up(model, mesh, tmp_path, monkeypatch):
+    monkeypatch.setattr(modes, "BLOCK", 4)
+    make(model, mesh, tmp_path, format="array_record", num_images=6)
+    before = [read_records(tmp_path / f"images-0000{k}.array_record") for k in range(2)]
+    assert [len(block) for block in before] == [4, 2]
+    make(model, mesh, tmp_path, format="array_record", num_images=8)
+    after = [read_records(tmp_path / f"images-0000{k}.array_record") for k in range(2)]
+    assert [len(block) for block in after] == [4, 4]
+    assert after[1][:2] == before[1]
+    assert len((tmp_path / "prompts.txt").read_text().splitlines()) == 8
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"seed": 2}, "seed: 1 -> 2"),
+        ({"num_steps": 4}, "num_steps: 3 -> 4"),
+        ({"guidance_scale": 7.0}, "guidance: 3.0 -> 7.0"),
+        ({"rule": "purity"}, r"rule: 'Ancestral\(.*\)' -> 'Purity\(weight=1.0\)'"),
+        ({"format": "array_record"}, "format: 'png' -> 'array_record'"),
+        ({"negative_prompt": "a cat"}, "negative_prompt: None -> 'a cat'"),
+    ],
+)
+def test_a_folder_of_another_request_is_left_alone(model, mesh, tmp_path, changed, message):
+    make(model, mesh, tmp_path, num_images=1)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(UserError, match=f"holds pictures of another request .{message}.;"):
+        make(model, mesh, tmp_path, num_images=2, **changed)
+    assert before == {path: path.read_bytes() for path in tmp_path.iterdir()}
+
+
+def test_a_folder_of_another_model_or_of_other_prompts_is_left_alone(model, mesh, tmp_path):
+    make(model, mesh, tmp_path, num_images=1)
+    options = {"num_images": 1, "seed": 1, "num_steps": 3, "mesh": mesh}
+    with pytest.raises(UserError, match="another request .prompts: "):
+        modes.sample_many(model, ["a dog"], str(tmp_path), **options)
+    params = jax.tree.map(lambda x: x + 1, model._params)
+    with pytest.raises(UserError, match="another request .model: "):
+        modes.sample_many(model.with_params(params), PROMPTS, str(tmp_path), **options)
+    (tmp_path / "manifest.json").unlink()
+    with pytest.raises(UserError, match="holds pictures but no manifest.json"):
+        modes.sample_many(model, PROMPTS, str(tmp_path), **options)
 
 
 def test_a_file_of_prompts(tmp_path):

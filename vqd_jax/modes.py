@@ -1,11 +1,13 @@
 """The tasks of the command line, one function a mode."""
 
+import dataclasses
 import io
-import os
+import json
 import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -17,11 +19,12 @@ from PIL import Image
 from tqdm import tqdm
 
 from vqd_jax import config as config_lib
+from vqd_jax import files
 from vqd_jax.data import batches, codes, images, report
 from vqd_jax.data import encode as encode_lib
 from vqd_jax.errors import UserError
 from vqd_jax.interop import pretrained
-from vqd_jax.parallel import program, sharding
+from vqd_jax.parallel import processes, program, sharding
 from vqd_jax.pipeline import Generation, VQDiffusion
 from vqd_jax.training import stage_one, stage_two
 from vqd_jax.training import task as task_lib
@@ -30,7 +33,7 @@ from vqd_jax.training.workdir import claim
 
 # 128 + SIGTERM, what a shell reports of a process that the signal ended.
 TERMINATED_STATUS = 143
-# Pictures of ``sample_many`` in one file of records, or drawn before the next are written.
+# Pictures that ``sample_many`` draws before it writes them; those in one file of records.
 BLOCK = 256
 FORMATS = ("png", "array_record")
 
@@ -105,9 +108,7 @@ def inspect(config: ConfigDict, workdir: str, *, num_samples: int = 32) -> None:
     }
     page = folder / "statistics.md"
     text = report.page(builder.info.full_name, found, content)
-    scratch = page.with_suffix(".tmp")
-    scratch.write_text(text, encoding="utf-8")
-    scratch.replace(page)
+    files.write_text(page, text)
     logging.info("what is in it: %s", page)
 
 
@@ -137,12 +138,12 @@ def sample(
     config: ConfigDict | None,
     output: str | None,
     animate: bool,
+    predictions: bool,
     image: str | None,
     mask: str | None,
-    strength: float,
     num_images: int | None,
     seed: int,
-    **options,
+    **options: Any,
 ) -> None:
     """Writes ``grid_seed<seed>.png``, single pictures and, if asked for, animations.
 
@@ -152,12 +153,12 @@ def sample(
       config: its ``sampling`` part replaces that of the run; None keeps the run's.
       output: folder; None is ``model_dir/samples``.
       animate: write the denoising of every picture too.
+      predictions: write an animation of the likeliest codes at every step too.
       image: file of a picture to begin from; None begins from nothing.
       mask: file of a mask of the same size, white where to paint; None edits the whole picture.
-      strength: of the noise, where a picture is edited as a whole.
       num_images: of every prompt; None is 4.
       seed: decides the pictures.
-      **options: of ``VQDiffusion.generate``.
+      **options: of ``VQDiffusion.generate``, ``edit`` or ``inpaint``; what is None is left out.
     """
     num_images = 4 if num_images is None else num_images
     model = VQDiffusion.from_pretrained(model_dir)
@@ -172,31 +173,39 @@ def sample(
         if changed:
             raise UserError(f"{model_dir} was made with another config ({'; '.join(changed)})")
         model.config.sampling = config.sampling
-    if image is None and mask is not None:
-        raise UserError("--mask needs the picture that it belongs to: --image=FILE")
     folder = Path(output or Path(model_dir) / "samples")
     folder.mkdir(parents=True, exist_ok=True)
     logging.info("sampling %d pictures of %d prompts", num_images, len(prompts))
-    options |= {"num_images": num_images, "seed": seed, "trajectory": animate}
-    if image is None:
-        made = model.generate(prompts, **options)
-    else:
-        if len(prompts) > 1:
-            raise UserError("--image takes one --prompt")
-        picture = images.load(image)
-        if mask is None:
-            made = model.edit(picture, prompts[0], strength=strength, **options)
-        else:
-            made = model.inpaint(picture, images.load(mask), prompts[0], **options)
+    options |= {"num_images": num_images, "seed": seed, "trajectory": animate or predictions}
+    made = _drawn(model, prompts, image, mask, options)
     for i, prompt in enumerate(prompts):
         for j, pixels in enumerate(made.pixels[i]):
-            name = folder / f"{i:03d}_{_slug(prompt)}_seed{seed}_{j:02d}"
+            name = f"{folder}/{i:03d}_{_slug(prompt)}_seed{seed}_{j:02d}"
             images.save(f"{name}.png", Image.fromarray(pixels))
             if animate:
-                images.save_animation(f"{name}.gif", _frames(model, made, i, j))
+                images.save_animation(f"{name}.gif", _frames(model, made.trajectory[:, i, j]))
+            if predictions:
+                frames = _frames(model, made.predictions[:, i, j])
+                images.save_animation(f"{name}_predictions.gif", frames)
     path = folder / f"grid_seed{seed}.png"
     images.save(path, images.grid(made.pixels, prompts))
     logging.info("wrote %s and %d single pictures beside it", path, len(made.images))
+
+
+def _drawn(model, prompts, image, mask, options) -> Generation:
+    """New pictures, or those that begin from the picture in a file."""
+    options = {name: value for name, value in options.items() if value is not None}
+    if image is None:
+        for name, value in (("mask", mask), ("strength", options.get("strength"))):
+            if value is not None:
+                raise UserError(f"--{name} needs the picture that it belongs to: --image=FILE")
+        return model.generate(prompts, **options)
+    if len(prompts) > 1:
+        raise UserError("--image takes one --prompt")
+    picture = images.load(image)
+    if mask is None:
+        return model.edit(picture, prompts[0], **options)
+    return model.inpaint(picture, images.load(mask), prompts[0], **options)
 
 
 def sample_file(
@@ -260,84 +269,117 @@ def sample_many(
     mesh: Mesh,
     format: str = "png",
     batch_size: int = 64,
-    **options,
+    negative_prompt: str | None = None,
+    **options: Any,
 ) -> None:
     """Writes ``num_images`` pictures, or those that are still missing.
+
+    Picture k is of prompt k mod P. Pictures come in blocks of ``BLOCK``, which several processes
+    share. A block is written when it is complete, and one that is there is not made again.
 
     Args:
       model: to sample from.
       prompts: P texts or class labels.
-      output: folder: ``00000042.png``, or ``images-00000.array_record`` of ``BLOCK`` PNGs each; and
-        ``prompts.txt``, line k of which is the prompt of picture k.
+      output: folder: ``00000042.png``, or ``images-00000.array_record`` of ``BLOCK`` PNGs each;
+        ``prompts.txt``, line k of which is the prompt of picture k; and ``manifest.json``, which
+        says what made the pictures.
       num_images: of all prompts together.
       seed: decides the pictures.
       mesh: of this process's devices.
       format: a name in ``FORMATS``.
       batch_size: pictures in one call of the network.
-      **options: of ``VQDiffusion.generate``.
+      negative_prompt: of ``VQDiffusion.generate``.
+      **options: of ``VQDiffusion.settings``.
 
     Raises:
-      UserError: ``output`` holds pictures of other prompts.
+      UserError: ``output`` holds pictures of another model or request.
     """
-    folder = Path(output)
-    folder.mkdir(parents=True, exist_ok=True)
-    if jax.process_index() == 0:
-        _claim(folder / "prompts.txt", [prompts[k % len(prompts)] for k in range(num_images)])
+    request = {"seed": seed, "negative_prompt": negative_prompt}
+    _claim(Path(output), model, prompts, num_images, format, request, options)
     model = model.on_mesh(mesh)
-    blocks = range(0, num_images, BLOCK)[jax.process_index() :: jax.process_count()]
-    with tqdm(total=num_images, desc="sampling", unit="image", mininterval=1) as bar:
-        for start in blocks:
-            numbers = np.arange(start, min(start + BLOCK, num_images))
-            missing = [k for k in numbers if not _path(folder, k, format).exists()]
-            if missing:
-                made = _make(model, prompts, missing, seed, batch_size, options)
-                _write(folder, missing, made, format)
-            bar.update(len(numbers))
-    logging.info("%d pictures of %d prompts are in %s", num_images, len(prompts), folder)
+    blocks = [range(k, min(k + BLOCK, num_images)) for k in range(0, num_images, BLOCK)]
+    waiting = [block for block in blocks if _missing(output, block, format)]
+    # Every process must have seen the same ones before any is written.
+    processes.wait_for_all("blocks listed")
+    mine = waiting[jax.process_index() :: jax.process_count()]
+    with tqdm(total=sum(map(len, mine)), desc="sampling", unit="image", mininterval=1) as bar:
+        for block in mine:
+            missing = _missing(output, block, format)
+            pairs = [(k % len(prompts), k // len(prompts)) for k in missing]
+            texts = [prompts[i] for i, _ in pairs]
+            made = model.sample_codes(texts, pairs, batch_size=batch_size, **request, **options)
+            _write(output, missing, model.decode_codes(made, batch_size), format)
+            bar.update(len(block))
+    processes.wait_for_all("pictures written")
+    logging.info("%d pictures of %d prompts are in %s", num_images, len(prompts), output)
 
 
-def _claim(path: Path, lines: list[str]) -> None:
-    text = "\n".join(lines) + "\n"
+def _claim(folder: Path, model, prompts, num_images, format, request, options) -> None:
+    """Makes the folder and its manifest, or finds that they belong to the same request."""
+    settings = model.settings(**options)
+    wanted = {
+        "model": model.fingerprint()[:16],
+        "prompts": files.fingerprint({"prompts": list(prompts)})[:16],
+        "format": format,
+        **request,
+    }
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        value = repr(value) if field.name == "rule" else value
+        wanted[field.name] = np.asarray(value).tolist() if np.ndim(value) else value
+    wanted = json.loads(json.dumps(wanted, default=float))
+    path, remedy = folder / "manifest.json", "use another --output"
+
+    def changes(stored):
+        return files.differences({**stored, "num_images": 0}, {**wanted, "num_images": 0})
+
+    folder.mkdir(parents=True, exist_ok=True)
+    if processes.is_writer():
+        if not path.exists() and (folder / "prompts.txt").exists():
+            raise UserError(f"{folder} holds pictures but no {path.name}; {remedy}")
+        stored = files.read_json(path, remedy) if path.exists() else wanted
+        if not changes(stored):
+            count = max(num_images, stored.get("num_images", 0))
+            files.write_json(path, {**wanted, "num_images": count})
+            lines = [f"{prompts[k % len(prompts)]}\n" for k in range(count)]
+            files.write_text(folder / "prompts.txt", "".join(lines))
+    processes.wait_for_all("manifest written")
+    changed = "; ".join(changes(files.read_json(path, remedy)))
+    if changed:
+        raise UserError(f"{folder} holds pictures of another request ({changed}); {remedy}")
+
+
+def _path(folder: str, number: int, format: str) -> Path:
+    if format == "png":
+        return Path(folder) / f"{number:08d}.png"
+    return Path(folder) / f"images-{number // BLOCK:05d}.array_record"
+
+
+def _missing(folder: str, block: range, format: str) -> list[int]:
+    """The pictures of a block that are not there; all of them, if its file has too few."""
+    if format == "png":
+        return [k for k in block if not _path(folder, k, format).exists()]
+    path, found = _path(folder, block[0], format), 0
     if path.exists():
-        found = path.read_text(encoding="utf-8")
-        if not (text.startswith(found) or found.startswith(text)):
-            raise UserError(f"{path.parent} holds pictures of other prompts; use another --output")
-        if found.startswith(text):
-            return
-    scratch = path.with_suffix(".tmp")
-    scratch.write_text(text, encoding="utf-8")
-    scratch.replace(path)
+        reader = array_record_module.ArrayRecordReader(str(path))
+        found = reader.num_records()
+        reader.close()
+    return [] if found >= len(block) else list(block)
 
 
-def _make(model, prompts, numbers, seed, batch_size, options) -> np.ndarray:
-    pairs = [(k % len(prompts), k // len(prompts)) for k in numbers]
-    codes = model.sample_codes(
-        [prompts[i] for i, _ in pairs], pairs, seed=seed, batch_size=batch_size, **options
-    )
-    return model.decode_codes(codes, batch_size)
-
-
-def _path(folder: Path, number: int, format: str) -> Path:
-    if format == "png":
-        return folder / f"{number:08d}.png"
-    return folder / f"images-{number // BLOCK:05d}.array_record"
-
-
-def _write(folder: Path, numbers: Sequence[int], pixels: np.ndarray, format: str) -> None:
-    made = [Image.fromarray(p) for p in pixels]
-    if format == "png":
-        for number, image in zip(numbers, made, strict=True):
-            images.save(_path(folder, number, format), image)
-        return
+def _write(folder: str, numbers: Sequence[int], pixels: np.ndarray, format: str) -> None:
     path = _path(folder, numbers[0], format)
-    scratch = path.with_suffix(".tmp")
-    writer = array_record_module.ArrayRecordWriter(str(scratch), "group_size:1")
-    for image in made:
-        encoded = io.BytesIO()
-        image.save(encoded, format="PNG")
-        writer.write(encoded.getvalue())
-    writer.close()
-    os.replace(scratch, path)
+    if format == "png":
+        for number, image in zip(numbers, pixels, strict=True):
+            images.save(_path(folder, number, format), Image.fromarray(image))
+        return
+    with files.appearing(path) as scratch:
+        writer = array_record_module.ArrayRecordWriter(str(scratch), "group_size:1")
+        for image in pixels:
+            encoded = io.BytesIO()
+            Image.fromarray(image).save(encoded, format="PNG")
+            writer.write(encoded.getvalue())
+        writer.close()
 
 
 def plan(config: ConfigDict, topology: str | None = None, hbm_gib: float | None = None) -> None:
@@ -374,18 +416,13 @@ def _slug(prompt: str) -> str:
     return re.sub(r"[\W_]+", "-", prompt.lower()).strip("-")[:40] or "no-prompt"
 
 
-def _frames(model: VQDiffusion, made: Generation, i: int, j: int) -> list:
-    """The picture after every step; what is still masked is grey."""
-    tokens = made.trajectory[:, i, j]
-    num_codes = model.config.autoencoder.num_codes
-    side = config_lib.autoencoder_config(model.config).grid_size
-    hidden = tokens == num_codes
+def _frames(model: VQDiffusion, tokens: np.ndarray) -> list[Image.Image]:
+    """The picture after every step, of tokens [F, N]; what is still masked is grey."""
+    hidden = tokens == model.config.autoencoder.num_codes
+    grid = (config_lib.autoencoder_config(model.config).grid_size,) * 2
     # A masked place is decoded as the code that it gets in the end, so that its neighbours look
     # as they will; then it is covered.
     frames = model.decode_codes(np.where(hidden, tokens[-1], tokens))
-    start = np.full_like(frames[:1], 160)
-    shown = [
-        images.masked(frame, mask.reshape(side, side))
-        for frame, mask in zip(frames, hidden, strict=True)
-    ]
-    return [Image.fromarray(images.enlarge(f)) for f in [*start, *shown]]
+    shown = [images.masked(f, h.reshape(grid)) for f, h in zip(frames, hidden, strict=True)]
+    start = np.full_like(shown[0], 160)
+    return [Image.fromarray(images.enlarge(frame)) for frame in [start, *shown]]
