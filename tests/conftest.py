@@ -65,6 +65,31 @@ def run(start):
     return run
 
 
+@pytest.fixture
+def call(capfd, caplog, monkeypatch, environment):
+    """call('--mode=sample', ...) -> (exit status, output) of the command line in this process."""
+    from absl.testing import flagsaver
+
+    from vqd_jax import main
+
+    monkeypatch.setenv("TFDS_DATA_DIR", environment["TFDS_DATA_DIR"])
+    monkeypatch.chdir(ROOT)
+
+    def call(*flags):
+        argv = ["main.py", *flags]
+        monkeypatch.setattr(sys, "argv", argv)
+        caplog.clear()
+        status = 0
+        with flagsaver.flagsaver(), caplog.at_level("INFO"):
+            try:
+                main.run(main.parse(argv))
+            except SystemExit as end:
+                status = end.code
+        return status, caplog.text + "".join(capfd.readouterr())
+
+    return call
+
+
 @pytest.fixture(scope="session")
 def tiny_run(run, tmp_path_factory):
     """Workdir of a finished run of configs/tiny.py, never interrupted. Not to be changed."""

@@ -12,6 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vqd_jax.interop import convert
+from vqd_jax.pipeline import VQDiffusion
+
 TINY = "--config=configs/tiny.py"
 
 
@@ -36,20 +39,20 @@ def test_a_run_leaves_what_the_readme_promises(tiny_run):
         assert 0 < final[f"{split}/bits_per_token_shuffled"] < 10
 
 
-def test_running_a_finished_run_again_changes_nothing(run, tiny_run, tmp_path):
+def test_running_a_finished_run_again_changes_nothing(call, tiny_run, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(tiny_run, workdir)
     before = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
-    status, output = run(TINY, f"--workdir={workdir}")
+    status, output = call(TINY, f"--workdir={workdir}")
     assert status == 0
     assert "nothing is left to do" in output
     assert before == {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
 
 
-def test_sampling_writes_a_grid_and_single_pictures(run, tiny_run, tmp_path):
+def test_sampling_writes_a_grid_and_single_pictures(call, tiny_run, tmp_path):
     arguments = ("--mode=sample", f"--workdir={tiny_run}", "--num_images=3", "--seed=5")
     prompts = ("--prompt=red heart", "--prompt=")
-    status, output = run(*arguments, *prompts, f"--output={tmp_path}/a", "--animate")
+    status, output = call(*arguments, *prompts, f"--output={tmp_path}/a", "--animate")
     assert status == 0, output
     names = sorted(path.name for path in (tmp_path / "a").iterdir())
     stems = [f"000_red-heart_seed5_{j:02d}" for j in range(3)]
@@ -62,7 +65,7 @@ def test_sampling_writes_a_grid_and_single_pictures(run, tiny_run, tmp_path):
         assert animation.n_frames == 11
 
     # The same seed gives the same pictures, whatever else is asked for; another seed others.
-    status, output = run(*arguments, "--prompt=red heart", f"--output={tmp_path}/b")
+    status, output = call(*arguments, "--prompt=red heart", f"--output={tmp_path}/b")
     assert status == 0, output
     again = np.asarray(Image.open(tmp_path / "b" / "000_red-heart_seed5_01.png"))
     np.testing.assert_array_equal(picture, again)
@@ -70,9 +73,9 @@ def test_sampling_writes_a_grid_and_single_pictures(run, tiny_run, tmp_path):
     assert not np.array_equal(picture, other)
 
 
-def test_a_long_prompt_is_cut_with_a_warning(run, tiny_run, tmp_path):
+def test_a_long_prompt_is_cut_with_a_warning(call, tiny_run, tmp_path):
     long = "a very long prompt " * 30
-    status, output = run(
+    status, output = call(
         "--mode=sample", f"--workdir={tiny_run}", f"--prompt={long}", f"--output={tmp_path}"
     )
     assert status == 0, output
@@ -90,6 +93,7 @@ def test_a_long_prompt_is_cut_with_a_warning(run, tiny_run, tmp_path):
         (["--workdir=W"], "--config is missing"),
         ([TINY, "--workdir=W", "--mode=fly"], "fly"),
         ([TINY, "--workdir=gs://bucket/run"], "--config.training.checkpoints"),
+        (["--mode=sample", "--workdir=W", "--times=0,x"], "--times=0,x"),
         ([TINY, "--workdir=W", "extra"], "unexpected argument 'extra'"),
         ([TINY, "--workdir=W", "--config.data.name=mnist"], "config.data.name='mnist'"),
         ([TINY, "--workdir=W", "--config.data.image_size=18"], "must be a multiple of 4"),
@@ -102,10 +106,10 @@ def test_a_long_prompt_is_cut_with_a_warning(run, tiny_run, tmp_path):
         ([TINY, "--workdir=RUN", "--config.denoiser.width=64"], "denoiser.width: 32 -> 64"),
     ],
 )
-def test_a_mistake_is_named_and_nothing_is_written(run, tiny_run, tmp_path, flags, message):
+def test_a_mistake_is_named_and_nothing_is_written(call, tiny_run, tmp_path, flags, message):
     workdir = tmp_path / "w"
     flags = [f.replace("=W", f"={workdir}").replace("=RUN", f"={tiny_run}") for f in flags]
-    status, output = run(*flags)
+    status, output = call(*flags)
     assert status == 1, output
     last = output.strip().splitlines()[-1]
     assert last.startswith("error: ")
@@ -117,44 +121,44 @@ def test_a_mistake_is_named_and_nothing_is_written(run, tiny_run, tmp_path, flag
     )
 
 
-def test_a_mistake_can_be_put_right_in_the_same_workdir(run, tmp_path):
+def test_a_mistake_can_be_put_right_in_the_same_workdir(call, tmp_path):
     workdir = f"--workdir={tmp_path}/run"
-    status, output = run(TINY, workdir, "--config.autoencoder.batch_size=100000")
+    status, output = call(TINY, workdir, "--config.autoencoder.batch_size=100000")
     assert status == 1
     assert "lower the batch size" in output
-    status, output = run(TINY, workdir, "--config.training.batch_size=5000")
+    status, output = call(TINY, workdir, "--config.training.batch_size=5000")
     assert status == 1
     assert "lower the batch size" in output
-    status, output = run(TINY, workdir, "--config.training.num_steps=1")
+    status, output = call(TINY, workdir, "--config.training.num_steps=1")
     assert status == 0, output
 
 
-def test_damage_to_a_workdir_is_named(run, tiny_run, tmp_path):
+def test_damage_to_a_workdir_is_named(call, tiny_run, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(tiny_run, workdir)
     sample = ("--mode=sample", f"--workdir={workdir}", "--prompt=x")
     for path in (workdir / "checkpoints").rglob("*"):
         if path.is_file() and "state" in path.parts:
             path.write_bytes(path.read_bytes()[:-20])
-    status, output = run(*sample)
+    status, output = call(*sample)
     assert status == 1
     assert f"no checkpoint in {workdir}/checkpoints can be read" in output
     assert "Traceback" not in output
     model = workdir / "autoencoder" / "model" / "model.safetensors"
     model.write_bytes(model.read_bytes()[:1000])
-    status, output = run(*sample)
+    status, output = call(*sample)
     assert status == 1
     assert "model.safetensors is cut short" in output
     (workdir / "config.json").write_text("{")
-    status, output = run(*sample)
+    status, output = call(*sample)
     assert status == 1
     assert f"{workdir}/config.json is not JSON" in output
     assert "Traceback" not in output
 
 
-def test_a_workdir_that_cannot_be_made_is_named(run, tmp_path):
+def test_a_workdir_that_cannot_be_made_is_named(call, tmp_path):
     (tmp_path / "file").write_text("in the way")
-    status, output = run(TINY, f"--workdir={tmp_path}/file/run")
+    status, output = call(TINY, f"--workdir={tmp_path}/file/run")
     assert status == 1
     assert f"{tmp_path}/file/run" in output
     assert "Traceback" not in output
@@ -205,10 +209,10 @@ def test_two_runs_do_not_share_a_workdir(start, run, tmp_path):
 GOLDEN = "tests/golden"
 
 
-def test_a_published_file_is_converted_sampled_and_given_back(run, tmp_path):
+def test_a_published_file_is_converted_sampled_and_given_back(call, tmp_path):
     model = tmp_path / "model"
     convert = ("--mode=convert", f"--target={model}")
-    status, output = run(*convert, f"--source={GOLDEN}/diffusers_pipeline")
+    status, output = call(*convert, f"--source={GOLDEN}/diffusers_pipeline")
     assert status == 0, output
     # A line a part: what, how large, from where.
     (line,) = [x for x in output.splitlines() if "denoiser" in x]
@@ -216,20 +220,20 @@ def test_a_published_file_is_converted_sampled_and_given_back(run, tmp_path):
     assert "tests/golden/diffusers_pipeline/transformer" in line
     pictures = f"--output={tmp_path}/pictures"
     sample = ("--mode=sample", f"--model={model}", "--prompt=the red boat", pictures)
-    status, output = run(*sample, "--num_images=2", "--num_steps=3", "--rule=purity")
+    status, output = call(*sample, "--num_images=2", "--num_steps=3", "--rule=purity")
     assert status == 0, output
     with Image.open(tmp_path / "pictures" / "000_the-red-boat_seed0_01.png") as picture:
         assert picture.size == (8, 8)
     image = f"--image={tmp_path}/pictures/000_the-red-boat_seed0_01.png"
-    status, output = run(*sample, image, f"--mask={tmp_path}/none.png")
+    status, output = call(*sample, image, f"--mask={tmp_path}/none.png")
     assert status == 1
     assert f"{tmp_path}/none.png cannot be read as a picture" in output
-    status, output = run(*sample, image, "--strength=0.5", "--seed=1", "--num_images=1")
+    status, output = call(*sample, image, "--strength=0.5", "--seed=1", "--num_images=1")
     assert status == 0, output
     assert (tmp_path / "pictures" / "grid_seed1.png").exists()
-    status, output = run("--mode=export", f"--model={model}", f"--target={tmp_path}/back")
+    status, output = call("--mode=export", f"--model={model}", f"--target={tmp_path}/back")
     assert status == 0, output
-    status, output = run(
+    status, output = call(
         "--mode=convert", f"--source={tmp_path}/back", f"--target={tmp_path}/again"
     )
     assert status == 0, output
@@ -237,7 +241,74 @@ def test_a_published_file_is_converted_sampled_and_given_back(run, tmp_path):
     assert weights[0] == weights[1]
 
 
-def test_a_hostile_file_is_refused_by_name(run, tmp_path):
+@pytest.fixture(scope="module")
+def golden_model(tmp_path_factory):
+    target = str(tmp_path_factory.mktemp("golden") / "model")
+    convert.convert(f"{GOLDEN}/diffusers_pipeline", target)
+    return target
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        {"times": (0, 2, 4), "guidance_scale": (1.0, 5.0), "rule": "purity", "truncation": 0.8},
+        {
+            "num_steps": 3, "guidance_scale": 9.0, "guidance_ramp": True, "top_k": 9,
+            "temperature": 2.0, "negative_prompt": "a boat",
+        },
+        {"published_fast": 2, "guidance_scale": 9.0, "guidance_interval": (0.2, 0.8)},
+        {"num_steps": 2, "start": "schedule", "guidance_scale": 1.0},
+    ],
+)  # fmt: skip
+def test_the_flags_of_sampling_are_the_words_of_generate(call, golden_model, tmp_path, words):
+    flags = [
+        f"--{name}={','.join(map(str, value)) if isinstance(value, tuple) else value}"
+        for name, value in words.items()
+    ]
+    output = f"--output={tmp_path}"
+    prompt = ("--prompt=the red boat", "--num_images=1")
+    status, said = call("--mode=sample", f"--model={golden_model}", *prompt, output, *flags)
+    assert status == 0, said
+    made = VQDiffusion.from_pretrained(golden_model).generate(["the red boat"], **words)
+    with Image.open(tmp_path / "000_the-red-boat_seed0_00.png") as picture:
+        np.testing.assert_array_equal(np.asarray(picture), made.pixels[0, 0])
+
+
+def test_a_picture_is_painted_from_a_file(call, golden_model, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3)).astype(np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "image.png")
+    mask = np.zeros((8, 8), np.uint8)
+    mask[:4] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    flags = ("--mode=sample", f"--model={golden_model}", "--prompt=a boat", "--num_images=1")
+    begun = (f"--image={tmp_path}/image.png", f"--mask={tmp_path}/mask.png", "--strength=0.5")
+    status, said = call(*flags, *begun, "--animate", "--predictions", f"--output={tmp_path}/out")
+    assert status == 0, said
+    model = VQDiffusion.from_pretrained(golden_model)
+    made = model.inpaint(pixels, mask, "a boat", strength=0.5, trajectory=True)
+    stem = tmp_path / "out" / "000_a-boat_seed0_00"
+    with Image.open(f"{stem}.png") as picture:
+        np.testing.assert_array_equal(np.asarray(picture), made.pixels[0, 0])
+    for ending in (".gif", "_predictions.gif"):
+        with Image.open(f"{stem}{ending}") as animation:
+            # Frames that are equal are stored as one.
+            assert 1 < animation.n_frames <= 1 + len(made.trajectory)
+    for missing in ("--mask=mask.png", "--strength=0.5"):
+        status, said = call(*flags, missing, f"--output={tmp_path}/none")
+        assert status == 1
+        assert f"{missing.partition('=')[0]} needs the picture that it belongs to" in said
+
+
+def test_a_run_becomes_a_model_folder(call, tiny_run, tmp_path):
+    target = tmp_path / "model"
+    flags = ("--mode=export", f"--workdir={tiny_run}", f"--target={target}", "--format=vqd_jax")
+    status, output = call(*flags)
+    assert status == 0, output
+    run, folder = (VQDiffusion.from_pretrained(str(x)) for x in (tiny_run, target))
+    assert run.fingerprint() == folder.fingerprint()
+
+
+def test_a_hostile_file_is_refused_by_name(call, tmp_path):
     class Payload:
         def __reduce__(self):
             return os.system, ("touch " + str(tmp_path / "executed"),)
@@ -245,7 +316,7 @@ def test_a_hostile_file_is_refused_by_name(run, tmp_path):
     with zipfile.ZipFile(tmp_path / "evil.pth", "w") as archive:
         archive.writestr("archive/data.pkl", pickle.dumps({"model": Payload()}, protocol=2))
     source, target = f"--source={tmp_path}/evil.pth", f"--target={tmp_path}/model"
-    status, output = run("--mode=convert", source, target)
+    status, output = call("--mode=convert", source, target)
     assert status == 1
     assert "posix.system, which could run code" in output
     assert "Traceback" not in output

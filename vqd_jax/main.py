@@ -25,19 +25,58 @@ _PROMPT = flags.DEFINE_multi_string("prompt", None, "sample: a text; may be give
 _PROMPTS = flags.DEFINE_string("prompts", None, "sample: file with a prompt a line, for many.")
 _IMAGES = flags.DEFINE_enum("images", "png", ["png", "array_record"], "sample --prompts: files.")
 _OUTPUT = flags.DEFINE_string("output", None, "sample: folder of the pictures; MODEL/samples.")
+
+
+class _Numbers(flags.ArgumentParser):
+    """Numbers with commas between them."""
+
+    def __init__(self, kind: type):
+        super().__init__()
+        self._kind = kind
+
+    def parse(self, argument):
+        return tuple(self._kind(number) for number in argument.split(","))
+
+    def flag_type(self) -> str:
+        return "comma-separated numbers"
+
+
+def _define_numbers(kind: type, name: str, text: str) -> flags.FlagHolder:
+    return flags.DEFINE(_Numbers(kind), name, None, text)
+
+
 _SAMPLING = [
     flags.DEFINE_integer("num_images", None, "sample: of every prompt, 4; with --prompts in all."),
     flags.DEFINE_integer("seed", 0, "sample: decides the pictures."),
     flags.DEFINE_integer("num_steps", None, "sample: network calls; the config's if unset."),
-    flags.DEFINE_float("guidance_scale", None, "sample: 1 is none; the config's if unset."),
-    flags.DEFINE_float("truncation", None, "sample: 1 is none; the config's if unset."),
+    _define_numbers(int, "times", "sample: 0,...,T, the times to stop at, instead of --num_steps."),
+    flags.DEFINE_integer(
+        "published_fast", None, "sample: speed of the published fast inference, 2 or more."
+    ),
     flags.DEFINE_string("rule", None, "sample: ordinary, high_quality, purity, confidence, ..."),
+    _define_numbers(
+        float, "guidance_scale", "sample: 1 is none, several are one a step; the config's if unset."
+    ),
+    flags.DEFINE_bool("guidance_ramp", False, "sample: guidance rises evenly from 1."),
+    _define_numbers(
+        float, "guidance_interval", "sample: 0.2,0.8 guides from 20 % to 80 % of the steps."
+    ),
+    flags.DEFINE_string("negative_prompt", None, "sample: a text that guidance leads away from."),
+    flags.DEFINE_float("truncation", None, "sample: 1 is none; the config's if unset."),
+    flags.DEFINE_integer("top_k", None, "sample: draw from so many of the likeliest codes."),
+    flags.DEFINE_float("temperature", None, "sample: below 1 likely codes become likelier."),
+    flags.DEFINE_enum(
+        "start", None, ["masked", "schedule"], "sample: tokens to begin from; the rule's if unset."
+    ),
 ]
 _PICTURES = [
     flags.DEFINE_bool("animate", False, "sample: write the denoising as animations too."),
+    flags.DEFINE_bool("predictions", False, "sample: animate what each step expects to see."),
     flags.DEFINE_string("image", None, "sample: a picture to begin from."),
     flags.DEFINE_string("mask", None, "sample: white where to paint in --image; the rest stays."),
-    flags.DEFINE_float("strength", 0.5, "sample: share of noise put on an --image without a mask."),
+    flags.DEFINE_float(
+        "strength", None, "sample: share of noise on --image; 0.5, or with --mask all."
+    ),
 ]
 _TARGET = flags.DEFINE_string("target", None, "convert, export: what to write.")
 _FORMAT = flags.DEFINE_enum(
@@ -133,7 +172,8 @@ def _values(holders: list[flags.FlagHolder]) -> dict[str, object]:
     return {flag.name: flag.value for flag in holders}
 
 
-def _parse(argv: list[str]) -> list[str]:
+def parse(argv: list[str]) -> list[str]:
+    """The flags of a command line, read; ends the program if there is a mistake in them."""
     try:
         return FLAGS(argv)
     except (flags.Error, OSError, KeyError, AttributeError, TypeError, ValueError) as error:
@@ -144,7 +184,8 @@ def _parse(argv: list[str]) -> list[str]:
         console.fail(f"{text} (see --help, and vqd_jax/config.py for the fields)")
 
 
-def _guarded(argv: list[str]) -> None:
+def run(argv: list[str]) -> None:
+    """``main``, with the mistakes of a user told in one line."""
     try:
         main(argv)
     except (UserError, OSError) as error:
@@ -156,4 +197,4 @@ def _guarded(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     console.quiet()
-    app.run(_guarded, flags_parser=_parse)
+    app.run(run, flags_parser=parse)

@@ -51,6 +51,7 @@ def test_guidance_may_change_from_step_to_step():
     np.testing.assert_array_equal(some.guidance, [1, 4, 4, 1])
     every = chosen(guidance_scale=range(10))
     np.testing.assert_array_equal(every.guidance, np.arange(10, dtype=np.float32))
+    assert chosen(guidance_scale=(3.0,)).guidance == jnp.float32(3.0)
     assert chosen(guidance_scale=1, guidance_ramp=True).guidance is None
 
 
@@ -82,6 +83,7 @@ def test_a_rule_has_a_name_or_is_given():
         ({"guidance_scale": [1, 2]}, "there are 10 steps"),
         ({"guidance_scale": 3, "guidance_interval": (0.8, 0.2)}, "^guidance_interval"),
         ({"guidance_scale": 3, "guidance_interval": (0, 1), "guidance_ramp": True}, "^guidance"),
+        ({"guidance_scale": 3, "guidance_interval": (0.5,)}, "^guidance_interval"),
         ({"truncation": 0.0}, "^truncation=0.0"),
         ({"strength": 0}, "^strength=0: must lie above 0"),
     ],

@@ -115,6 +115,8 @@ def _rule(rule: str | Callable, grid: tuple[int, int]) -> Callable:
 
 def _scales(scale, ramp: bool, interval, num_steps: int):
     """The guidance of ``sampler.Settings``: None, float32 [] or float32 [S]."""
+    if np.size(scale) == 1:
+        scale = np.ravel(scale)[0].item()
     low = np.min(scale)
     _require(0 <= low <= np.max(scale) < math.inf, f"guidance_scale={scale}: must be at least 0")
     if np.ndim(scale):
@@ -128,11 +130,9 @@ def _scales(scale, ramp: bool, interval, num_steps: int):
         return shaping.ramp(scale, num_steps)
     if interval is None:
         return jnp.float32(scale)
-    first, last = interval
-    _require(
-        0 <= first < last <= 1, f"guidance_interval={interval}: must be two shares, the first less"
-    )
-    return shaping.interval(scale, num_steps, first, last)
+    reason = f"guidance_interval={interval}: must be two shares, the first less than the last"
+    _require(len(interval) == 2 and 0 <= interval[0] < interval[1] <= 1, reason)
+    return shaping.interval(scale, num_steps, *interval)
 
 
 def _require(condition: bool, message: str) -> None:
