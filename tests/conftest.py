@@ -79,12 +79,17 @@ def call(capfd, caplog, monkeypatch, environment):
         argv = ["main.py", *flags]
         monkeypatch.setattr(sys, "argv", argv)
         caplog.clear()
-        status = 0
-        with flagsaver.flagsaver(), caplog.at_level("INFO"):
-            try:
+        status, before = 0, flagsaver.save_flag_values()
+        try:
+            with caplog.at_level("INFO"):
                 main.run(main.parse(argv))
-            except SystemExit as end:
-                status = end.code
+        except SystemExit as end:
+            status = end.code
+        finally:
+            # Flags of libraries that were imported meanwhile stay; those of the config must not.
+            after = flagsaver.save_flag_values()
+            libraries = {n: flag for n, flag in after.items() if not n.startswith("config.")}
+            flagsaver.restore_flag_values(libraries | before)
         return status, caplog.text + "".join(capfd.readouterr())
 
     return call

@@ -139,11 +139,11 @@ def test_a_file_of_prompts(tmp_path):
         modes.read_prompts(str(path))
 
 
-def test_four_devices_make_the_same_pictures(run, tiny_run, tmp_path):
+def test_four_devices_make_the_same_pictures(run, call, tiny_run, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("\n".join(PROMPTS))
     flags = ("--mode=sample", f"--workdir={tiny_run}", f"--prompts={prompts}", "--num_images=6")
-    status, output = run(*flags, "--seed=3", f"--output={tmp_path}/one")
+    status, output = call(*flags, "--seed=3", f"--output={tmp_path}/one")
     assert status == 0, output
     # Two copies of a model of which each layer is on two devices.
     several = ("--config=configs/tiny.py", "--config.mesh.tensor=2", f"--output={tmp_path}/four")
