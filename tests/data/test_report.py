@@ -110,7 +110,7 @@ def test_the_page_counts_what_is_there(source):
         "- records: 16 (all read)",
         "- bad records in the prepared set: 2 (12.50%)",
         "  - record 12: ValueError: not an image of a known format",
-        "  - record 15: ValueError: empty caption",
+        "  - record 15: ValueError: record: empty caption",
         "- width: 8 to 30, median 19 pixels",
         "- height: 8 to 20, median 8 pixels",
         "- colour modes: RGB 13, L 1",

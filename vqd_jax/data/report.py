@@ -1,11 +1,12 @@
-"""What there is to see in a data set: a contact sheet of the training stream, and a page of counts.
+"""What a data set looks like: a contact sheet of the training stream, and a page of statistics.
 
 Letters: S image side, L text tokens.
 """
 
-import collections
+import dataclasses
 import hashlib
 import textwrap
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -15,13 +16,14 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from vqd_jax.data import images
+from vqd_jax.data.bad_records import CheckedReader
 from vqd_jax.data.batches import Crop, choose, code_dataset
 from vqd_jax.data.codes import CodesSource
 from vqd_jax.data.encode import Codec, Content
 from vqd_jax.data.order import shuffled
 
 _TEXT_LINES = 3
-# Shown of a list of findings; all of them are counted.
+# Findings that are listed; the rest are only counted.
 _EXAMPLES = 10
 
 
@@ -32,7 +34,7 @@ class Sample(NamedTuple):
       record: its number in the data set.
       crop: uint8 [S, S, 3].
       reconstruction: from its codes, uint8 [S, S, 3]; None without an autoencoder.
-      text: the caption as the tokenizer keeps it, or the label; '' where it is emptied.
+      text: the caption as the tokenizer keeps it, or the label; '' if it was emptied.
     """
 
     record: int
@@ -52,15 +54,14 @@ def cached_samples(
     seed: int,
     null_text_rate: float,
 ) -> list[Sample]:
-    """The first records of the stream that a cache gives to training.
+    """The first records that training reads from a cache.
 
     Args:
       cache: of the train split.
       source: the records that were encoded.
       codec: the autoencoder that made the cache.
-      crop: of the cache.
-      content: of the cache.
-      count: records.
+      crop, content: with which the cache was made.
+      count: number of records.
       seed, null_text_rate: of the training.
     """
     count = min(count, len(cache))
@@ -91,22 +92,20 @@ def source_samples(
     seed: int,
     null_text_rate: float,
 ) -> list[Sample]:
-    """As ``cached_samples`` before there is a cache; records that cannot be read are left out.
+    """As ``cached_samples``, before there is a cache. Records that cannot be read are left out.
 
-    Without bad records it is the same stream: a cache leaves those out before it is shuffled.
+    Without bad records the two give the same; a cache leaves those out before it is shuffled.
     """
     places = shuffled([len(source)], seed)
     elements = np.array([places[place] for place in range(min(count, len(source)))])
     choice = choose(elements, [source], seed, null_text_rate)
-    samples = []
+    read, samples = CheckedReader(source, 1.0, needs_captions=False), []
     for i, row in enumerate(choice.rows.tolist()):
-        try:
-            record = source[row]
-            pixels = crop(record, seed, row * num_crops + int(choice.crop[i] * num_crops))
-        except Exception:  # The page of statistics names it.
-            continue
-        text = "" if choice.null[i] else _text(record, choice.caption[i], content)
-        samples.append(Sample(row, pixels, None, text))
+        key = row * num_crops + int(choice.crop[i] * num_crops)
+        made = read(row, lambda record, key=key: (record, crop(record, seed, key)))
+        if made is not None:
+            text = "" if choice.null[i] else _text(made[0], choice.caption[i], content)
+            samples.append(Sample(row, made[1], None, text))
     if codec is None or not samples:
         return samples
     crops = np.stack([sample.crop for sample in samples])
@@ -126,11 +125,11 @@ def _label_text(label: int, content: Content) -> str:
 
 
 def contact_sheet(samples: Sequence[Sample], columns: int = 4) -> Image.Image:
-    """Crops, each with its reconstruction on the right and its text below.
+    """The crops, each with its reconstruction on the right and its text below.
 
     Args:
-      samples: at least one; all of the same S.
-      columns: samples side by side.
+      samples: at least one, all of the same S.
+      columns: number of samples side by side.
     """
     cells = [_cell(sample) for sample in samples]
     return images.tiled([cells[i : i + columns] for i in range(0, len(cells), columns)])
@@ -150,33 +149,34 @@ def _cell(sample: Sample) -> Image.Image:
     return cell
 
 
-class Statistics(NamedTuple):
-    """Counts of a split.
+@dataclasses.dataclass
+class Statistics:
+    """What was found in a split.
 
     Attributes:
       num_records: records of the split.
       inspected: records that were read.
-      bad: record -> why it cannot be read.
-      widths, heights: of the images, pixels.
-      modes: stored colour modes.
-      captions: captions of each record.
-      caption_ids: ids of each caption before any cut.
-      labels: records of each class.
-      images: hash of an image -> records.
-      texts: cleaned caption -> records.
+      bad: {record: why it is bad}.
+      widths, heights: of the images, in pixels.
+      modes: numbers of the stored colour modes.
+      captions: number of captions of each record.
+      caption_ids: number of ids of each caption, before it is cut.
+      labels: number of records of each class.
+      images: {hash of an image: its records}.
+      texts: {cleaned caption: its records}.
     """
 
     num_records: int
     inspected: int
-    bad: dict[int, str]
-    widths: list[int]
-    heights: list[int]
-    modes: collections.Counter
-    captions: list[int]
-    caption_ids: list[int]
-    labels: collections.Counter
-    images: dict[bytes, list[int]]
-    texts: dict[str, list[int]]
+    bad: dict[int, str] = dataclasses.field(default_factory=dict)
+    widths: list[int] = dataclasses.field(default_factory=list)
+    heights: list[int] = dataclasses.field(default_factory=list)
+    modes: Counter = dataclasses.field(default_factory=Counter)
+    captions: list[int] = dataclasses.field(default_factory=list)
+    caption_ids: list[int] = dataclasses.field(default_factory=list)
+    labels: Counter = dataclasses.field(default_factory=Counter)
+    images: dict[bytes, list[int]] = dataclasses.field(default_factory=lambda: defaultdict(list))
+    texts: dict[str, list[int]] = dataclasses.field(default_factory=lambda: defaultdict(list))
 
 
 def statistics(
@@ -187,58 +187,50 @@ def statistics(
     max_records: int = 20_000,
     num_threads: int = 4,
 ) -> Statistics:
-    """Reads a split, or so many records spread evenly over it, decoding every image.
+    """Reads the records of a split, or of some that are spread evenly over it, and their images.
 
     Args:
       source: random-access records with the bytes of their ``image``.
       content: its tokenizer measures captions.
       description: of the progress bar.
-      max_records: records that are read.
+      max_records: how many records are read at most.
       num_threads: threads that read and decode.
+
+    Raises:
+      OSError: the system cannot read a record.
     """
     count = min(max_records, len(source))
     rows = np.arange(count) * len(source) // max(count, 1)
-    found = Statistics(
-        len(source), count, {}, [], [], collections.Counter(), [], [], collections.Counter(),
-        collections.defaultdict(list), collections.defaultdict(list),
-    )  # fmt: skip
-    look = lambda row: (int(row), *_look(source, int(row), content))  # noqa: E731
-    stream = grain.MapDataset.source(rows).map(look)
+    found = Statistics(len(source), count)
+    read = CheckedReader(source, 1.0, needs_captions=content.tokenizer is not None)
+
+    def facts(row):
+        return read(int(row), lambda record: (int(row), _facts(record, content)))
+
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=64)
-    bar = tqdm(total=count, desc=description, unit="image", mininterval=1)
-    with bar:
-        for row, facts, problem in stream.to_iter_dataset(options):
-            bar.update()
-            if problem:
-                found.bad[row] = problem
-            else:
-                _add(found, row, facts)
+    stream = grain.MapDataset.source(rows).map(facts).to_iter_dataset(options, allow_nones=True)
+    for known in tqdm(stream, description, total=count, unit="image", mininterval=1):
+        if known is not None:
+            _add(found, *known)
+    found.bad = dict(sorted(read.bad.items()))
     return found
 
 
-def _look(source: Sequence[dict], row: int, content: Content) -> tuple[dict, str]:
-    try:
-        record = source[row]
-        data = record["image"]
-        height, width, _ = images.decode(data).shape
-        captions = list(record.get("captions", ()))
-        if content.tokenizer is not None and not (captions and all(c.strip() for c in captions)):
-            raise ValueError("empty caption")
-        tokenizer = content.tokenizer
-        return {
-            "size": (width, height),
-            "mode": images.colour_mode(data),
-            "captions": captions,
-            "ids": [tokenizer.num_ids(c) for c in captions] if tokenizer else [],
-            "label": record.get("label"),
-            "hash": hashlib.sha256(data).digest()[:16],
-        }, ""
-    except Exception as error:
-        return {}, f"{type(error).__name__}: {error}"
+def _facts(record: dict, content: Content) -> dict:
+    data, tokenizer = record["image"], content.tokenizer
+    captions = list(record.get("captions", ()))
+    return {
+        "shape": images.decode(data).shape,
+        "mode": images.colour_mode(data),
+        "captions": captions,
+        "ids": [tokenizer.num_ids(c) for c in captions] if tokenizer else [],
+        "label": record.get("label"),
+        "hash": hashlib.sha256(data).digest()[:16],
+    }
 
 
 def _add(found: Statistics, row: int, facts: dict) -> None:
-    width, height = facts["size"]
+    height, width, _ = facts["shape"]
     found.widths.append(width)
     found.heights.append(height)
     found.modes[facts["mode"]] += 1
@@ -247,18 +239,18 @@ def _add(found: Statistics, row: int, facts: dict) -> None:
     if facts["label"] is not None:
         found.labels[int(facts["label"])] += 1
     found.images[facts["hash"]].append(row)
-    # A record that says the same twice is no duplicate of another one.
+    # A record that says the same thing twice is no duplicate of another record.
     for text in {" ".join(caption.lower().split()) for caption in facts["captions"]}:
         found.texts[text].append(row)
 
 
 def page(title: str, splits: Mapping[str, Statistics], content: Content) -> str:
-    """The counts as Markdown.
+    """The statistics as Markdown.
 
     Args:
-      title: heading.
-      splits: name -> what ``statistics`` found.
-      content: as given to ``statistics``.
+      title: heading of the page.
+      splits: {name: what ``statistics`` found}.
+      content: that ``statistics`` was given.
     """
     lines = [f"# {title}", ""]
     for name, found in splits.items():
@@ -279,7 +271,7 @@ def _split_lines(found: Statistics, content: Content) -> Iterator[str]:
     yield f"- width: {_spread(found.widths)} pixels"
     yield f"- height: {_spread(found.heights)} pixels"
     ratios = [f"{w / h:.2f}" for w, h in zip(found.widths, found.heights, strict=True)]
-    common = collections.Counter(ratios).most_common(3)
+    common = Counter(ratios).most_common(3)
     yield "- width / height: " + ", ".join(f"{r} ({_share(n, len(ratios))})" for r, n in common)
     yield "- colour modes: " + ", ".join(f"{m} {n:,}" for m, n in found.modes.most_common())
     if found.labels:
