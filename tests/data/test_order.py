@@ -14,7 +14,9 @@ def take(iterator, count):
 
 
 def batches(places, count, batch_size, process=(0, 1)):
-    make = lambda local: local.batch(batch_size, batch_fn=np.array).to_iter_dataset()  # noqa: E731
+    def make(local):
+        return local.batch(batch_size, batch_fn=np.array).to_iter_dataset()
+
     return order.Batches(places, make, count, batch_size, *process)
 
 
@@ -86,7 +88,7 @@ def put(iterator):
 def test_batches_on_device_are_the_batches_and_count_what_was_handed_out():
     places = order.shuffled([50], 1)
     expected = take(iter(batches(places, 50, 10)), 9)
-    there = iter(order.Ahead(batches(places, 50, 10), put, ahead=3))
+    there = order.Ahead(iter(batches(places, 50, 10)), put, ahead=3)
     first = take(there, 4)
     assert all(isinstance(batch, jax.Array) for batch in first)
     state = there.get_state()
@@ -97,5 +99,5 @@ def test_batches_on_device_are_the_batches_and_count_what_was_handed_out():
 
 
 def test_a_single_pass_on_device_ends():
-    made = list(order.Ahead(batches(grain.MapDataset.range(10), 10, 5), put, ahead=4))
+    made = list(order.Ahead(iter(batches(grain.MapDataset.range(10), 10, 5)), put, ahead=4))
     assert np.array(made).tolist() == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]]

@@ -1,11 +1,12 @@
-"""The order of the records, the same on any number of processes, and a place in it.
+"""The order of the records, which is the same on any number of processes, and a place in it.
 
 Letters: B batch (of this process), P processes.
 
 Every epoch is shuffled anew, the epochs follow each other without a gap, and several sets are mixed
-by weight. The places of this endless order are numbered; batch b of process p has the places
-``(b P + p) B ... (b P + p + 1) B - 1``, so that a step sees the same records, in the same order, on
-any number of processes. What a checkpoint keeps is one number: records consumed by all processes.
+by weight. The places of this endless order are numbered. Batch b of process p has the places
+``(b P + p) B ... (b P + p + 1) B - 1``. A step therefore sees the same records, in the same order,
+on any number of processes, and a checkpoint keeps one number: the records that all processes have
+consumed.
 """
 
 import collections
@@ -23,8 +24,8 @@ from vqd_jax.errors import UserError
 def uniforms(seed: int | Sequence[int], keys: np.ndarray, count: int = 2) -> np.ndarray:
     """Numbers in [0, 1) that are a function of (seed, key): SplitMix64.
 
-    A counter-based generator for whole batches: numpy's own would be seeded record by record, which
-    costs more than everything else in the chain.
+    This generator counts instead of being seeded: seeding NumPy's own for each record would cost
+    more than everything else in the chain.
 
     Args:
       seed: non-negative; another sequence of integers is another stream.
@@ -64,7 +65,7 @@ def shuffled(
       ``split_keys`` takes apart.
 
     Raises:
-      UserError: weights that are not one positive number a set, or an empty set.
+      UserError: the weights are not one positive number for each set, or a set is empty.
     """
     weights = list(counts if weights is None else weights)
     if len(weights) != len(counts) or not all(0 < w < np.inf for w in weights):
@@ -78,23 +79,26 @@ def shuffled(
 def _epochs(count: int, index: int, num_sets: int, seed: int) -> grain.MapDataset:
     # Grain shuffles epoch e by seed + e, so sets need seeds that are far apart.
     own_seed = int(np.random.SeedSequence((seed, index)).generate_state(1)[0]) if index else seed
-    # The index, unlike the element, goes on counting in later epochs.
-    element = lambda place, _: place * num_sets + index  # noqa: E731
+
+    def element(place, _):
+        # The place, unlike the element that stands there, goes on counting in later epochs.
+        return place * num_sets + index
+
     return grain.MapDataset.range(count).map_with_index(element).seed(own_seed).shuffle().repeat()
 
 
 def split_keys(elements: np.ndarray, num_sets: int) -> tuple[np.ndarray, np.ndarray]:
-    """Elements of ``shuffled`` -> (sets [B], keys [B])."""
+    """Elements of ``shuffled``, integers [B] -> sets [B] and keys [B]."""
     keys, sets = np.divmod(elements, num_sets)
     return sets, keys
 
 
 class Batches(grain.IterDataset):
-    """Batches of an order of places, resumable at the exact record on any number of processes.
+    """The batches of one process, which go on at the exact record on any number of processes.
 
     Args:
-      places: random-access elements, one a place.
-      make: elements of one process -> its batches, B elements each, in order.
+      places: random-access elements; each has a place.
+      make: elements of this process -> its batches, B elements each, in order.
       num_records: different records in the order.
       batch_size: B.
       process_index, process_count: p and P; None asks JAX.
@@ -126,14 +130,14 @@ class Batches(grain.IterDataset):
 
     @property
     def global_batch_size(self) -> int:
-        """Records that a step of all processes consumes."""
+        """Records that one step of all processes consumes."""
         return self.batch_size * self.process_count
 
     def __iter__(self) -> "BatchIterator":
         return BatchIterator(self)
 
     def iterate_from(self, place: int) -> grain.DatasetIterator:
-        """The batches of this process, the first global one of which begins at ``place``."""
+        """The batches of this process from the step on that begins at ``place``."""
         size, stride = self.batch_size, self.global_batch_size
         first = place + self.process_index * size
         # All processes have the same number of batches, or the last step would hang.
@@ -146,7 +150,7 @@ class Batches(grain.IterDataset):
 
 
 class BatchIterator(grain.DatasetIterator):
-    """Iterator of ``Batches``; its state is ``{'records': consumed by all processes}``."""
+    """Iterator of ``Batches``; its state is ``{'records': those that all processes consumed}``."""
 
     def __init__(self, batches: Batches):
         super().__init__()
@@ -170,49 +174,35 @@ class BatchIterator(grain.DatasetIterator):
         self._inner = None
 
 
-class Ahead(grain.IterDataset):
-    """Batches that are on the devices, or on their way, before they are asked for.
+class Ahead(grain.DatasetIterator):
+    """Batches that are on the devices, or on their way there, before they are asked for.
+
+    Its state is that of the batches that were handed out, not of those that wait.
 
     Args:
-      batches: host batches; any data set whose iterators have ``get_state`` and ``set_state``.
-      fetch: takes a batch, or several, from an iterator and begins their transfer.
+      batches: iterates over host batches, such as those of ``Batches``.
+      fetch: takes one batch, or several, from the iterator and begins their transfer.
       ahead: results that wait while one is used.
     """
 
     def __init__(
         self,
-        batches: grain.IterDataset,
+        batches: grain.DatasetIterator,
         fetch: Callable[[grain.DatasetIterator], Any],
         ahead: int = 2,
     ):
         super().__init__()
         self._batches, self._fetch, self._ahead = batches, fetch, ahead
-
-    def __iter__(self) -> "AheadIterator":
-        return AheadIterator(iter(self._batches), self._fetch, self._ahead)
-
-
-class AheadIterator(grain.DatasetIterator):
-    """Iterator of ``Ahead``; its state is that of what was handed out, not of what was fetched."""
-
-    def __init__(
-        self,
-        inner: grain.DatasetIterator,
-        fetch: Callable[[grain.DatasetIterator], Any],
-        ahead: int,
-    ):
-        super().__init__()
-        self._inner, self._fetch, self._ahead = inner, fetch, ahead
         self._waiting = collections.deque()
-        self._state = inner.get_state()
+        self._state = batches.get_state()
 
     def __next__(self) -> Any:
         while len(self._waiting) <= self._ahead:
             try:
-                batch = self._fetch(self._inner)
+                batch = self._fetch(self._batches)
             except StopIteration:
                 break
-            self._waiting.append((batch, self._inner.get_state()))
+            self._waiting.append((batch, self._batches.get_state()))
         if not self._waiting:
             raise StopIteration
         batch, self._state = self._waiting.popleft()
@@ -224,6 +214,6 @@ class AheadIterator(grain.DatasetIterator):
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Goes to a place; what was on its way is dropped."""
-        self._inner.set_state(state)
+        self._batches.set_state(state)
         self._waiting.clear()
         self._state = state

@@ -127,7 +127,7 @@ def fit(task: Task, schedule: Schedule, place: Place) -> Any:
         # Whatever ends the run, a write that has begun is completed.
         stack.callback(saved.close)
         fetch = functools.partial(_next_batches, mesh=place.mesh, count=schedule.steps_per_call)
-        iterator = iter(order.Ahead(task.batches, fetch))
+        iterator = order.Ahead(iter(task.batches), fetch)
         if saved.latest_step is None:
             state = task.begin(task_lib.init_state(task, place.mesh))
         else:
