@@ -1,16 +1,14 @@
-"""COCO 2014 with captions, from the publisher's directories or zips, or from a prepared
-`coco_captions` of TFDS."""
+"""COCO 2014 with captions: the publisher's folders or zips, or TFDS's prepared `coco_captions`."""
 
-import itertools
 import json
 import re
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 from array_record.python import array_record_module
 from tensorflow_datasets.proto import tf_example_pb2
 
-from vqd_jax.data.sets.file_set import Bad, FileSet, Item, Record, clean, read_item
+from vqd_jax.data.sets.file_set import FileSet, Item, Record, clean
 from vqd_jax.data.sets.tree import Tree
 from vqd_jax.errors import UserError
 
@@ -31,7 +29,6 @@ class CocoText(FileSet):
 
     @classmethod
     def facts(cls, tree: Tree, config: str) -> dict[str, str]:
-        del config
         if shards := _shards(tree):
             return {"coco_captions": tree.listing_fact(shards, sizes=True)}
         facts = {}
@@ -45,14 +42,16 @@ class CocoText(FileSet):
     def items(self) -> dict[str, Sequence[Item | str]]:
         shards = _shards(self._tree)
         if shards:
-            # Karpathy and Li cut the publisher's validation images in three.
+            # `coco_captions` has the publisher's validation images in three splits.
             train = [s for s in shards if _SHARD.search(s)[1] == "train"]
             return {"train": train, "validation": [s for s in shards if s not in train]}
         return {split: _read_phase(self._tree, phase) for split, phase in _PHASES.items()}
 
-    @property
-    def read(self) -> Callable:
-        return _read_shard_or_item
+    @staticmethod
+    def read_archive(tree: Tree, name: str) -> Iterator[Record]:
+        path = str(tree.path(name))
+        examples = _array_records(path) if ".array_record-" in name else _tf_records(path)
+        return map(_record, examples)
 
 
 def _annotations(phase: str) -> str:
@@ -61,12 +60,12 @@ def _annotations(phase: str) -> str:
 
 def _images(tree: Tree, phase: str) -> str:
     folder = f"{phase}2014"
-    # The published VQ-Diffusion has one more level, which unzipping into a new folder gives.
+    # The published VQ-Diffusion unzips into a folder of the same name, which adds a level.
     return tree.first("COCO images", f"{folder}/{folder}", folder, f"images/{folder}")
 
 
 def _shards(tree: Tree) -> list[str]:
-    """Shards of a prepared `coco_captions`, if there is one instead of the publisher's files."""
+    """Shards of a prepared `coco_captions`; [] if the publisher's files are there."""
     if tree.has(_annotations("train")):
         return []
     places = ("", "coco_captions/2014/1.1.0")
@@ -106,35 +105,27 @@ def _read_phase(tree: Tree, phase: str) -> list[Item]:
     return items + problems
 
 
-def _read_shard_or_item(tree: Tree, item: Item | str) -> Iterator[Record | Bad]:
-    return read_item(tree, item) if isinstance(item, Item) else _read_shard(tree, item)
-
-
-def _read_shard(tree: Tree, name: str) -> Iterator[Record]:
-    path = str(tree.path(name))
-    examples = _array_records(path) if ".array_record-" in name else _tf_records(path)
-    for serialized in examples:
-        feature = tf_example_pb2.Example.FromString(serialized).features.feature
-        file = feature["image/filename"].bytes_list.value[0].decode()
-        ids = feature["captions/id"].int64_list.value
-        texts = feature["captions/text"].bytes_list.value
-        in_order = sorted(zip(ids, texts, strict=True), key=lambda pair: pair[0])
-        captions = clean(text.decode() for _, text in in_order)
-        # "COCO_train2014_000000000009.jpg" lies in "train2014".
-        folder = file.split("_")[1]
-        yield Record(f"{folder}/{file}", feature["image"].bytes_list.value[0], captions)
+def _record(serialized: bytes) -> Record:
+    """The record of an example of `coco_captions`."""
+    feature = tf_example_pb2.Example.FromString(serialized).features.feature
+    file = feature["image/filename"].bytes_list.value[0].decode()
+    ids = feature["captions/id"].int64_list.value
+    texts = feature["captions/text"].bytes_list.value
+    in_order = sorted(zip(ids, texts, strict=True), key=lambda pair: pair[0])
+    captions = clean(text.decode() for _, text in in_order)
+    # "COCO_train2014_000000000009.jpg" lies in "train2014".
+    folder = file.split("_")[1]
+    return Record(f"{folder}/{file}", feature["image"].bytes_list.value[0], captions)
 
 
 def _array_records(path: str) -> Iterator[bytes]:
     reader = array_record_module.ArrayRecordReader(path)
-    for i in itertools.count():
-        if i == reader.num_records():
-            return
+    for i in range(reader.num_records()):
         yield reader.read([i])[0]
 
 
 def _tf_records(path: str) -> Iterator[bytes]:
-    """The records of a TFRecord file: length, its checksum, data, its checksum; little-endian."""
+    """The records of a TFRecord file, each as length, checksum, data, checksum; little-endian."""
     with open(path, "rb") as file:
         while header := file.read(12):
             length = struct.unpack("<Q", header[:8])[0] if len(header) == 12 else 0

@@ -1,4 +1,4 @@
-"""Noto Emoji with English captions: 3,524 pictures of 64x64 pixels, packaged with this project."""
+"""Noto Emoji with English captions: 3,524 pictures of 64x64 pixels that come with this project."""
 
 import json
 import zipfile

@@ -21,7 +21,6 @@ class FfhqImages(FileSet):
 
     @classmethod
     def facts(cls, tree: Tree, config: str) -> dict[str, str]:
-        del config
         folder = _folder(tree)
         return {folder: tree.listing_fact(_pictures(tree, folder))}
 
@@ -40,6 +39,6 @@ def _folder(tree: Tree) -> str:
 
 
 def _pictures(tree: Tree, folder: str) -> list[str]:
-    # The archive brings a LICENSE.txt in each folder of a thousand.
+    # The publisher puts a LICENSE.txt into each folder of a thousand images.
     stems = ((n, n.rsplit("/", 1)[-1].removesuffix(".png")) for n in tree.files(folder))
     return [name for name, stem in stems if name.endswith(".png") and stem.isdecimal()]

@@ -8,7 +8,6 @@ texts), `file` (its name in the data directory) and, in a set with classes, `lab
 import collections
 import dataclasses
 import functools
-import itertools
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -74,8 +73,13 @@ def clean(captions: Iterable[str]) -> list[str]:
     return [line for line in lines if line]
 
 
-def read_item(tree: Tree, item: Item) -> Iterator[Record | Bad]:
-    """Reads one image file and its captions."""
+def read_item(
+    tree: Tree, item: Item | str, read_archive: Callable | None = None
+) -> Iterator[Record | Bad]:
+    """The record of an image and its captions, or those of an archive by ``read_archive``."""
+    if isinstance(item, str):
+        yield from read_archive(tree, item)
+        return
     if item.problem:
         yield Bad(item.file, item.problem)
         return
@@ -92,7 +96,7 @@ def read_item(tree: Tree, item: Item) -> Iterator[Record | Bad]:
 
 
 def check(result: Record | Bad, needs_captions: bool) -> Record | Bad:
-    """The record if a model can be trained on it, else what is wrong with it."""
+    """The record, if a model can learn from it; otherwise what is wrong with it."""
     if isinstance(result, Bad):
         return result
     if needs_captions and not result.captions:
@@ -137,8 +141,9 @@ def _example(record: Record) -> tuple[str, dict]:
 class FileSet(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     """A TFDS builder of a set whose files the user has.
 
-    A subclass gives ``facts``, ``items``, and maybe ``read`` and ``labels``. Its description and
-    citation are README.md and CITATIONS.bib in ``data/assets/<name of the set>``.
+    A subclass gives ``facts`` and ``items``, ``labels`` if it has classes, and ``read_archive`` if
+    an item may be an archive. Its description and citation are README.md and CITATIONS.bib in
+    ``data/assets/<name of the set>``.
 
     Args:
       tree: the publisher's files.
@@ -179,14 +184,14 @@ class FileSet(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         """
         raise NotImplementedError
 
-    def items(self) -> dict[str, Sequence[Any]]:
-        """{split: values of which ``read`` makes records}."""
+    def items(self) -> dict[str, Sequence[Item | str]]:
+        """{split: what is to be read, images or names of archives}."""
         raise NotImplementedError
 
-    @property
-    def read(self) -> Callable[[Tree, Any], Iterator[Record | Bad]]:
-        """A function that can be pickled and makes the records of one item."""
-        return read_item
+    @staticmethod
+    def read_archive(tree: Tree, name: str) -> Iterator[Record | Bad]:
+        """The records of an archive that ``items`` names."""
+        raise NotImplementedError
 
     def labels(self) -> Sequence[str] | None:
         """Names of the classes, in the order of their numbers; None in a set without classes."""
@@ -213,7 +218,9 @@ class FileSet(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         return {name: make(name, items) for name, items in self._items.items()}
 
     def _generate_examples(self, split: str, items: Sequence[Any]) -> Iterator[tuple[str, dict]]:
-        results = itertools.chain.from_iterable(self.read(self._tree, item) for item in items)
+        results = (
+            result for item in items for result in read_item(self._tree, item, self.read_archive)
+        )
         good = 0
         check_one = functools.partial(check, needs_captions=self.NEEDS_CAPTIONS)
         for result in _in_threads(check_one, results):
@@ -229,11 +236,11 @@ class FileSet(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     def _beam_examples(self, split: str, items: Sequence[Any]):
         import apache_beam as beam
 
-        read, tree, needs_captions = self.read, self._tree, self.NEEDS_CAPTIONS
+        tree, read_archive, needs_captions = self._tree, self.read_archive, self.NEEDS_CAPTIONS
         bad_path = os.path.join(self.data_dir, f"bad-{split}")
 
         def examples(item):
-            for result in read(tree, item):
+            for result in read_item(tree, item, read_archive):
                 result = check(result, needs_captions)
                 if isinstance(result, Bad):
                     yield beam.pvalue.TaggedOutput("bad", json.dumps(dataclasses.asdict(result)))

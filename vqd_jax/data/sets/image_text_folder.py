@@ -1,23 +1,23 @@
-"""Any folder of a user's own with images and texts, in one of three layouts.
+"""A folder of the user's own images and texts, in one of three layouts.
 
 * Hugging Face imagefolder: `metadata.jsonl` or `metadata.csv` with `file_name` and `text` (or
   `caption`, `captions`), beside the images or beside the folders that hold them.
-* Pairs: `name.jpg` with `name.txt`, one caption a line.
-* Tars of img2dataset or webdataset: samples of `key.jpg` and `key.txt`, or `key.json` with
-  `caption`; streamed.
+* Pairs: `name.jpg` and `name.txt`, which has a caption on each line.
+* Tars of img2dataset or webdataset, which are streamed: samples of `key.jpg` and `key.txt`, or
+  `key.json` with `caption`.
 
-Folders `train`, `validation` (`val`, `valid`, `dev`) and `test` at the top are the splits. Without
-them everything is one set, of which every 20th image or tar is held out for validation.
+The folders `train`, `validation` (`val`, `valid`, `dev`) and `test` at the top are the splits.
+Without them, every 20th image or tar is for validation.
 """
 
 import csv
 import io
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import tensorflow_datasets as tfds
 
-from vqd_jax.data.sets.file_set import Bad, FileSet, Item, Record, clean, hold_out, read_item
+from vqd_jax.data.sets.file_set import Bad, FileSet, Item, Record, clean, hold_out
 from vqd_jax.data.sets.tree import Tree, decode_text
 from vqd_jax.errors import UserError
 
@@ -48,7 +48,6 @@ class ImageTextFolder(FileSet):
 
     @classmethod
     def facts(cls, tree: Tree, config: str) -> dict[str, str]:
-        del config
         files = tree.files()
         metadata, tars = _of_layout(tree, files)
         if tars:
@@ -75,13 +74,13 @@ class ImageTextFolder(FileSet):
         rest = splits.pop("", [])
         if "train" not in splits:
             return hold_out(rest) | splits if rest else _without_train(tree)
-        # Beside folders named by split, other images train.
+        # Images outside of the folders that name a split are for training.
         splits["train"] = rest + splits["train"]
         return splits
 
-    @property
-    def read(self) -> Callable:
-        return _read_tar_or_item
+    @staticmethod
+    def read_archive(tree: Tree, name: str) -> Iterator[Record | Bad]:
+        return _read_tar(tree, name)
 
 
 def _without_train(tree: Tree) -> dict:
@@ -93,7 +92,7 @@ def _is_image(name: str) -> bool:
 
 
 def _of_layout(tree: Tree, files: list[str]) -> tuple[list[str], list[str]]:
-    """(metadata files, tars); neither means pairs."""
+    """(metadata files, tars), of which one is empty; both are if the layout is pairs."""
     metadata = [n for n in files if n.rsplit("/", 1)[-1] in _METADATA]
     tars = [n for n in files if n.endswith(".tar")]
     if metadata:
@@ -122,7 +121,7 @@ def _pair(name: str) -> Item:
 
 
 def _from_metadata(tree: Tree, name: str) -> list[Item]:
-    """Items of one metadata file; rows of the same image become one item."""
+    """Items of a metadata file; the rows of an image become one item."""
     prefix = name[: name.rfind("/") + 1]
     captions: dict[str, list[str]] = {}
     problems = []
@@ -153,7 +152,7 @@ def _rows(tree: Tree, name: str) -> Iterator[tuple[int, dict | json.JSONDecodeEr
         for row in reader:
             yield reader.line_num, row
         return
-    # Not `splitlines`, which would also cut inside of texts.
+    # `splitlines` would also cut at separators inside of texts.
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             try:
@@ -173,12 +172,8 @@ def _captions_of(row: dict) -> list[str]:
     raise ValueError(f"none of {', '.join(_CAPTION_KEYS)}")
 
 
-def _read_tar_or_item(tree: Tree, item: Item | str) -> Iterator[Record | Bad]:
-    return read_item(tree, item) if isinstance(item, Item) else _read_tar(tree, item)
-
-
 def _read_tar(tree: Tree, tar: str) -> Iterator[Record | Bad]:
-    """The samples of a tar: runs of members whose names are equal up to the first dot."""
+    """The samples of a tar: members in a row whose names are equal up to the first dot."""
     seen = set()
     key, parts = "", {}
     for name, data in tree.tar(tar):

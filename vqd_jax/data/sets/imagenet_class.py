@@ -8,7 +8,7 @@ from vqd_jax.data.sets.tree import Tree
 from vqd_jax.errors import UserError
 
 _ROOTS = ("", "ILSVRC/Data/CLS-LOC/", "Data/CLS-LOC/")
-# Which class each validation image has, for a `val` folder without class folders.
+# The class of each validation image, if the folder `val` has no folders of classes.
 _VALIDATION_CLASSES = "LOC_val_solution.csv"
 
 
@@ -27,7 +27,6 @@ class ImagenetClass(FileSet):
 
     @classmethod
     def facts(cls, tree: Tree, config: str) -> dict[str, str]:
-        del config
         facts = {}
         for phase in ("train", "val"):
             folder = _folder(tree, phase)
@@ -66,6 +65,6 @@ def _folder(tree: Tree, phase: str) -> str:
 
 
 def _validation_classes(tree: Tree) -> dict[str, str]:
-    """{image name without extension: class}; a row has name and "class x1 y1 x2 y2 class ..."."""
+    """{image name without extension: class}; a row is a name and "class x1 y1 x2 y2 class ..."."""
     rows = csv.reader(tree.required_text(_VALIDATION_CLASSES).splitlines()[1:])
     return {row[0]: row[1].split()[0] for row in rows if len(row) == 2 and row[1].split()}

@@ -48,7 +48,6 @@ class Oxford102Text(FileSet):
 
     @classmethod
     def facts(cls, tree: Tree, config: str) -> dict[str, str]:
-        del config
         images, captions = _images(tree), _captions(tree)
         files = [tree.first("Oxford 102 table", f"{n}.mat") for n in ("imagelabels", "setid")]
         facts = {name: tree.content_fact(name) for name in files}
@@ -94,6 +93,6 @@ def _table(tree: Tree, name: str, key: str) -> np.ndarray:
         return scipy.io.loadmat(BytesIO(tree.required(name)), variable_names=[key])[key].ravel()
     except UserError:
         raise
-    # scipy reports damage in many ways, and a key that is missing as KeyError.
+    # scipy reports damage in many ways, and a missing key as KeyError.
     except Exception as error:
         raise UserError(f"{tree.root / name} has no table {key!r}: {error}") from error

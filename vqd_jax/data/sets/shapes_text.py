@@ -1,8 +1,8 @@
 """Procedural pictures of coloured shapes with captions, for tests and controlled experiments.
 
-A scene is a pure function of (seed, index, split): one or two objects, each with a colour, a shape,
-a size and a position on a 3x3 grid, on a pale background. What a generated picture shows can be
-measured again with `vqd_jax.evaluation.attributes.read_attributes`.
+A scene is a pure function of (seed, index, split). It has a pale background and one or two objects,
+each with a colour, a shape, a size and a position on a 3x3 grid. The function
+`vqd_jax.evaluation.attributes.read_attributes` measures what a generated picture shows.
 
 Letters: S image side in pixels.
 """
@@ -41,8 +41,8 @@ POSITIONS = (
     *("left", "centre", "right"),
     *("bottom left", "bottom", "bottom right"),
 )
-# Radii and offsets are shares of the image side. The grid leaves every object whole inside the
-# picture, and two objects in opposite rows or columns at least a pixel apart at S = 32.
+# Radii and offsets are shares of the image side. On this grid every object lies inside the picture,
+# and two objects in opposite rows or columns are at least a pixel apart at S = 32.
 GRID = (0.27, 0.5, 0.73)
 _JITTER = 0.015
 RADII = {"small": (0.13, 0.15), "large": (0.21, 0.23)}
@@ -103,8 +103,11 @@ class Scene:
 
 
 def is_held_out(colour: str, shape: str) -> bool:
-    """Whether a pair is kept for the test split: one shape of every colour, at most two colours
-    of every shape, so that each value on its own is seen in training."""
+    """Whether a pair of colour and shape occurs in the test split only.
+
+    These are one shape of every colour and at most two colours of every shape, so that each value
+    on its own occurs in training.
+    """
     return (5 * list(COLOURS).index(colour) + 1) % len(SHAPES) == SHAPES.index(shape)
 
 
@@ -125,16 +128,16 @@ def _apart(first: str, second: str) -> bool:
 
 
 def scene(seed: int, index: int, split: str) -> Scene:
-    """The scene at a place of a split; equal arguments give equal scenes on any machine.
+    """The scene at a place of a split. Equal arguments give equal scenes on any machine.
 
     Args:
       seed: of the whole data set, >= 0.
       index: place in the split, >= 0.
-      split: 'train', 'validation' or 'test'. A test scene has an object whose pair of colour and
-        shape is held out (`is_held_out`); the other splits have none.
+      split: 'train', 'validation' or 'test'. A test scene has an object for which ``is_held_out``;
+        scenes of the other splits have none.
 
     Raises:
-      ValueError: another split.
+      ValueError: there is no such split.
     """
     if split not in SPLITS:
         raise ValueError(f"split is {split!r}; it is one of {', '.join(SPLITS)}")
@@ -144,7 +147,7 @@ def scene(seed: int, index: int, split: str) -> Scene:
     size = _choose(rng, SIZES)
     background = _choose(rng, list(BACKGROUNDS))
     objects = [_object(rng, colour, split == "test", size, position)]
-    # Two large objects would touch, and nothing is far enough from the centre.
+    # Two large objects would touch, and no place is far enough from the centre.
     if rng.uniform() < _TWO_OBJECTS_RATE and position != "centre":
         place = _choose(rng, [p for p in POSITIONS if _apart(position, p)])
         size = "small" if size == "large" else _choose(rng, SIZES)
@@ -153,7 +156,7 @@ def scene(seed: int, index: int, split: str) -> Scene:
 
 
 def _outline(shape: str, radius: float) -> np.ndarray:
-    """Corners [P, 2] around the centroid, of about equal visual weight at an equal radius."""
+    """Corners [P, 2] around the centroid. At one radius all shapes have about the same weight."""
 
     def regular(radii, first):
         angles = first + np.arange(len(radii)) * (2 * math.pi / len(radii))
@@ -190,8 +193,8 @@ def coverage(shape: str, x: float, y: float, radius: float, size: int) -> np.nda
     k = _SUPERSAMPLING
     canvas = Image.new("L", (k * size, k * size))
     draw = ImageDraw.Draw(canvas)
-    # Pillow cuts coordinates to whole numbers and paints both end points of a span; the constants
-    # undo that, so that the centre is right to an eighth of a pixel and the area to 3 %.
+    # Pillow rounds coordinates down and paints both end points of a span. The constants undo that:
+    # the centre is right to an eighth of a pixel and the area to 3 %.
     if shape == "circle":
         low, high = (k * (np.array([x, y]) + sign * radius) + 0.5 for sign in (-1, 1))
         draw.ellipse([*low, *(high - 1)], fill=255)
@@ -228,10 +231,10 @@ def _phrase(o: Shape, word, order: int) -> str:
 
 
 def captions(scene: Scene) -> list[str]:
-    """Four lower-case captions of a scene, all with every object's four attributes.
+    """Four lower-case captions of a scene, each with all four attributes of every object.
 
-    The first is in plain words and one order and names the background; the others vary words and
-    order, and half of them name the background. A pure function of the scene.
+    The first has plain words, a fixed order and the background. The others vary words and order,
+    and half of them name the background. They are a pure function of the scene.
     """
     first = " and ".join(_phrase(o, lambda w: _SYNONYMS.get(w, (w,))[0], 0) for o in scene.objects)
     result = [f"{first}, {scene.background} background"]
@@ -251,7 +254,7 @@ def captions(scene: Scene) -> list[str]:
 
 @dataclasses.dataclass
 class ShapesConfig(tfds.core.BuilderConfig):
-    """Image side in pixels, seed, and number of examples in the three splits."""
+    """Image side in pixels, seed, and numbers of examples in the three splits."""
 
     image_size: int = 32
     seed: int = 0
@@ -263,8 +266,9 @@ class ShapesConfig(tfds.core.BuilderConfig):
 class ShapesText(tfds.core.GeneratorBasedBuilder):
     """TFDS builder `shapes_text`.
 
-    Features: `image` uint8 [S, S, 3]; `captions` 4 texts, the first canonical; `objects` a sequence
-    of `colour`, `shape`, `size`, `position` texts; `background` text; `file` "split/index".
+    Features: `image` uint8 [S, S, 3]; `captions`, 4 texts, the first in plain words; `objects`, a
+    sequence of texts `colour`, `shape`, `size` and `position`; `background`, a text; `file`,
+    "split/index".
     """
 
     VERSION = tfds.core.Version("1.0.0")
