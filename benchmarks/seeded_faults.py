@@ -160,6 +160,153 @@ FAULTS = (
         "size",
         ("tests/parallel/test_rows.py",),
     ),
+    # The data.
+    Fault(
+        "every process reads the rows of the first",
+        "vqd_jax/data/order.py",
+        "first = place + self.process_index * size",
+        "first = place",
+        ("tests/data/test_order.py", "tests/data/test_stream.py"),
+    ),
+    Fault(
+        "a resumed run begins its epoch again",
+        "vqd_jax/data/order.py",
+        'self._records = int(state["records"])',
+        "self._records = 0",
+        ("tests/data/test_order.py", "tests/data/test_stream.py"),
+    ),
+    Fault(
+        "an error of the system is a bad record",
+        "vqd_jax/data/bad_records.py",
+        "except (OSError, MemoryError):",
+        "except MemoryError:",
+        ("tests/data/test_bad_records.py", "tests/data/test_batches.py"),
+    ),
+    Fault(
+        "two processes encode the same shards",
+        "vqd_jax/data/encode.py",
+        "shards = range(index, self.num_shards, count)",
+        "shards = range(self.num_shards)",
+        ("tests/data/test_encode.py", "tests/data/test_kills.py"),
+    ),
+    Fault(
+        "HTML entities of HTML entities stay in a caption",
+        "vqd_jax/data/text.py",
+        "html.unescape(html.unescape(text))",
+        "html.unescape(text)",
+        ("tests/data/test_text.py",),
+    ),
+    Fault(
+        "a caption that is too long loses its end mark",
+        "vqd_jax/data/text.py",
+        "ids = [*ids[: length - 1], self.end_id]",
+        "ids = ids[:length]",
+        ("tests/data/test_text.py",),
+    ),
+    # The surface of a config.
+    Fault(
+        "a seed of 2**32 passes",
+        "vqd_jax/config.py",
+        "0 <= config.seed < 2**32",
+        "0 <= config.seed <= 2**32",
+        ("tests/test_config.py",),
+    ),
+    Fault(
+        "a continued run may change its noise",
+        "vqd_jax/config.py",
+        '    "denoiser.remat",\n',
+        '    "denoiser.remat",\n    "diffusion.",\n',
+        ("tests/test_config.py", "tests/test_main.py", "tests/training"),
+    ),
+    # Training.
+    Fault(
+        "the gradients of a batch's parts are added and not averaged",
+        "vqd_jax/training/task.py",
+        "t + x / parts",
+        "t + x",
+        ("tests/training/test_task.py", "tests/training/test_stage_two.py", "tests/training"),
+    ),
+    Fault(
+        "the average of the parameters stays young",
+        "vqd_jax/training/stage_two.py",
+        "(1.0 + state.step) / (10.0 + state.step)",
+        "1.0 / 10.0",
+        ("tests/training",),
+    ),
+    Fault(
+        "every step draws the same noise",
+        "vqd_jax/training/stage_two.py",
+        "jax.random.fold_in(state.key, state.step)",
+        "jax.random.fold_in(state.key, 0)",
+        ("tests/training",),
+    ),
+    Fault(
+        "a loss that is not finite is saved",
+        "vqd_jax/training/loop.py",
+        """            if log or evaluate or save:
+                _require_finite(last, self._saved)
+""",
+        "",
+        ("tests/training/test_loop.py",),
+    ),
+    Fault(
+        "an older checkpoint is taken although the newest is whole",
+        "vqd_jax/checkpoint.py",
+        "for step in sorted(self._manager.all_steps(), reverse=True):",
+        "for step in sorted(self._manager.all_steps()):",
+        ("tests/training/test_loop.py", "tests/test_checkpoint.py"),
+    ),
+    Fault(
+        "the rows of a layer's parameters are divided along the wrong axis",
+        "vqd_jax/parallel/sharding.py",
+        '(r"\\.(proj|mlp_out)\\.kernel$", PartitionSpec("tensor", "fsdp"))',
+        '(r"\\.(proj|mlp_out)\\.kernel$", PartitionSpec("fsdp", "tensor"))',
+        ("tests/parallel/test_sharding.py", "tests/training/test_sharding.py"),
+    ),
+    Fault(
+        "shuffled captions are the right ones for some pictures",
+        "vqd_jax/evaluation/likelihood.py",
+        "result[order] = np.roll(order, 1)",
+        "result[order] = order[::-1]",
+        ("tests/evaluation",),
+    ),
+    # Other programs' files.
+    Fault(
+        "a convolution's kernel is read upside down",
+        "vqd_jax/interop/tables.py",
+        '"conv": lambda x: x.transpose(2, 3, 1, 0)',
+        '"conv": lambda x: x.transpose(3, 2, 1, 0)',
+        ("tests/interop/test_tables.py", "tests/interop/test_taming.py"),
+    ),
+    Fault(
+        "a tensor may reach beyond its storage",
+        "vqd_jax/interop/torch_file.py",
+        "if last >= storage.size:",
+        "if last > 2 * storage.size:",
+        ("tests/interop/test_torch_file.py",),
+    ),
+    # From a sentence to a picture.
+    Fault(
+        "all pictures of a prompt share a key",
+        "vqd_jax/pipeline.py",
+        "jax.random.fold_in(jax.random.fold_in(root, pair[0]), pair[1])",
+        "jax.random.fold_in(root, pair[0])",
+        ("tests/test_pipeline.py",),
+    ),
+    Fault(
+        "the part that is kept is painted",
+        "vqd_jax/pipeline.py",
+        "np.where(painted, self._num_codes, codes)",
+        "np.where(painted, codes, self._num_codes)",
+        ("tests/test_pipeline.py",),
+    ),
+    Fault(
+        "two processes draw the same pictures",
+        "vqd_jax/modes.py",
+        "waiting[jax.process_index() :: jax.process_count()]",
+        "waiting[:: jax.process_count()]",
+        ("tests/test_bulk.py", "tests/test_modes.py"),
+    ),
 )
 
 
