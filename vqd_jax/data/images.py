@@ -43,7 +43,7 @@ _SIDES = {"left", "right", "lefthand", "righthand", "leftmost", "rightmost", "le
 NUM_UNIFORMS = 5
 
 # Pixels between the pictures of a grid.
-MARGIN = 8
+_MARGIN = 8
 # Small pictures are enlarged to about this many pixels, by a whole factor.
 _SHOWN_SIDE = 96
 _LABEL_HEIGHT = 26
@@ -344,13 +344,13 @@ def enlarge(image: np.ndarray) -> np.ndarray:
 
 
 def tiled(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
-    """Pictures of one size in rows on white, with ``MARGIN`` pixels around each of them."""
-    width, height = (side + MARGIN for side in rows[0][0].size)
-    size = MARGIN + max(map(len, rows)) * width, MARGIN + len(rows) * height
+    """Pictures of one size in rows on white, with a margin around each of them."""
+    width, height = (side + _MARGIN for side in rows[0][0].size)
+    size = _MARGIN + max(map(len, rows)) * width, _MARGIN + len(rows) * height
     sheet = Image.new("RGB", size, "white")
     for i, row in enumerate(rows):
         for j, tile in enumerate(row):
-            sheet.paste(tile, (MARGIN + j * width, MARGIN + i * height))
+            sheet.paste(tile, (_MARGIN + j * width, _MARGIN + i * height))
     return sheet
 
 
@@ -368,9 +368,9 @@ def grid(images: np.ndarray, labels: Sequence[str]) -> Image.Image:
     )
     font, draw = ImageFont.load_default(15), ImageDraw.Draw(sheet)
     for row, label in enumerate(labels):
-        top = MARGIN + row * (side + _LABEL_HEIGHT + MARGIN) + side + 3
-        text = _fit(label or "(no prompt)", font, sheet.width - 2 * MARGIN)
-        draw.text((MARGIN, top), text, fill="black", font=font)
+        top = _MARGIN + row * (side + _LABEL_HEIGHT + _MARGIN) + side + 3
+        text = _fit(label or "(no prompt)", font, sheet.width - 2 * _MARGIN)
+        draw.text((_MARGIN, top), text, fill="black", font=font)
     return sheet
 
 

@@ -16,6 +16,7 @@ LOAD = """
 import sys
 from vqd_jax.data import batches, sets
 print('ready', flush=True)
+sys.stdin.readline()
 builder = sets.load('ffhq_images', sys.argv[1], sys.argv[2])
 source = batches.records(builder, 'train')
 print(len(source), source[0]['image'].shape, 'tensorflow' in sys.modules)
@@ -23,10 +24,16 @@ print(len(source), source[0]['image'].shape, 'tensorflow' in sys.modules)
 
 
 def start(source, prepared):
-    """A process that is about to load the set."""
+    """A process that loads the set when it is told to."""
     command = [sys.executable, "-c", LOAD, str(source), str(prepared)]
     pipe = subprocess.PIPE
-    return subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True)
+    return subprocess.Popen(command, cwd=ROOT, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+
+
+def go(process):
+    assert process.stdout.readline() == "ready\n"
+    process.stdin.write("\n")
+    process.stdin.flush()
 
 
 def wait_for(found):
@@ -43,21 +50,21 @@ def test_remains_of_a_kill_are_cleared_and_two_processes_prepare_at_once(layout,
     # Whoever reads the picture waits until the test writes it.
     picture.unlink()
     os.mkfifo(picture)
-    killed = start(source, home.parent)
+    killed, *both = (start(source, home.parent) for _ in range(3))
+    go(killed)
     wait_for(lambda: list(home.glob("incomplete.*")))
+    [remains] = home.glob("incomplete.*")
+    for process in both:
+        go(process)
     killed.kill()
     killed.communicate()
-    [remains] = home.glob("incomplete.*")
-    assert not (home / "1.0.0").exists()
-
-    both = [start(source, home.parent), start(source, home.parent)]
-    for process in both:
-        assert process.stdout.readline() == "ready\n"
+    # Another process goes on, from nothing.
     wait_for(lambda: not remains.exists() and list(home.glob("incomplete.*")))
-    # A second process that prepared would wait for this for ever.
+    assert not (home / "1.0.0").exists()
+    # If both prepared, one of them would now wait for ever.
     picture.write_bytes(data)
     for process in both:
-        out, err = process.communicate(timeout=120)
+        out, err = process.communicate(timeout=60)
         assert process.returncode == 0, err
         assert out == "1 (256, 256, 3) False\n"
         assert "examples/s" not in err
