@@ -1,4 +1,5 @@
 import io
+import socket
 
 import jax
 import numpy as np
@@ -157,3 +158,33 @@ def test_four_devices_make_the_same_pictures(run, call, tiny_run, tmp_path):
         )
         # The same codes; decoded in other groups, a value may be rounded to its neighbour.
         assert np.abs(one - four).max() <= 1
+
+
+def test_two_processes_share_the_work_and_check_each_other(start, model, tmp_path):
+    model.save_pretrained(str(tmp_path / "model"))
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    flags = ("--mode=sample", "--distributed", f"--model={tmp_path}/model", "--num_steps=3")
+    flags += (f"--prompts={tmp_path}/prompts.txt", f"--output={tmp_path}/out")
+
+    def run(*seeds):
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            address = f"127.0.0.1:{s.getsockname()[1]}"
+        env = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
+        started = [
+            start(*flags, f"--seed={seed}", env=env | {"JAX_PROCESS_ID": str(index)})
+            for index, seed in enumerate(seeds)
+        ]
+        outputs = [process.communicate(timeout=300)[0] for process in started]
+        return [process.returncode for process in started], outputs
+
+    status, outputs = run(1, 2)
+    assert status == [1, 1], outputs
+    assert "holds pictures of another request (seed: 1 -> 2)" in outputs[1]
+    assert names(tmp_path / "out") == ["manifest.json", "prompts.txt"]
+    status, outputs = run(1, 1)
+    assert status == [0, 0], outputs
+    assert "3 pictures of 3 prompts" in outputs[0]
+    made = [np.asarray(Image.open(tmp_path / "out" / f"0000000{k}.png")) for k in range(3)]
+    expected = model.generate(PROMPTS, seed=1, num_steps=3).pixels[:, 0]
+    np.testing.assert_array_equal(made, expected)

@@ -206,7 +206,7 @@ class SamplingOptions:
     prompts: tuple[str, ...] = ("red heart", "grinning face", "a black cat", "")
     images_per_prompt: int = 4
     num_steps: int = 0  # network calls; 0 is T
-    rule: str = "ordinary"  # what a step does; see pipeline.RULES
+    rule: str = "ordinary"  # what a step does; see diffusion/choices.py
     guidance_scale: float = 3.0
     truncation: float = 0.9  # 1 keeps every code
 
