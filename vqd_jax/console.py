@@ -27,13 +27,19 @@ class _BesideBars(io.TextIOBase):
 
 
 def quiet() -> None:
-    """Shows our own messages only, beside progress bars: libraries report failures as errors."""
-    logging.set_verbosity(logging.INFO)
+    """Shows the log messages of this package alone, beside progress bars.
+
+    A failure inside a library reaches the user as an error.
+    """
     package = Path(__file__).parent
-    ours = lambda record: Path(record.pathname).is_relative_to(package)  # noqa: E731
-    # Of a damaged checkpoint TensorStore's threads tell hundreds of lines, after its own error.
+
+    def is_ours(record):
+        return Path(record.pathname).is_relative_to(package)
+
+    logging.set_verbosity(logging.INFO)
+    # TensorStore's threads write hundreds of lines about a damaged checkpoint, after its own error.
     sys.unraisablehook = lambda found: logging.debug("in a thread: %s", found.exc_value)
     handler = logging.get_absl_handler()
     handler.python_handler.setStream(_BesideBars())
-    handler.addFilter(ours)
+    handler.addFilter(is_ours)
     handler.setFormatter(python_logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))

@@ -13,18 +13,18 @@ from vqd_jax import console
 from vqd_jax.errors import UserError
 
 FLAGS = flags.FLAGS
-# Tasks on a config, by the function that does them.
+# Tasks that a config describes; each is a function of modes.py.
 ON_CONFIG = ("train", "train_autoencoder", "prepare", "encode", "inspect", "plan")
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file; fields as --config.a.b=1.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, samples.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a run: checkpoints, metrics, samples.")
 _MODE = flags.DEFINE_enum("mode", "train", [*ON_CONFIG, "sample", "convert", "export"], "The task.")
 _DISTRIBUTED = flags.DEFINE_bool("distributed", False, "This is one of several processes.")
 
 _MODEL = flags.DEFINE_string("model", None, "sample, export: model folder; or give --workdir.")
 _PROMPT = flags.DEFINE_multi_string("prompt", None, "sample: a text; may be given several times.")
-_PROMPTS = flags.DEFINE_string("prompts", None, "sample: file with a prompt a line, for many.")
-_IMAGES = flags.DEFINE_enum("images", "png", ["png", "array_record"], "sample --prompts: files.")
-_OUTPUT = flags.DEFINE_string("output", None, "sample: folder of the pictures; MODEL/samples.")
+_PROMPTS = flags.DEFINE_string("prompts", None, "sample: file of prompts, one on each line.")
+_IMAGES = flags.DEFINE_enum("images", "png", ["png", "array_record"], "--prompts: kind of files.")
+_OUTPUT = flags.DEFINE_string("output", None, "sample: folder to write; MODEL/samples if unset.")
 
 
 class _Numbers(flags.ArgumentParser):
@@ -46,55 +46,57 @@ def _define_numbers(kind: type, name: str, text: str) -> flags.FlagHolder:
 
 
 _SAMPLING = [
-    flags.DEFINE_integer("num_images", None, "sample: of every prompt, 4; with --prompts in all."),
-    flags.DEFINE_integer("seed", 0, "sample: decides the pictures."),
+    flags.DEFINE_integer("num_images", None, "sample: of each prompt, 4; --prompts: in all."),
+    flags.DEFINE_integer("seed", 0, "sample: from 0 to 2**32-1; decides the pictures."),
     flags.DEFINE_integer("num_steps", None, "sample: network calls; the config's if unset."),
-    _define_numbers(int, "times", "sample: 0,...,T, the times to stop at, instead of --num_steps."),
+    _define_numbers(int, "times", "sample: instead of --num_steps, such as 0,25,100."),
     flags.DEFINE_integer(
         "published_fast", None, "sample: speed of the published fast inference, 2 or more."
     ),
     flags.DEFINE_string("rule", None, "sample: ordinary, high_quality, purity, confidence, ..."),
     _define_numbers(
-        float, "guidance_scale", "sample: 1 is none, several are one a step; the config's if unset."
+        float, "guidance_scale", "sample: 1 is none; 1,3,5 goes by step; the config's if unset."
     ),
     flags.DEFINE_bool("guidance_ramp", False, "sample: guidance rises evenly from 1."),
     _define_numbers(
-        float, "guidance_interval", "sample: 0.2,0.8 guides from 20 % to 80 % of the steps."
+        float, "guidance_interval", "sample: 0.2,0.8 guides between 20 % and 80 % of the steps."
     ),
     flags.DEFINE_string("negative_prompt", None, "sample: a text that guidance leads away from."),
     flags.DEFINE_float("truncation", None, "sample: 1 is none; the config's if unset."),
-    flags.DEFINE_integer("top_k", None, "sample: draw from so many of the likeliest codes."),
-    flags.DEFINE_float("temperature", None, "sample: below 1 likely codes become likelier."),
+    flags.DEFINE_integer("top_k", None, "sample: draw from this many of the likeliest codes."),
+    flags.DEFINE_float("temperature", None, "sample: below 1, likely codes become likelier."),
     flags.DEFINE_enum(
-        "start", None, ["masked", "schedule"], "sample: tokens to begin from; the rule's if unset."
+        "start", None, ["masked", "schedule"], "sample: first tokens; what suits the rule if unset."
     ),
 ]
 _PICTURES = [
-    flags.DEFINE_bool("animate", False, "sample: write the denoising as animations too."),
-    flags.DEFINE_bool("predictions", False, "sample: animate what each step expects to see."),
+    flags.DEFINE_bool("animate", False, "sample: write the denoising as animations, too."),
+    flags.DEFINE_bool("predictions", False, "sample: animate the likeliest codes, too."),
     flags.DEFINE_string("image", None, "sample: a picture to begin from."),
-    flags.DEFINE_string("mask", None, "sample: white where to paint in --image; the rest stays."),
+    flags.DEFINE_string("mask", None, "sample: white where --image is painted anew."),
     flags.DEFINE_float(
-        "strength", None, "sample: share of noise on --image; 0.5, or with --mask all."
+        "strength", None, "sample: share of noise on --image; 0.5, or with --mask nothing of it."
     ),
 ]
-_TARGET = flags.DEFINE_string("target", None, "convert, export: what to write.")
+_TARGET = flags.DEFINE_string("target", None, "convert, export: file or folder to write.")
 _FORMAT = flags.DEFINE_enum(
     "format", "diffusers", ["diffusers", "published", "vqd_jax"], "export: layout."
 )
 _TOPOLOGY = flags.DEFINE_string(
-    "topology", None, "plan: devices that are not here: v5e:4x4, h100:8."
+    "topology", None, "plan: devices that are not here, such as v5e:4x4 or h100:8."
 )
-_HBM = flags.DEFINE_float("hbm_gib", None, "plan: memory of a device; its own if unset.")
+_HBM = flags.DEFINE_float("hbm_gib", None, "plan: GiB of memory of a device; its own if unset.")
 _SOURCE = flags.DEFINE_string("source", None, "convert: file, first part of a file, or folder.")
 _CONVERSION = [
-    flags.DEFINE_enum("weights", "ema", ["ema", "raw"], "convert: averaged weights or the others."),
-    flags.DEFINE_string("autoencoder", None, "convert: image tokenizer, where SOURCE has none."),
-    flags.DEFINE_string("clip", None, "convert: CLIP, where SOURCE has none."),
-    flags.DEFINE_string("remap", None, "convert: code remap (.npy, .pt), if not a published one."),
-    flags.DEFINE_integer("num_heads", 16, "convert: of the denoiser; 16 in all released files."),
-    flags.DEFINE_integer("image_size", None, "convert: pixels; what SOURCE implies if unset."),
-    flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "convert: stored weights."),
+    flags.DEFINE_enum("weights", "ema", ["ema", "raw"], "convert: averaged weights, or not."),
+    flags.DEFINE_string("autoencoder", None, "convert: image tokenizer, if SOURCE has none."),
+    flags.DEFINE_string("clip", None, "convert: CLIP, if SOURCE has none."),
+    flags.DEFINE_string("remap", None, "convert: code remap (.npy, .pt), if not published."),
+    flags.DEFINE_integer("num_heads", 16, "convert: of the denoiser; all released ones have 16."),
+    flags.DEFINE_integer("image_size", None, "convert: side in pixels; else what SOURCE implies."),
+    flags.DEFINE_enum(
+        "dtype", "float32", ["float32", "bfloat16"], "convert: of the stored weights."
+    ),
 ]
 
 
@@ -104,7 +106,7 @@ def main(argv: list[str]) -> None:
         raise UserError(f"unexpected argument {argv[1]!r}; every option begins with --")
     if _MODE.value == "convert":
         source, target = _require(_SOURCE), _require(_TARGET)
-        # After the flags, so that --help and mistakes in them need not wait for JAX.
+        # Imported after the flags are read: --help and mistakes in flags do not wait for JAX.
         from vqd_jax.interop import convert
 
         convert.convert(source, target, **_values(_CONVERSION))
@@ -156,10 +158,7 @@ def _use_config(mode: str) -> None:
         return
     config_lib.require_data(config)
     with processes.session(_DISTRIBUTED.value):
-        if mode == "prepare":
-            modes.prepare(config)
-        else:
-            getattr(modes, mode)(config, workdir)
+        getattr(modes, mode)(config, *([workdir] if workdir else []))
 
 
 def _require(flag: flags.FlagHolder) -> str:
@@ -192,7 +191,7 @@ def run(argv: list[str]) -> None:
         logging.debug("cause", exc_info=True)
         console.fail(str(error))
     except KeyboardInterrupt:
-        console.fail("interrupted; run the same command to go on from the last checkpoint")
+        console.fail("interrupted; the same command goes on from the last checkpoint")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The tasks of the command line, one function a mode."""
+"""What each mode of the command line does, one function for each."""
 
 import dataclasses
 import io
@@ -31,7 +31,7 @@ from vqd_jax.training import task as task_lib
 from vqd_jax.training.loop import Terminated
 from vqd_jax.training.workdir import claim
 
-# 128 + SIGTERM, what a shell reports of a process that the signal ended.
+# 128 + SIGTERM: what a shell reports when that signal ended a process.
 TERMINATED_STATUS = 143
 # Pictures that ``sample_many`` draws before it writes them; those in one file of records.
 BLOCK = 256
@@ -39,12 +39,12 @@ FORMATS = ("png", "array_record")
 
 
 def train(config: ConfigDict, workdir: str) -> None:
-    """Both stages; ends with likelihoods and a grid of pictures."""
+    """Trains both stages; ends with likelihoods and a grid of pictures."""
     _exit_if_terminated(stage_two.train, config, workdir)
 
 
 def train_autoencoder(config: ConfigDict, workdir: str) -> None:
-    """Stage one alone; its result is ``workdir/autoencoder/model``."""
+    """Trains stage one alone; its result is ``workdir/autoencoder/model``."""
     _exit_if_terminated(stage_two.train_autoencoder, config, workdir)
     logging.info("the autoencoder of this run is %s", pretrained.model_folder(workdir))
 
@@ -58,7 +58,7 @@ def _exit_if_terminated(run, config, workdir) -> None:
 
 
 def prepare(config: ConfigDict) -> None:
-    """Makes the prepared data set of the config, or finds it made."""
+    """Makes the prepared data set of the config, unless it is there."""
     builder = encode_lib.data_set(config)
     sizes = ", ".join(f"{name} {s.num_examples:,}" for name, s in builder.info.splits.items())
     logging.info("%s in %s: %s", builder.info.full_name, builder.data_path, sizes)
@@ -67,8 +67,8 @@ def prepare(config: ConfigDict) -> None:
 def encode(config: ConfigDict, workdir: str) -> None:
     """Caches the codes of every split, in ``config.data.codes`` or ``workdir/codes``.
 
-    The autoencoder is that of the workdir, or ``config.autoencoder.path``, or is trained. Every
-    process takes its share of the shards; an interrupted encoding goes on where it was.
+    The autoencoder is the workdir's or that of ``config.autoencoder.path``; without either it is
+    trained. Processes share the shards. An interrupted encoding goes on where it stopped.
     """
     stage_one.check(config, workdir)
     with claim(config, workdir):
@@ -83,8 +83,8 @@ def encode(config: ConfigDict, workdir: str) -> None:
 def inspect(config: ConfigDict, workdir: str, *, num_samples: int = 32) -> None:
     """Writes ``training_stream.png`` and ``statistics.md`` into ``workdir/inspect``.
 
-    The sheet has the first records of the training stream, crop beside reconstruction where the
-    workdir (or ``config.autoencoder.path``) has an autoencoder, from the cache where there is one.
+    The sheet shows the first records of the training stream. Beside each crop stands its
+    reconstruction, if there is an autoencoder. Cached codes are used, if there are any.
 
     Args:
       config: the resolved config.
@@ -152,8 +152,8 @@ def sample(
       prompts: texts or class labels; an empty one is unconditional.
       config: its ``sampling`` part replaces that of the run; None keeps the run's.
       output: folder; None is ``model_dir/samples``.
-      animate: write the denoising of every picture too.
-      predictions: write an animation of the likeliest codes at every step too.
+      animate: also write an animation of the denoising of every picture.
+      predictions: also write an animation of the likeliest codes at every step.
       image: file of a picture to begin from; None begins from nothing.
       mask: file of a mask of the same size, white where to paint; None edits the whole picture.
       num_images: of every prompt; None is 4.
@@ -222,10 +222,11 @@ def sample_file(
 
     Args:
       model_dir: a model folder, or the workdir of a training run.
-      prompts_file: a text or a class label a line.
-      config: its ``mesh`` says how this process's devices share the work; None spreads the images.
+      prompts_file: has a text or a class label on each line.
+      config: its ``mesh`` says how the devices of this process share the work; None takes that of
+        the model's config.
       output: folder; None is ``model_dir/samples_<name of the file>``.
-      num_images: of all prompts together; None is one each.
+      num_images: of all prompts together; None is one for each.
       format: "png" or "array_record".
       **options: of ``VQDiffusion.generate``.
     """
@@ -244,10 +245,10 @@ def sample_file(
 
 
 def read_prompts(path: str) -> list[str]:
-    """The lines of a UTF-8 file; white space around them is dropped, and so are empty ones.
+    """The lines of a UTF-8 file without the white space around them; empty lines are left out.
 
     Raises:
-      UserError: it cannot be read, or has no prompt.
+      UserError: the file cannot be read, or has no prompt.
     """
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
@@ -255,7 +256,7 @@ def read_prompts(path: str) -> list[str]:
         raise UserError(f"{path} cannot be read as a file of prompts: {error}") from error
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
-        raise UserError(f"{path} has no prompt: give one a line")
+        raise UserError(f"{path} has no prompt: write one on each line")
     return prompts
 
 
@@ -383,12 +384,12 @@ def _write(folder: str, numbers: Sequence[int], pixels: np.ndarray, format: str)
 
 
 def plan(config: ConfigDict, topology: str | None = None, hbm_gib: float | None = None) -> None:
-    """Prints what the training of ``config`` takes of every device, without allocating it.
+    """Prints what every device needs for the training of ``config``; allocates nothing.
 
     Args:
       config: the resolved config.
-      topology: devices that need not be there, see ``program.topology``; None is all devices here.
-      hbm_gib: memory of one device, GiB; None is what is known of its kind.
+      topology: devices that need not be here, see ``program.topology``; None is all devices here.
+      hbm_gib: memory of one device in GiB; None is what its kind has.
 
     Raises:
       UserError: the mesh, the batch or the step does not fit the devices, or the compiler for them

@@ -1,7 +1,7 @@
-"""From a sentence, a class or nothing to pictures, and back: tokenizer, text encoder, sampler,
-denoiser, autoencoder in one object.
+"""Pictures from a text, a class or nothing: tokenizer, text encoder, sampler, denoiser and
+autoencoder in one object.
 
-Letters: P prompts, J images a prompt, B batch, N image tokens, L text tokens, D text width,
+Letters: P prompts, J images of each prompt, B batch, N image tokens, L text tokens, D text width,
 K codes, S image side, F sampling steps.
 """
 
@@ -32,7 +32,7 @@ from vqd_jax.parallel import rows, sharding
 
 # Layouts of other programs that a model can be written in.
 WRITERS = ("diffusers", "published")
-# What a request leaves open.
+# Settings that the config decides where a request does not.
 _OF_CONFIG = ("num_steps", "rule", "guidance_scale", "truncation")
 
 
@@ -40,11 +40,12 @@ class Generation(NamedTuple):
     """What ``VQDiffusion.generate`` returns.
 
     Attributes:
-      images: P times J pictures, the J of the first prompt first.
-      pixels: the same as uint8 [P, J, S, S, 3].
+      images: P * J pictures; those of the first prompt come first.
+      pixels: the same pictures, uint8 [P, J, S, S, 3].
       codes: int32 [P, J, N].
-      trajectory: int32 [F, P, J, N], tokens after every step (K is the mask token), or None.
-      predictions: int32 [F, P, J, N], the likeliest clean codes at every step, or None.
+      trajectory: int32 [F, P, J, N], the tokens after every step (K is the mask token), if asked
+        for.
+      predictions: int32 [F, P, J, N], the likeliest clean codes at every step, likewise.
     """
 
     images: list[Image.Image]
@@ -111,14 +112,14 @@ class VQDiffusion:
     def save_pretrained(
         self, directory: str, *, format: str = "vqd_jax", dtype: str = "float32"
     ) -> None:
-        """Writes the model; the target appears complete or not at all.
+        """Writes the model. The target appears whole or not at all.
 
         Args:
           directory: the target; a file where ``format`` is "published".
           format: "vqd_jax", a folder for ``from_pretrained``; "diffusers", a folder for
             ``diffusers.VQDiffusionPipeline``; or "published", a .pth file in the layout of the
             released checkpoints.
-          dtype: in which a vqd_jax folder stores floats, "float32" or "bfloat16".
+          dtype: how a vqd_jax folder stores floats, "float32" or "bfloat16".
 
         Raises:
           UserError: the format has no place for this kind of model.
@@ -153,17 +154,20 @@ class VQDiffusion:
         return other
 
     def on_mesh(self, mesh: Mesh) -> "VQDiffusion":
-        """The same model on several devices: parameters divided by ``parallel.sharding.RULES``, the
-        images of a batch spread over ``data`` and ``fsdp``. Images do not depend on the mesh."""
+        """The same model on several devices.
+
+        ``parallel.sharding.RULES`` divide the parameters; ``data`` and ``fsdp`` share the images of
+        a batch. Images do not depend on the mesh.
+        """
         params = jax.device_put(self._params, sharding.shardings(self._params, mesh))
         codec = jax.device_put(self._autoencoder_params, sharding.replicated(mesh))
         return VQDiffusion(self.config, params, codec, self.tokenizer, mesh)
 
     def settings(self, **options: Any) -> sampler.Settings:
-        """How to sample: as the config says, but for these options.
+        """How to sample: what the config says, changed by these options.
 
         Args:
-          **options: see ``diffusion.choices.settings``; what is None is the config's.
+          **options: of ``diffusion.choices.settings``; None takes the config's or the default.
 
         Raises:
           UserError: a value is impossible for this model.
@@ -194,18 +198,18 @@ class VQDiffusion:
         """Pictures of every prompt; image j of prompt i depends on (seed, i, j) and the prompt.
 
         Args:
-          prompts: P texts (or one), an empty one is unconditional and too long ones are cut with a
-            warning; or P class labels of a class-conditional model, as numbers or texts, where an
-            empty text is no class; or None for an unconditional model.
+          prompts: P texts, or one; an empty text is unconditional, and a long one is cut with a
+            warning. For a class-conditional model P labels, as numbers or texts; an empty text is
+            no class. For an unconditional model None.
           num_images: J.
           seed: 0..2**32-1.
           negative_prompt: a text or label that guidance leads away from; None is the empty one.
-          batch_size: images in one call of the network.
+          batch_size: largest number of images in one call of the network.
           **options: of ``settings``, such as ``num_steps``, ``guidance_scale``, ``truncation``,
             ``rule`` and ``trajectory``.
 
         Raises:
-          UserError: a request that the model cannot meet; the message names the argument.
+          UserError: the model cannot meet the request; the message names the argument.
         """
         _require(num_images >= 1, f"num_images={num_images}: must be at least 1")
         if prompts is None and self._kind == "none":
@@ -241,8 +245,8 @@ class VQDiffusion:
 
         Args:
           image: picture or uint8 [H, W, 3]; cut to a square and resized as in evaluation.
-          mask: of the same height and width: above half its range (or True) where to paint. A code
-            is made anew if any of its pixels is.
+          mask: of the same height and width; it is painted where the mask is True, or above half
+            of its range. A code is made anew if any of its pixels is painted.
           prompt: text, label or None, as ``generate`` takes them; P is 1.
           strength: what is painted begins from ``image``, noised as by ``edit``; None begins from
             nothing.
@@ -264,26 +268,27 @@ class VQDiffusion:
         strength: float = 0.5,
         **options: Any,
     ) -> Generation:
-        """Pictures that begin from a given one, noised: image to image.
+        """Pictures that begin from a given one with noise on it: image to image.
 
         Args:
           image: picture or uint8 [H, W, 3]; cut to a square and resized as in evaluation.
           prompt: text, label or None, as ``generate`` takes them; P is 1.
-          strength: share of the noise, above 0 and up to 1, where nothing of ``image`` is left.
+          strength: share of the noise, above 0 and up to 1; at 1 nothing of ``image`` is left.
           **options: of ``generate``.
         """
         options |= {"initial": self.encode_images([image])[0], "strength": strength}
         return self.generate(None if prompt is None else [prompt], **options)
 
     def encode_text(self, texts: Sequence[str]) -> jax.Array:
-        """Features float32 [B, L, D] of B texts; of the empty one the learned null, if any."""
+        """Features float32 [B, L, D] of B texts; the empty text has the learned ones, if any."""
         _require(self._kind == "text", f"a model with condition {self._kind!r} reads no text")
         return self._encode_text(self._params, self._text_ids(texts))
 
     def encode_images(self, images: Sequence[Picture], batch_size: int = 32) -> np.ndarray:
-        """Codes int32 [B, N] of B pictures, uint8 [H, W, 3] each; the likeliest of a Gumbel codec.
+        """Codes int32 [B, N] of B pictures, uint8 [H, W, 3] each.
 
-        Pictures of another size than S are cut to a square and resized.
+        A Gumbel autoencoder gives the likeliest codes. Pictures of another size than S are cut to a
+        square and resized.
         """
         _require(len(images), "no picture is given")
         side = self.config.data.image_size
@@ -301,7 +306,7 @@ class VQDiffusion:
         return self._in_batches(self._decode, codes, batch_size)
 
     def reconstruct(self, images: np.ndarray, batch_size: int = 32) -> np.ndarray:
-        """Pictures through their codes and back: uint8 [B, H, W, 3] -> uint8 [B, S, S, 3]."""
+        """Pictures encoded and decoded: uint8 [B, H, W, 3] -> uint8 [B, S, S, 3]."""
         return self.decode_codes(self.encode_images(images, batch_size), batch_size)
 
     def predict_log_x0(

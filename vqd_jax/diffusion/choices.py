@@ -56,9 +56,9 @@ def settings(
       guidance_ramp: the scale rises evenly from 1 to ``guidance_scale``.
       guidance_interval: shares of the steps at which guidance begins and ends, such as (0.2, 0.8).
       truncation: share of the probability that is kept; 1 is all.
-      known: int32 [N], codes of every image that never change, and K where a code is to be found.
+      known: int32 [N], codes that never change in any image, and K where a code is to be found.
       initial: int32 [N], codes that every image begins from, noised by ``strength``.
-      strength: share of the noise put on ``initial``, above 0 and up to 1, which forgets it.
+      strength: share of the noise on ``initial``, above 0 and up to 1; at 1 nothing of it is left.
       **others: ``top_k``, ``temperature``, ``start`` and ``trajectory`` of ``sampler.Settings``.
 
     Raises:
