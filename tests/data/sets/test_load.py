@@ -23,11 +23,24 @@ print(len(source), source[0]['image'].shape, 'tensorflow' in sys.modules)
 """
 
 
-def start(source, prepared):
-    """A process that loads the set when it is told to."""
-    command = [sys.executable, "-c", LOAD, str(source), str(prepared)]
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, cwd=ROOT, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+@pytest.fixture
+def start(layout, prepared):
+    """start() -> a process that loads the set when it is told to."""
+    processes = []
+    command = [sys.executable, "-c", LOAD, str(layout("ffhq")), prepared]
+
+    def start():
+        pipe = subprocess.PIPE
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdin=pipe, stdout=pipe, stderr=pipe, text=True
+        )
+        processes.append(process)
+        return process
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.communicate()
 
 
 def go(process):
@@ -43,14 +56,14 @@ def wait_for(found):
     assert found()
 
 
-def test_remains_of_a_kill_are_cleared_and_two_processes_prepare_at_once(layout, tmp_path):
-    source, home = layout("ffhq"), tmp_path / "prepared" / "ffhq_images"
-    picture = source / "images256x256/00000.png"
+def test_remains_of_a_kill_are_cleared_and_two_processes_prepare_at_once(start, tmp_path):
+    home = tmp_path / "prepared/ffhq_images"
+    picture = tmp_path / "source/ffhq/images256x256/00000.png"
     data = picture.read_bytes()
     # Whoever reads the picture waits until the test writes it.
     picture.unlink()
     os.mkfifo(picture)
-    killed, *both = (start(source, home.parent) for _ in range(3))
+    killed, *both = (start() for _ in range(3))
     go(killed)
     wait_for(lambda: list(home.glob("incomplete.*")))
     [remains] = home.glob("incomplete.*")
