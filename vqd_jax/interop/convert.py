@@ -1,7 +1,7 @@
-"""Whatever a holder of published weights has, to a model folder.
+"""Published weights become a model folder.
 
-The kinds of source, each told by what is in it: a released VQ-Diffusion checkpoint, a folder of
-diffusers, an image tokenizer on its own (taming, ITHQ), a CLIP. Files may come in parts.
+A source is a released VQ-Diffusion checkpoint, a folder of diffusers, an image tokenizer on its own
+(taming, ITHQ), or a CLIP; its content tells which. Files may come in parts.
 """
 
 import dataclasses
@@ -15,9 +15,8 @@ from ml_collections import ConfigDict
 from vqd_jax import config as config_lib
 from vqd_jax.data.text import ClipTokenizer
 from vqd_jax.errors import UserError
-from vqd_jax.interop import clip as clip_keys
-from vqd_jax.interop import diffusers, folder, published, taming, torch_file
-from vqd_jax.interop.parts import Part
+from vqd_jax.interop import clip_files, diffusers, folder, published, taming, torch_file
+from vqd_jax.interop.tables import Part
 
 
 def convert(
@@ -32,18 +31,18 @@ def convert(
     image_size: int | None = None,
     dtype: str = "float32",
 ) -> None:
-    """Reads ``source``, prints what was found and writes a model folder.
+    """Reads ``source``, logs what was found and writes a model folder.
 
     Args:
       source: file, first part of a file, or folder.
       target: folder to write; it appears complete or not at all.
-      weights: "ema" or "raw", where the file has both.
+      weights: "ema" or "raw", if the file has both.
       autoencoder: file with the image tokenizer; None takes the one in ``source``.
       clip: file or folder with the CLIP; None takes the one in ``source``.
-      remap: .npy or .pt file with the code remap, where it is none of the published ones.
-      num_heads: of the denoiser, which no tensor tells; 16 in all released files.
-      image_size: S; None takes what the file implies, or 256.
-      dtype: in which floats are stored, "float32" or "bfloat16".
+      remap: .npy or .pt file with the code remap, if it is none of the published ones.
+      num_heads: heads of the denoiser, which no tensor tells; 16 in all released files.
+      image_size: side of a picture, in pixels; None takes what the file implies, or 256.
+      dtype: of the stored floats, "float32" or "bfloat16".
 
     Raises:
       UserError: the source is of no known kind, incomplete, damaged, or has tensors left over.
@@ -52,10 +51,10 @@ def convert(
     folder.require_replaceable(Path(target))
     table = None if remap is None else read_remap(remap)
     if (Path(source) / "model_index.json").exists():
-        parts, tokenizer = diffusers.read(source, image_size=image_size)
+        parts, tokenizer = diffusers.read(source)
         return _write_model(target, parts, tokenizer, dtype)
     if (Path(source) / "config.json").exists() and "kind" in folder.load_config(source):
-        raise UserError(f"{source} is a model folder of this program; nothing is to be converted")
+        raise UserError(f"{source} is a model folder of this program already")
     if Path(source).is_dir() or source.endswith(".safetensors"):
         return _write_clip(source, target, dtype)
     loaded = torch_file.load(source)
@@ -68,8 +67,8 @@ def convert(
             codes = parts["denoiser"].config.num_codes
             parts["autoencoder"] = read_autoencoder(autoencoder, image_size, table, codes)
         if clip is not None:
-            found = clip_keys.open_weights(clip)
-            config, params, _ = clip_keys.read_text_encoder(found, clip)
+            found = clip_files.open_weights(clip)
+            config, params, _ = clip_files.read_text_encoder(found, clip)
             parts["text_encoder"] = Part(config, params, clip)
         return _write_model(target, parts, None, dtype)
     if taming.is_autoencoder(loaded):
@@ -90,8 +89,8 @@ def read_autoencoder(
 
     Args:
       path: of the file or folder.
-      image_size, remap: as of ``convert``.
-      num_codes: K of the denoiser that it is for, which may tell the remap; None is any.
+      image_size, remap: see ``convert``.
+      num_codes: number of codes of its denoiser, which may tell the remap; None is any.
     """
     if Path(path).is_dir():
         described = folder.load_config(path)
@@ -100,7 +99,7 @@ def read_autoencoder(
         return Part(config, folder.load_params(path, taming.abstract_params(config)), path)
     loaded = torch_file.load(path)
     if not taming.is_autoencoder(loaded):
-        raise UserError(f"{path} holds no image tokenizer that is known here")
+        raise UserError(f"{path} holds no image tokenizer that this program knows")
     config, params = taming.read(
         loaded,
         path,
@@ -115,7 +114,7 @@ def read_remap(path: str) -> np.ndarray:
     """Code remap int64 [codes of the codebook] from an .npy or a PyTorch file.
 
     Raises:
-      UserError: it is no vector of whole numbers from 0 on.
+      UserError: it is no vector of whole numbers that are at least 0.
     """
     try:
         loaded = np.load(path) if path.endswith(".npy") else np.asarray(torch_file.load(path))
@@ -123,7 +122,8 @@ def read_remap(path: str) -> np.ndarray:
         raise UserError(f"{path} cannot be read as a code remap: {error}") from error
     if loaded.ndim != 1 or loaded.dtype.kind not in "iu" or not loaded.size or loaded.min() < 0:
         raise UserError(
-            f"{path} is no code remap: one code id for every code of the codebook, from 0 on"
+            f"{path} is no code remap: it needs one code id, 0 or more, for every code of the "
+            "codebook"
         )
     return loaded.astype(np.int64)
 
@@ -140,7 +140,7 @@ def model_config(parts: Mapping[str, Part]) -> ConfigDict:
         for field in dataclasses.fields(sizes):
             if field.name in config[section]:
                 value = getattr(sizes, field.name)
-                # A config has no None: the same is said by nothing of the field's type.
+                # A config has no None: an empty value of the field's type says the same.
                 default = config[section][field.name]
                 config[section][field.name] = type(default)() if value is None else value
     config.data.image_size = codec.image_size
@@ -203,14 +203,14 @@ def _write_model(target, parts, tokenizer, dtype) -> None:
 
 
 def _write_clip(source: str, target: str, dtype: str) -> None:
-    config, params = clip_keys.load(source)
+    config, params = clip_files.load(source)
     _print_table({"clip": Part(config, params, source)})
     described = {"kind": "clip", **dataclasses.asdict(config)}
     folder.save(target, described, params, dtype=dtype, files=ClipTokenizer().files("tokenizer"))
 
 
 def _print_table(parts: Mapping[str, Part]) -> None:
-    """What was found, for the user to see."""
+    """Logs what was found."""
     for name, part in parts.items():
         size = f"{part.num_parameters:,}".rjust(13)
         logging.info("%-13s%s parameters  %s  from %s", name, size, _summary(part), part.source)

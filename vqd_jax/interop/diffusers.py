@@ -1,7 +1,6 @@
 """Folders of diffusers' ``VQDiffusionPipeline``, read and written."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -9,19 +8,27 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from vqd_jax import config as config_lib
+from vqd_jax import files
 from vqd_jax.data.text import ClipTokenizer
 from vqd_jax.diffusion import schedule
 from vqd_jax.errors import UserError
-from vqd_jax.interop import clip, folder, tables, taming, tensors, torch_file
-from vqd_jax.interop import denoiser as denoiser_keys
-from vqd_jax.interop.parts import Part
+from vqd_jax.interop import (
+    clip_files,
+    denoiser_tables,
+    folder,
+    tables,
+    taming,
+    tensors,
+    torch_file,
+)
+from vqd_jax.interop.tables import Part
 from vqd_jax.models.denoiser import DenoiserConfig
 from vqd_jax.models.text_encoder import TextEncoderConfig
 
 _NULL = "learned_classifier_free_sampling_embeddings"
 _STEM = "diffusion_pytorch_model"
 _TEXT_STEM = "model"
-# Of the scheduler's config: the end points of the released schedule.
+# The end points of the released schedule, in the config of the scheduler.
 _END_POINTS = {
     "alpha_cum_start": schedule.RELEASED_KEEP[0],
     "alpha_cum_end": schedule.RELEASED_KEEP[1],
@@ -30,12 +37,11 @@ _END_POINTS = {
 }
 
 
-def read(directory: str, *, image_size: int | None = None) -> tuple[dict[str, Part], ClipTokenizer]:
+def read(directory: str) -> tuple[dict[str, Part], ClipTokenizer]:
     """The parts of a pipeline, and its tokenizer.
 
     Args:
-      directory: with ``model_index.json`` and a folder a component, as safetensors or .bin.
-      image_size: S; None takes what the token grid and the autoencoder imply.
+      directory: of the pipeline; its components hold safetensors or .bin files.
 
     Raises:
       UserError: a component is missing or damaged, has tensors left over, or differs from what this
@@ -50,15 +56,15 @@ def read(directory: str, *, image_size: int | None = None) -> tuple[dict[str, Pa
     source = str(root / "transformer")
     found = _tensors(root / "transformer", _STEM)
     described = folder.read_json(root / "transformer" / "config.json")
-    config = denoiser_keys.diffusers_config(described, source)
+    config = denoiser_tables.diffusers_config(described, source)
     null = folder.read_json(root / _NULL / "config.json")
     if null.get("learnable"):
         embeddings = _tensors(root / _NULL, _STEM)
-        array = np.asarray(embeddings.pop("embeddings")).astype(np.float32)
-        tables.require_all_used(embeddings, (), (), str(root / _NULL))
+        array = tables.read_array(embeddings, "embeddings", str(root / _NULL))
+        tables.require_all_used(embeddings, {"embeddings"}, (), str(root / _NULL))
         parts["null_text"] = Part(None, array, str(root / _NULL))
         config = dataclasses.replace(config, learned_null=True)
-    rows, abstract = denoiser_keys.diffusers_rows(config), denoiser_keys.abstract_params(config)
+    rows, abstract = denoiser_tables.diffusers_rows(config), denoiser_tables.abstract_params(config)
     params, used = tables.read(rows, found, abstract, source)
     tables.require_all_used(found, used, (), source)
     parts["denoiser"] = Part(config, params, source)
@@ -70,8 +76,8 @@ def read(directory: str, *, image_size: int | None = None) -> tuple[dict[str, Pa
     if described.get("hidden_act", "quick_gelu") != "quick_gelu":
         raise UserError(f"{source} has the activation {described['hidden_act']}, not quick_gelu")
     heads = described.get("num_attention_heads")
-    config, params, used = clip.read_text_encoder(found, source, num_heads=heads)
-    tables.require_all_used(found, used, clip.IGNORED, source)
+    config, params, used = clip_files.read_text_encoder(found, source, num_heads=heads)
+    tables.require_all_used(found, used, clip_files.IGNORED, source)
     parts["text_encoder"] = Part(config, params, source)
 
     source = str(root / "vqvae")
@@ -100,49 +106,39 @@ def write(directory: str, config: ConfigDict, params: Any, tokenizer: ClipTokeni
       OSError: it cannot be written.
     """
     sizes = config_lib.model_config(config)
-    rows = denoiser_keys.diffusers_rows(sizes.denoiser)
+    rows = denoiser_tables.diffusers_rows(sizes.denoiser)
     if not config_lib.has_released_schedule(config):
         raise UserError("diffusers computes the 'released' noise schedule alone")
     codec = config_lib.autoencoder_config(config)
     codec, codec_params = taming.for_diffusers(codec, params["autoencoder"])
-    text_rows = tables.prefixed(clip.HUGGINGFACE_TEXT, theirs="text_model.")
-    null = {"learnable": "null_text" in params, "hidden_size": sizes.text_encoder.width,
-            "length": sizes.text_encoder.context_length}  # fmt: skip
+    text_rows = tables.prefixed(clip_files.HUGGINGFACE_TEXT, theirs="text_model.")
+    null = {"embeddings": params["null_text"]} if "null_text" in params else {}
     components = {
-        "transformer": (tables.write(rows, params["denoiser"]), _transformer(sizes.denoiser)),
-        "text_encoder": (tables.write(text_rows, params["text_encoder"]),
-                         _text(sizes.text_encoder)),
-        "vqvae": (tables.write(taming.diffusers_rows(codec), codec_params),
-                  taming.diffusers_config(codec)),
-        _NULL: ({"embeddings": params["null_text"]} if null["learnable"] else {},
-                {"_class_name": "LearnedClassifierFreeSamplingEmbeddings", **null}),
-    }  # fmt: skip
-    scheduler = {"_class_name": "VQDiffusionScheduler", **_END_POINTS,
-                 "num_train_timesteps": sizes.denoiser.num_steps,
-                 "num_vec_classes": sizes.denoiser.num_codes + 1}  # fmt: skip
-    with folder.appearing(Path(directory)) as root:
-        for name, (arrays, described) in components.items():
-            (root / name).mkdir()
+        "transformer": tables.write(rows, params["denoiser"]),
+        "text_encoder": tables.write(text_rows, params["text_encoder"]),
+        "vqvae": tables.write(taming.diffusers_rows(codec), codec_params),
+        _NULL: null,
+    }
+    descriptions = {
+        "transformer/config.json": _transformer(sizes.denoiser),
+        "text_encoder/config.json": _text(sizes.text_encoder),
+        "vqvae/config.json": taming.diffusers_config(codec),
+        f"{_NULL}/config.json": _null(sizes.text_encoder, bool(null)),
+        "scheduler/scheduler_config.json": _noise(sizes.denoiser)
+        | {"_class_name": "VQDiffusionScheduler"},
+        "tokenizer/tokenizer_config.json": _tokenizer(sizes.text_encoder),
+        "model_index.json": _INDEX,
+    }
+    with folder.appearing(directory) as root:
+        for name, described in descriptions.items():
+            files.write_json(root / name, described)
+        for name, arrays in components.items():
             stem = _TEXT_STEM if name == "text_encoder" else _STEM
             folder.write_shards(root / name, stem, arrays)
-            _write_json(root / name / "config.json", described)
-        (root / "scheduler").mkdir()
-        _write_json(root / "scheduler" / "scheduler_config.json", scheduler)
-        (root / "tokenizer").mkdir()
         for name, text in tokenizer.files("tokenizer").items():
-            (root / name).write_text(text, encoding="utf-8")
-        _write_json(
-            root / "tokenizer" / "tokenizer_config.json",
-            _TOKENIZER | {"model_max_length": sizes.text_encoder.context_length},
-        )
-        _write_json(root / "model_index.json", _INDEX)
+            files.write_text(root / name, text)
 
 
-_TOKENIZER = {
-    "tokenizer_class": "CLIPTokenizer", "bos_token": "<|startoftext|>",
-    "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>", "pad_token": "!",
-    "do_lower_case": True,
-}  # fmt: skip
 _INDEX = {
     "_class_name": "VQDiffusionPipeline",
     "_diffusers_version": "0.42.1",
@@ -153,6 +149,32 @@ _INDEX = {
     "transformer": ["diffusers", "Transformer2DModel"],
     "vqvae": ["diffusers", "VQModel"],
 }
+
+
+def _null(c: TextEncoderConfig, learnable: bool) -> dict:
+    return {
+        "_class_name": "LearnedClassifierFreeSamplingEmbeddings",
+        "learnable": learnable,
+        "hidden_size": c.width,
+        "length": c.context_length,
+    }
+
+
+def _noise(c: DenoiserConfig) -> dict:
+    return _END_POINTS | {"num_train_timesteps": c.num_steps, "num_vec_classes": c.num_codes + 1}
+
+
+def _tokenizer(c: TextEncoderConfig) -> dict:
+    return {
+        "tokenizer_class": "CLIPTokenizer",
+        "bos_token": "<|startoftext|>",
+        "eos_token": "<|endoftext|>",
+        "unk_token": "<|endoftext|>",
+        "pad_token": "!",
+        # It pads to this length, and the text encoder has no position beyond it.
+        "model_max_length": c.context_length,
+        "do_lower_case": True,
+    }
 
 
 def _transformer(c: DenoiserConfig) -> dict:
@@ -192,12 +214,8 @@ def _text(c: TextEncoderConfig) -> dict:
     }
 
 
-def _write_json(path: Path, value: dict) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-
-
 def _tensors(component: Path, *stems: str) -> dict[str, tensors.Tensor]:
-    """Tensors of a component: safetensors (in one file or several), or else .bin."""
+    """Tensors of a component: of its safetensors files, or else of its .bin file."""
     for stem in stems:
         for name in (f"{stem}.safetensors", f"{stem}.safetensors.index.json"):
             if (component / name).exists():
@@ -211,8 +229,6 @@ def _tensors(component: Path, *stems: str) -> dict[str, tensors.Tensor]:
 
 def _require_released_schedule(path: Path, config) -> None:
     described = folder.read_json(path)
-    wanted = {**_END_POINTS, "num_train_timesteps": config.num_steps,
-              "num_vec_classes": config.num_codes + 1}  # fmt: skip
-    for name, value in wanted.items():
+    for name, value in _noise(config).items():
         if not np.isclose(described.get(name, value), value, rtol=1e-6):
-            raise UserError(f"{path}: {name} is {described[name]}, only {value} is known here")
+            raise UserError(f"{path}: {name} is {described[name]}, only {value} is possible")

@@ -1,14 +1,11 @@
 """A model to hand around: a folder with ``config.json`` and its parameters as safetensors.
 
-Parameters are a nested dict; a tensor's name is its path, joined by dots. More than 5 GB are spread
-over files with an index, in the layout that Hugging Face uses. Reading executes nothing.
+Parameters are a nested dict; a tensor's name is its path, joined by dots. More than 5 GB go into
+several files with an index, in the layout that Hugging Face uses. Reading executes nothing.
 """
 
 import contextlib
-import json
-import os
 import re
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,25 +13,12 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from vqd_jax import files as file_lib
 from vqd_jax.errors import UserError
 from vqd_jax.interop import tensors
 
 MAX_SHARD_BYTES = 5 * 10**9
 STORED_DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
-
-
-def flatten(params: Any, prefix: str = "") -> dict[str, np.ndarray]:
-    """{'encoder.conv_in.kernel': array, ...} of a nested dict."""
-    flat = {}
-    for key, value in params.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, dict):
-            flat |= flatten(value, name + ".")
-        else:
-            flat[name] = np.asarray(value, order="C")
-    return flat
-
-
 # What a model folder holds, ours or that of diffusers.
 _MODEL_FILES = re.compile(
     r"config\.json|model_index\.json|model.*\.safetensors|model\.safetensors\.index\.json|tokenizer|"
@@ -58,31 +42,21 @@ def require_replaceable(target: Path) -> None:
 
 
 @contextlib.contextmanager
-def appearing(target: Path) -> Iterator[Path]:
-    """A scratch folder beside ``target`` that becomes it at the end, or vanishes on an error.
+def appearing(target: str | Path) -> Iterator[Path]:
+    """A scratch folder that becomes ``target`` at the end, or vanishes after an error.
 
     Raises:
       UserError: see ``require_replaceable``.
       OSError: it cannot be written.
     """
-    # An absolute path, so that "." and ".." have a name and a parent.
-    target = Path(os.path.abspath(target))
-    require_replaceable(target)
-    scratch = target.with_name(f".{target.name}.tmp")
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
+    require_replaceable(Path(target))
     try:
-        yield scratch
-        if target.exists():
-            shutil.rmtree(target)
-        os.replace(scratch, target)
+        with file_lib.appearing(target) as scratch:
+            scratch.mkdir()
+            yield scratch
     except OSError as error:
-        # A full disk, for one, comes without a name.
-        shutil.rmtree(scratch, ignore_errors=True)
+        # An error such as a full disk names no file.
         raise OSError(f"{target} could not be written: {error}") from error
-    except BaseException:
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise
 
 
 def save(
@@ -93,21 +67,25 @@ def save(
     dtype: str = "float32",
     files: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes the folder; it appears complete or not at all.
+    """Writes a model folder, which appears complete or not at all.
 
     Args:
-      directory: must not exist, or be a model folder, which is replaced.
-      config: JSON-able description of the model.
+      directory: the target; a model folder there is replaced.
+      config: description of the model, of JSON values.
       params: nested dict of arrays.
-      dtype: in which floats are stored, a key of ``STORED_DTYPES``.
+      dtype: of the stored floats, a key of ``STORED_DTYPES``.
       files: further text files, {name: text}.
+
+    Raises:
+      UserError: the target holds something else than a model.
+      OSError: it cannot be written.
     """
-    with appearing(Path(directory)) as scratch:
-        write_shards(scratch, "model", flatten(params), dtype=dtype)
-        text = json.dumps(config, indent=2) + "\n"
-        for name, content in {"config.json": text, **(files or {})}.items():
-            (scratch / name).parent.mkdir(exist_ok=True)
-            (scratch / name).write_text(content, encoding="utf-8")
+    with appearing(directory) as scratch:
+        arrays = {name: np.asarray(array) for name, array in file_lib.flatten(params).items()}
+        write_shards(scratch, "model", arrays, dtype=dtype)
+        file_lib.write_json(scratch / "config.json", config)
+        for name, text in (files or {}).items():
+            file_lib.write_text(scratch / name, text)
 
 
 def write_shards(
@@ -120,7 +98,7 @@ def write_shards(
 ) -> None:
     """Writes ``stem.safetensors``, or several files of at most ``max_bytes`` and their index."""
     stored = {
-        name: np.dtype(STORED_DTYPES[dtype]) if _is_float(array) else array.dtype
+        name: array.dtype if array.dtype.kind in "iub" else np.dtype(STORED_DTYPES[dtype])
         for name, array in arrays.items()
     }
     sizes = {name: array.size * stored[name].itemsize for name, array in arrays.items()}
@@ -140,29 +118,24 @@ def write_shards(
         index |= dict.fromkeys(names, file)
     if len(shards) > 1:
         metadata = {"total_size": sum(sizes.values())}
-        text = json.dumps({"metadata": metadata, "weight_map": index}, indent=2)
-        (directory / f"{stem}.safetensors.index.json").write_text(text + "\n", encoding="utf-8")
-
-
-def _is_float(array: np.ndarray) -> bool:
-    return array.dtype.kind not in "iub"
+        file_lib.write_json(
+            directory / f"{stem}.safetensors.index.json",
+            {"metadata": metadata, "weight_map": index},
+        )
 
 
 def read_json(path: Path) -> dict:
-    """The JSON object in a file.
+    """The JSON object in a file of a model folder.
 
     Raises:
-      UserError: it is not there, or holds something else.
+      UserError: it is not there, cannot be read, or holds something else.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        return file_lib.read_json(path, "take it from its source again")
     except FileNotFoundError as error:
         raise UserError(f"{path.parent} is not a model folder: it has no {path.name}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
-        raise UserError(f"{path} is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path} does not hold a JSON object")
-    return value
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
 
 
 def load_config(directory: str | Path) -> dict:
@@ -175,7 +148,7 @@ def load_config(directory: str | Path) -> dict:
 
 
 def read_shards(directory: Path, stem: str) -> dict[str, tensors.Tensor]:
-    """Tensors of ``stem.safetensors`` or of the files that its index names; values stay on disk.
+    """Tensors of ``stem.safetensors``, or of the files in its index; their values stay on disk.
 
     Raises:
       UserError: a file is missing, cut short or of another format, or the index names a file
@@ -208,42 +181,33 @@ def load_params(
     Args:
       directory: the model folder.
       abstract_params: nested dict of leaves with ``shape`` and ``dtype``.
-      part: the part of the model that ``abstract_params`` is ("autoencoder"), which may be a single
-        array; the tensors of the others are left alone.
+      part: the part of the model that is read ("autoencoder"); then ``abstract_params`` is that of
+        the part, which may be a single array.
       place: called with every array as soon as it is read; its results are returned instead.
-        ``jax.device_put`` puts them on the device one by one, so that none is held twice for long.
+        ``jax.device_put`` puts them on the device one by one, so that only one is held twice.
 
     Raises:
       UserError: a file is missing or damaged, or a tensor is missing, left over, of another
         shape, or not finite; the message names it.
     """
-    directory = Path(directory)
-    flat = read_shards(directory, "model")
+    found = read_shards(Path(directory), "model")
     if part:
-        flat = {name: tensor for name, tensor in flat.items() if name.split(".")[0] == part}
+        found = {name: x for name, x in found.items() if name.split(".")[0] == part}
         abstract_params = {part: abstract_params}
-    params = _take(abstract_params, flat, directory, "", place)
-    if flat:
-        raise UserError(f"{directory} has a tensor that the model lacks: {sorted(flat)[0]}")
-    return params[part] if part else params
-
-
-def _take(
-    abstract: Any, flat: dict[str, tensors.Tensor], path: Path, prefix: str, place: Callable
-) -> Any:
-    params = {}
-    for key, value in abstract.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, dict):
-            params[key] = _take(value, flat, path, name + ".", place)
-            continue
-        if name not in flat:
-            raise UserError(f"{path} lacks the tensor {name}")
-        tensor = flat.pop(name)
-        if tensor.shape != tuple(value.shape):
-            raise UserError(f"{path}: {name} is {tensor.shape}, the config asks for {value.shape}")
-        array = tensor.read(value.dtype)
+    arrays = {}
+    for name, leaf in file_lib.flatten(abstract_params).items():
+        if name not in found:
+            raise UserError(f"{directory} lacks the tensor {name}")
+        tensor = found.pop(name)
+        if tensor.shape != tuple(leaf.shape):
+            raise UserError(
+                f"{directory}: {name} is {tensor.shape}, the config asks for {leaf.shape}"
+            )
+        array = tensor.read(leaf.dtype)
         if not np.isfinite(array).all():
-            raise UserError(f"{path}: {name} has values that are not finite")
-        params[key] = place(array)
-    return params
+            raise UserError(f"{directory}: {name} has values that are not finite")
+        arrays[name] = place(array)
+    if found:
+        raise UserError(f"{directory} has a tensor that the model lacks: {min(found)}")
+    params = file_lib.unflatten(arrays, abstract_params)
+    return params[part] if part else params

@@ -1,8 +1,8 @@
 """The released ``.pth`` checkpoints, and any file in their layout.
 
-Such a file is a dictionary: ``model`` is the state dict of the whole model, ``ema`` the averaged
-one of its ``transformer`` part (names without that word before them), and the rest is state of the
-training, which is not read.
+Such a file is a dictionary. ``model`` is the state dict of the whole model. ``ema`` is the averaged
+one of its ``transformer`` part, whose names lack that prefix. The rest is state of the training,
+which is not read.
 """
 
 import math
@@ -14,12 +14,12 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from vqd_jax import config as config_lib
+from vqd_jax import files
 from vqd_jax.data.text import ClipTokenizer
 from vqd_jax.diffusion import schedule
 from vqd_jax.errors import UserError
-from vqd_jax.interop import clip, tables, taming
-from vqd_jax.interop import denoiser as denoiser_keys
-from vqd_jax.interop.parts import Part
+from vqd_jax.interop import clip_files, denoiser_tables, tables, taming
+from vqd_jax.interop.tables import Part
 from vqd_jax.models.autoencoder import AutoencoderConfig
 from vqd_jax.models.denoiser import DenoiserConfig
 
@@ -28,12 +28,12 @@ _DIFFUSION = "transformer."
 _DENOISER = "transformer.transformer."
 _TEXT = "transformer.condition_emb."
 _NULL_TEXT = "transformer.empty_text_embed"
-# The class of the published ImageNet models that stands for none.
+# The class that stands for none in the published ImageNet models.
 IMAGENET_NULL = 1000
 DEFAULT_IMAGE_SIZE = 256
 _IGNORED = (
     r"transformer\.(log_\w+|Lt_history|Lt_count)",
-    *(rf"transformer\.transformer\.{pattern}" for pattern in denoiser_keys.IGNORED),
+    *(rf"transformer\.transformer\.{pattern}" for pattern in denoiser_tables.IGNORED),
     # CLIP's projection, which VQ-Diffusion never used.
     r"transformer\.condition_emb\.text_projection",
 )
@@ -59,16 +59,16 @@ def read(
     Args:
       path: of the file, for messages.
       loaded: what ``torch_file.load`` gave.
-      weights: "ema" lays the averaged weights over the others, as the published inference does;
-        "raw" leaves them out.
+      weights: "ema" takes the averaged weights, as the published inference does; "raw" leaves
+        them out.
       num_heads: of the denoiser, which no tensor tells; 16 in all released files.
-      image_size: S; None takes what the token grid implies, or 256 where the file has none.
-      remap: int [codes of the codebook] -> code id, of a file with a codebook and a remap of its
-        own; None takes a published one where the numbers of codes ask for it.
+      image_size: side of a picture, in pixels; None takes what the token grid implies, or 256.
+      remap: int [codes of the codebook] -> code id; None takes a published one if the numbers of
+        codes ask for it.
 
     Returns:
-      {"denoiser": ..., "autoencoder": ..., "text_encoder": ..., "null_text": ...}, as far as the
-      file has them.
+      {"denoiser": ..., "autoencoder": ..., "text_encoder": ..., "null_text": ...}, without those
+      that the file lacks.
 
     Raises:
       UserError: tensors are missing, left over, of another shape or not finite, or the noise
@@ -80,40 +80,21 @@ def read(
         if not isinstance(loaded.get("ema"), Mapping):
             raise UserError(f"{source} has no averaged weights; use --weights=raw")
         tensors |= {_DIFFUSION + name: tensor for name, tensor in loaded["ema"].items()}
+    parts, used = _read_others(tensors, source, image_size, remap)
     names = tables.under(tensors, _DENOISER)
-    codec = tables.under(tensors, _AUTOENCODER)
-    parts, used = {}, set()
-
-    grid = denoiser_keys.text_grid(names)
-    if codec:
-        pixels = taming.downsampling(tables.under(codec, "enc."))
-        side = image_size or (grid * pixels if grid else DEFAULT_IMAGE_SIZE)
-        num_codes = denoiser_keys.num_codes(names, source)
-        config, params, found = taming.read_released(
-            codec, source, image_size=side, num_codes=num_codes, remap=remap
-        )
-        parts["autoencoder"] = Part(config, params, source)
-        grid = config.grid_size
-        used |= {_AUTOENCODER + name for name in found}
-    text = tables.under(tensors, _TEXT)
-    if text:
-        config, params, found = clip.read_text_encoder(text, source)
-        parts["text_encoder"] = Part(config, params, source)
-        used |= {_TEXT + name for name in found}
-    if _NULL_TEXT in tensors:
-        parts["null_text"] = Part(None, _finite(tensors[_NULL_TEXT], source, _NULL_TEXT), source)
-        used.add(_NULL_TEXT)
-
-    config = denoiser_keys.published_config(
+    grid = denoiser_tables.text_grid(names)
+    if "autoencoder" in parts:
+        grid = parts["autoencoder"].config.grid_size
+    config = denoiser_tables.published_config(
         names,
         num_heads=num_heads,
-        # Without a tokenizer or a text: the published ones cover 16 pixels a token.
+        # Neither a tokenizer nor a text tells it: published tokens cover 16 pixels.
         image_grid=grid or (image_size or DEFAULT_IMAGE_SIZE) // 16,
         null_label=IMAGENET_NULL,
         learned_null="null_text" in parts,
         source=source,
     )
-    rows, abstract = denoiser_keys.published_rows(config), denoiser_keys.abstract_params(config)
+    rows, abstract = denoiser_tables.published_rows(config), denoiser_tables.abstract_params(config)
     params, found = tables.read(rows, names, abstract, source)
     parts["denoiser"] = Part(config, params, source)
     used |= {_DENOISER + name for name in found}
@@ -122,19 +103,39 @@ def read(
     return parts
 
 
+def _read_others(tensors, source, image_size, remap) -> tuple[dict[str, Part], set[str]]:
+    """The parts beside the denoiser, and the names of the tensors that they used."""
+    parts, used = {}, set()
+    codec, text = tables.under(tensors, _AUTOENCODER), tables.under(tensors, _TEXT)
+    if codec:
+        names = tables.under(tensors, _DENOISER)
+        grid = denoiser_tables.text_grid(names)
+        pixels = taming.downsampling(tables.under(codec, "enc."))
+        config, params, found = taming.read_released(
+            codec,
+            source,
+            image_size=image_size or (grid * pixels if grid else DEFAULT_IMAGE_SIZE),
+            num_codes=denoiser_tables.num_codes(names, source),
+            remap=remap,
+        )
+        parts["autoencoder"] = Part(config, params, source)
+        used |= {_AUTOENCODER + name for name in found}
+    if text:
+        config, params, found = clip_files.read_text_encoder(text, source)
+        parts["text_encoder"] = Part(config, params, source)
+        used |= {_TEXT + name for name in found}
+    if _NULL_TEXT in tensors:
+        parts["null_text"] = Part(None, tables.read_array(tensors, _NULL_TEXT, source), source)
+        used.add(_NULL_TEXT)
+    return parts, used
+
+
 def _codec(config: AutoencoderConfig, params: Any) -> dict[str, np.ndarray]:
-    """Tensors of the image tokenizer; the codebook is listed under the decoder once more."""
+    """Tensors of the image tokenizer; the decoder lists the codebook a second time."""
     params = {name: part for name, part in params.items() if name != "remap"}
     codec = tables.write(taming.released_rows(config), params)
     again = {f"dec.{n.removeprefix('enc.')}": x for n, x in codec.items() if ".quantize." in n}
     return codec | again
-
-
-def _finite(tensor: Any, source: str, name: str) -> np.ndarray:
-    array = np.asarray(tensor).astype(np.float32)
-    if not np.isfinite(array).all():
-        raise UserError(f"{source}: {name} has values that are not finite")
-    return array
 
 
 def _require_released_schedule(tensors, config: DenoiserConfig, source: str) -> None:
@@ -144,7 +145,7 @@ def _require_released_schedule(tensors, config: DenoiserConfig, source: str) -> 
         if _DIFFUSION + name not in tensors:
             continue
         stored = np.asarray(tensors[_DIFFUSION + name])[: config.num_steps]
-        # Float32 logarithms; a schedule that is another one differs by whole units.
+        # Float32 logarithms; those of another schedule differ by whole units.
         if stored.shape != (config.num_steps,) or not np.allclose(
             stored, ours[name][: config.num_steps], atol=1e-3
         ):
@@ -157,8 +158,8 @@ def _require_released_schedule(tensors, config: DenoiserConfig, source: str) -> 
 def _schedule_buffers(config: DenoiserConfig) -> dict[str, np.ndarray]:
     """The logarithms that the published code keeps: float32 [T], cumulative ones [T+1].
 
-    Their index t is our time t + 1; the last cumulative entry is the identity, our time 0. In
-    float64, since a step's replacement mass is a difference of nearly equal numbers.
+    Their index t is our time t + 1; the last cumulative entry is the identity, our time 0. They
+    are computed in float64: the replacement mass of a step is a difference of nearly equal numbers.
     """
     keep = np.append(np.linspace(*schedule.RELEASED_KEEP, config.num_steps), 1.0)
     mask = np.append(np.linspace(*schedule.RELEASED_MASK, config.num_steps), 0.0)
@@ -181,7 +182,7 @@ def write(path: str, config: ConfigDict, params: Any, tokenizer: ClipTokenizer) 
       path: of the ``.pth`` file; a code remap goes into ``..._mapping.pt`` beside it.
       config: of the model.
       params: nested dict of NumPy arrays, ``autoencoder`` included.
-      tokenizer: of prompts; the published code has its own, so that it must be CLIP's.
+      tokenizer: of prompts. The file has no place for it: the published code has CLIP's.
 
     Raises:
       UserError: PyTorch is not installed, or the layout has no place for this model.
@@ -193,6 +194,30 @@ def write(path: str, config: ConfigDict, params: Any, tokenizer: ClipTokenizer) 
         raise UserError(
             'writing the published layout needs PyTorch: pip install "vqd_jax[convert]"'
         ) from error
+
+    def as_torch(arrays):
+        return {n: torch.from_numpy(np.require(x, requirements="CW")) for n, x in arrays.items()}
+
+    _require_layout(config)
+    diffusion = as_torch(_diffusion(config_lib.model_config(config).denoiser, params))
+    codec = as_torch(_codec(config_lib.autoencoder_config(config), params["autoencoder"]))
+    model = {_AUTOENCODER + name: x for name, x in codec.items()}
+    model |= {_DIFFUSION + name: x for name, x in diffusion.items()}
+    written = {}
+    if "remap" in params["autoencoder"]:
+        # The published code reads it from a file of its own.
+        remap = params["autoencoder"]["remap"]["full_to_code"].astype(np.int64)
+        written[f"{path.removesuffix('.pth')}_mapping.pt"] = torch.from_numpy(remap)
+    written[path] = {"last_epoch": 0, "last_iter": 0, "model": model, "ema": diffusion}
+    for target, content in written.items():
+        try:
+            with files.appearing(target) as scratch:
+                torch.save(content, scratch)
+        except RuntimeError as error:  # PyTorch's name for a failed write.
+            raise OSError(f"{target} could not be written: {error}") from error
+
+
+def _require_layout(config: ConfigDict) -> None:
     sizes = config_lib.model_config(config).denoiser
     if not config_lib.has_released_schedule(config):
         raise UserError("the published layout holds the 'released' noise schedule alone")
@@ -200,35 +225,21 @@ def write(path: str, config: ConfigDict, params: Any, tokenizer: ClipTokenizer) 
         raise UserError(
             f"the published layout has {IMAGENET_NULL} classes; this model has {sizes.num_classes}"
         )
-    rows = denoiser_keys.published_rows(sizes)
-    diffusion = tables.write(tables.prefixed(rows, theirs="transformer."), params["denoiser"])
+
+
+def _diffusion(sizes: DenoiserConfig, params: Any) -> dict[str, np.ndarray]:
+    """All tensors but those of the image tokenizer, named without ``transformer.``."""
+    rows = tables.prefixed(denoiser_tables.published_rows(sizes), theirs="transformer.")
+    diffusion = tables.write(rows, params["denoiser"])
     if sizes.condition == "text":
         length = math.prod(sizes.grid)
         mask = np.tril(np.ones((1, 1, length, length), np.float32))
         for layer in range(sizes.num_layers):
             # Never used, but the published code refuses a file without it when training goes on.
             diffusion[f"transformer.blocks.{layer}.attn2.mask"] = mask
-        text = tables.write(clip.OPENAI_TEXT, params["text_encoder"])
-        diffusion |= {f"condition_emb.{name}": array for name, array in text.items()}
+        rows = tables.prefixed(clip_files.OPENAI_TEXT, theirs="condition_emb.")
+        diffusion |= tables.write(rows, params["text_encoder"])
     if "null_text" in params:
         diffusion["empty_text_embed"] = params["null_text"].astype(np.float64)
-    diffusion |= _schedule_buffers(sizes)
-    for name in ("Lt_history", "Lt_count"):
-        diffusion[name] = np.zeros(sizes.num_steps, np.float32)
-    codec = _codec(config_lib.autoencoder_config(config), params["autoencoder"])
-    as_tensor = lambda x: torch.from_numpy(np.require(x, requirements="CW"))  # noqa: E731
-    diffusion = {name: as_tensor(x) for name, x in diffusion.items()}
-    model = {_AUTOENCODER + name: as_tensor(x) for name, x in codec.items()}
-    model |= {_DIFFUSION + name: x for name, x in diffusion.items()}
-    scratch = Path(f"{path}.tmp")
-    try:
-        if "remap" in params["autoencoder"]:
-            # The published code reads it from a file of its own.
-            remap = params["autoencoder"]["remap"]["full_to_code"].astype(np.int64)
-            torch.save(torch.from_numpy(remap), f"{path.removesuffix('.pth')}_mapping.pt")
-        torch.save({"last_epoch": 0, "last_iter": 0, "model": model, "ema": diffusion}, scratch)
-        scratch.replace(path)
-    except RuntimeError as error:  # PyTorch's name for a failed write.
-        raise OSError(f"{path} could not be written: {error}") from error
-    finally:
-        scratch.unlink(missing_ok=True)
+    training = dict.fromkeys(("Lt_history", "Lt_count"), np.zeros(sizes.num_steps, np.float32))
+    return diffusion | _schedule_buffers(sizes) | training

@@ -1,21 +1,23 @@
-"""One table a source: which of their tensors is which of ours, and in what layout.
+"""Tables that say which tensor of another program is which of our parameters, in what layout.
 
-A table is a list of ``Row``; the same table serves for reading (``read``) and for writing
-(``write``). Ours are channels-last and keep the layers of a transformer in one array with a leading
-layer axis; theirs are PyTorch's, one tensor a layer.
+Each source has one table, a list of ``Row``, for reading (``read``) and for writing (``write``).
+Our arrays are channels-last and stack the layers of a transformer along a leading axis. Theirs are
+PyTorch's: one tensor for each layer.
 """
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from tqdm import tqdm
 
 from vqd_jax.errors import UserError
+from vqd_jax.files import flatten, unflatten
 
 _LAYER = "{i}"
-# Their array -> ours, and back. All are views: nothing is copied before the last assignment.
+# From their array to ours, and back. All are views: the only copy is the final assignment.
 _TO_OURS = {
     "same": lambda x: x,
     "linear": lambda x: x.T,  # [out, in] -> [in, out]
@@ -30,11 +32,39 @@ _TO_THEIRS = {
 }
 
 
+# The parameters of a module by its kind: the ends of our name and of theirs, and the layout.
+_MODULES = {
+    "array": [("", "", "same")],
+    "embedding": [(".embedding", ".weight", "same")],
+    "norm": [(".scale", ".weight", "same"), (".bias", ".bias", "same")],
+    "linear": [(".kernel", ".weight", "linear"), (".bias", ".bias", "same")],
+    "conv": [(".kernel", ".weight", "conv"), (".bias", ".bias", "same")],
+}
+
+
+class Part(NamedTuple):
+    """A network, or an array beside one, as read from a source.
+
+    Attributes:
+      config: its sizes: ``AutoencoderConfig``, ``DenoiserConfig``, ``TextEncoderConfig``, or None.
+      params: nested dict of float32 arrays, or one array.
+      source: where it was found.
+    """
+
+    config: Any
+    params: Any
+    source: str
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(np.size(x) for x in jax.tree.leaves(self.params))
+
+
 class Row(NamedTuple):
     """One parameter in both worlds.
 
     Attributes:
-      ours: path in our nested params, joined by dots, as ``blocks.self_attention.query.kernel``.
+      ours: path in our nested dict, such as ``blocks.self_attention.query.kernel``.
       theirs: name in the source; ``{i}`` stands for the layer of a parameter that we stack.
       layout: ``same``; ``linear``: theirs is [out, in], ours [in, out]; ``conv``: theirs is
         [out, in, h, w], ours [h, w, in, out]; ``linear_as_conv``: theirs is [out, in], ours
@@ -49,8 +79,22 @@ class Row(NamedTuple):
     part: tuple[int, int] | None = None
 
 
+def modules(*table: tuple[str, str, str]) -> list[Row]:
+    """The rows of whole modules.
+
+    Args:
+      table: (our path, their name, kind) of every module. A kind is ``norm``, ``linear``, ``conv``
+        (each with a bias), ``embedding``, or ``array`` for a parameter on its own.
+    """
+    return [
+        Row(ours + our_end, theirs + their_end, layout)
+        for ours, theirs, kind in table
+        for our_end, their_end, layout in _MODULES[kind]
+    ]
+
+
 def prefixed(rows: Iterable[Row], ours: str = "", theirs: str = "") -> list[Row]:
-    """The rows with something put before both names; the caller writes the dots."""
+    """The rows with a prefix before each name; the caller writes the dots."""
     return [row._replace(ours=ours + row.ours, theirs=theirs + row.theirs) for row in rows]
 
 
@@ -64,25 +108,25 @@ def read(
 ) -> tuple[Any, set[str]]:
     """Our parameters out of their tensors.
 
-    Every array is allocated once and filled from the source tensor by tensor, so that no more than
-    one tensor of the source is in memory beside what is returned.
+    Every array is allocated once and filled tensor by tensor: only one tensor of the source is in
+    memory beside the result.
 
     Args:
       rows: the table of the source.
-      tensors: their tensors by name: anything with ``shape`` and ``dtype`` that ``np.asarray``
-        takes. Values are converted to the dtype of ``abstract``.
-      abstract: nested dict of ``jax.ShapeDtypeStruct``, as ``jax.eval_shape`` returns it.
+      tensors: their tensors by name, with ``shape`` and ``dtype``; ``np.asarray`` reads them.
+        Values are converted to the dtype of ``abstract``.
+      abstract: nested dict of ``jax.ShapeDtypeStruct``.
       source: path or other name of the source, for messages.
 
     Returns:
-      A nested dict of NumPy arrays like ``abstract``, and the names of the tensors that went in.
+      A nested dict of NumPy arrays like ``abstract``, and the names of the tensors that were used.
 
     Raises:
       UserError: a tensor is missing, of another shape, or not finite; the message gives its name
         in the source and in ours.
       ValueError: the table does not fit the model: an error in this program.
     """
-    leaves = _flatten(abstract)
+    leaves = flatten(abstract)
     unfilled = set(leaves) - {row.ours for row in rows}
     unknown = {row.ours for row in rows} - set(leaves)
     if unfilled or unknown:
@@ -97,15 +141,21 @@ def read(
                 _fill(slot, _part(row, np.asarray(tensors[name])), row, name, source)
                 bar.update(slot.nbytes)
             filled[row.ours] = target
-    return _unflatten(abstract, filled), used
+    return unflatten(filled, abstract), used
+
+
+def read_array(tensors: Mapping[str, Any], name: str, source: str) -> np.ndarray:
+    """One tensor as a float32 array. Errors as of ``read``."""
+    abstract = {name: jax.ShapeDtypeStruct(tensors[name].shape, np.float32)}
+    return read([Row(name, name)], tensors, abstract, source)[0][name]
 
 
 def write(rows: Sequence[Row], params: Any) -> dict[str, np.ndarray]:
-    """Their tensors, by name and in their layout, of our parameters: the reverse of ``read``.
+    """Our parameters as their tensors, by name and in their layout: the reverse of ``read``.
 
-    They are views of ``params`` but where parts are packed.
+    They are views of ``params``, except where parts are packed.
     """
-    leaves, tensors, packed = _flatten(params), {}, {}
+    leaves, tensors, packed = flatten(params), {}, {}
     for row in rows:
         for name, slot in _slots(row, np.asarray(leaves[row.ours])):
             array = _TO_THEIRS[row.layout](slot)
@@ -119,12 +169,12 @@ def write(rows: Sequence[Row], params: Any) -> dict[str, np.ndarray]:
 def require_all_used(
     names: Iterable[str], used: Iterable[str], ignored: Sequence[str], source: str
 ) -> None:
-    """Raises ``UserError`` when the source has tensors that went nowhere.
+    """Raises ``UserError`` if the source has tensors that were not used.
 
     Args:
       names: of all tensors of the source.
-      used: names that were read.
-      ignored: regular expressions; a name that one of them matches whole may be left over.
+      used: names of those that were read.
+      ignored: regular expressions of names that may be left over.
       source: path or other name of the source, for messages.
     """
     left = set(names) - set(used)
@@ -136,7 +186,7 @@ def require_all_used(
 
 
 def _check(rows, tensors, leaves, source) -> set[str]:
-    """Names and shapes before any value is read, so that a wrong file fails at once."""
+    """Checks names and shapes before any value is read, so that a wrong file fails at once."""
     used, missing, wrong = set(), [], []
     for row in rows:
         leaf = leaves[row.ours]
@@ -158,7 +208,7 @@ def _check(rows, tensors, leaves, source) -> set[str]:
 
 
 def _slots(row: Row, array: np.ndarray):
-    """(their name, the part of our array that it fills) for every layer, or just once."""
+    """(their name, the part of our array that it fills) of every layer, or of the one array."""
     if _LAYER not in row.theirs:
         return [(row.theirs, array)]
     return [(row.theirs.replace(_LAYER, str(i)), array[i, ...]) for i in range(array.shape[0])]
@@ -182,22 +232,3 @@ def _fill(slot: np.ndarray, array: np.ndarray, row: Row, name: str, source: str)
 def _some(items: Sequence[str], most: int = 5) -> str:
     more = f" and {len(items) - most} more" if len(items) > most else ""
     return ", ".join(items[:most]) + more
-
-
-def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """{'down.0.conv.kernel': leaf}; lists of modules have integer keys."""
-    if not isinstance(tree, Mapping):
-        return {prefix: tree}
-    flat = {}
-    for key, value in tree.items():
-        flat |= _flatten(value, f"{prefix}.{key}" if prefix else str(key))
-    return flat
-
-
-def _unflatten(like: Any, flat: Mapping[str, Any], prefix: str = "") -> Any:
-    if not isinstance(like, Mapping):
-        return flat[prefix]
-    return {
-        key: _unflatten(value, flat, f"{prefix}.{key}" if prefix else str(key))
-        for key, value in like.items()
-    }

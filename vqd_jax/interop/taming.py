@@ -1,18 +1,19 @@
 """Image tokenizers from published files: taming transformers, VQ-Diffusion's own, diffusers.
 
-The modules of ``models.autoencoder`` bear the names of taming's weights, so its table is little
-more than the paths of our parameters; the other layouts rename them.
+The modules of ``models.autoencoder`` have the names of taming's weights, so its table follows from
+the paths of our parameters. The other layouts rename them.
 """
 
 import dataclasses
 import functools
 import importlib.resources
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
+from vqd_jax import files
 from vqd_jax.errors import UserError
 from vqd_jax.interop import tables
 from vqd_jax.interop.tables import Row
@@ -21,10 +22,10 @@ from vqd_jax.models import autoencoder, quantizer
 from vqd_jax.models.autoencoder import AutoencoderConfig, abstract_params
 
 DEFAULT_IMAGE_SIZE = 256  # S of all published tokenizers
-# Of the training: losses with their networks, and the sums that a moving-average codebook is the
-# quotient of.
+# State of the training: losses with their networks, and the two sums whose quotient is a
+# moving-average codebook.
 IGNORED = (r"loss\..*", r"quantize\.(cluster_size|embedding_avg)")
-# Where an autoregressive transformer holds its tokenizer; FFHQ's was published so.
+# FFHQ's tokenizer was published inside an autoregressive transformer, under this name.
 _INSIDE_TRANSFORMER = "first_stage_model."
 _ENCODER_SIDE = ("encoder.", "quant_conv.", "quantize.")
 
@@ -49,9 +50,9 @@ def read(
       loaded: what ``torch_file.load`` gave.
       source: path of the file, for messages.
       image_size: S, which no tensor tells.
-      num_codes: K of the denoiser that goes with it; None is the whole codebook, or what ``remap``
+      num_codes: number of codes of its denoiser; None is the whole codebook, or what ``remap``
         leaves of it.
-      remap: integers [codes of the codebook] -> code id; None takes a published one where
+      remap: integers [codes of the codebook] -> code id; None takes a published one if
         ``num_codes`` asks for it.
 
     Returns:
@@ -80,13 +81,13 @@ def read_released(
 
     Args:
       found: tensors named without ``content_codec.``: ``enc.encoder.conv_in.weight``, ...
-      source, image_size, num_codes, remap: as of ``read``.
+      source, image_size, num_codes, remap: see ``read``.
 
     Returns:
       The sizes, the parameters, and the names that were used or are second names of used ones.
 
     Raises:
-      UserError: as of ``read``, but for tensors left over, which are the caller's to judge.
+      UserError: see ``read``; but the caller judges tensors that are left over.
     """
     joined = {**tables.under(found, "dec."), **tables.under(found, "enc.")}
     config = _infer(joined, source, image_size)
@@ -105,7 +106,7 @@ def read_diffusers(
       found: its tensors by name, of older or newer releases.
       described: its ``config.json``.
       source: path of its folder, for messages.
-      grid_size: h = w, of the denoiser that goes with it.
+      grid_size: tokens along one side, of its denoiser.
 
     Returns:
       The sizes, the parameters, and the names used.
@@ -126,8 +127,7 @@ def rows(config: AutoencoderConfig, found: Mapping[str, Any] | None = None) -> l
 
     Args:
       config: sizes; a remap has no place in the layout and is left out.
-      found: the source's tensors, where there is one: a codebook that is a moving average has
-        another name.
+      found: the tensors of the source, if there is one: a moving-average codebook has another name.
     """
     codebook = (
         "quantize.embed.weight" if config.quantizer == "gumbel" else "quantize.embedding.weight"
@@ -135,7 +135,7 @@ def rows(config: AutoencoderConfig, found: Mapping[str, Any] | None = None) -> l
     if found is not None and "quantize.embedding" in found:
         codebook = "quantize.embedding"
     table = []
-    for path, leaf in _leaves(abstract_params(without_remap(config))):
+    for path, leaf in files.flatten(abstract_params(without_remap(config))).items():
         name = re.sub(r"\.(kernel|scale)$", ".weight", path)
         if path == "quantize.embedding":
             name = codebook
@@ -209,9 +209,8 @@ def diffusers_config(config: AutoencoderConfig) -> dict[str, Any]:
 def for_diffusers(config: AutoencoderConfig, params: Any) -> tuple[AutoencoderConfig, Any]:
     """The nearest-code tokenizer of K codes that decodes as this one does.
 
-    A remap becomes a smaller codebook, a Gumbel quantiser is left out; then pictures get other
-    codes than before, but codes the same pictures. ``params`` come back as they are where there is
-    nothing to do.
+    A remap becomes a smaller codebook, and a Gumbel quantizer is left out. Codes then become the
+    same pictures as before, but pictures may become other codes.
     """
     codebook = np.asarray(params["quantize"]["embedding"])
     if config.codebook_size is not None:
@@ -223,7 +222,7 @@ def for_diffusers(config: AutoencoderConfig, params: Any) -> tuple[AutoencoderCo
 
 
 def downsampling(found: Mapping[str, Any]) -> int:
-    """Pixels a token covers along one side, of tensors in taming's layout."""
+    """Pixels that a token covers along one side, from tensors in taming's layout."""
     return 2 ** (_count(found, "encoder.down") - 1)
 
 
@@ -240,7 +239,7 @@ def config_from_dict(described: Mapping[str, Any], source: str) -> AutoencoderCo
 
 
 def published_remap(codebook_size: int, num_codes: int) -> np.ndarray | None:
-    """The remap published with VQ-Diffusion from that many codes to that many, if there is one.
+    """The published remap between these numbers of codes, if there is one.
 
     Returns:
       int32 [codebook_size], or None.
@@ -252,7 +251,7 @@ def published_remap(codebook_size: int, num_codes: int) -> np.ndarray | None:
 
 
 def without_remap(config: AutoencoderConfig) -> AutoencoderConfig:
-    """The sizes of the network as it was before a remap was put beside it."""
+    """The sizes of the network without its remap."""
     if config.codebook_size is None:
         return config
     return dataclasses.replace(config, num_codes=config.codebook_size, codebook_size=None)
@@ -287,7 +286,7 @@ def _remapped(
 
 
 def _state_dict(loaded: Any) -> dict[str, Tensor]:
-    """The tokenizer's tensors, wherever in the file they are."""
+    """The tokenizer's tensors, wherever they are in the file."""
     for key in ("state_dict", "model"):
         if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
             loaded = loaded[key]
@@ -300,7 +299,10 @@ def _state_dict(loaded: Any) -> dict[str, Tensor]:
 
 def _infer(found: Mapping[str, Any], source: str, image_size: int) -> AutoencoderConfig:
     """The sizes that the shapes tell, in taming's layout."""
-    shape = lambda name: found[name].shape  # noqa: E731
+
+    def shape(name):
+        return found[name].shape
+
     try:
         channels = shape("encoder.conv_in.weight")[0]
         levels = range(_count(found, "encoder.down"))
@@ -342,7 +344,7 @@ def _from_diffusers_config(
     }  # fmt: skip
     for name, value in wanted.items():
         if described.get(name, value) != value:
-            raise UserError(f"{source}: {name} is {described[name]}, only {value} is known here")
+            raise UserError(f"{source}: {name} is {described[name]}, only {value} is possible")
     try:
         widths = described["block_out_channels"]
         image_size = grid_size * 2 ** (len(widths) - 1)
@@ -381,14 +383,6 @@ def _count(found: Mapping[str, Any], prefix: str) -> int:
     return len({name.split(".")[0] for name in tables.under(found, prefix + ".")})
 
 
-def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
 def _released_name(name: str) -> str:
     return ("enc." if name.startswith(_ENCODER_SIDE) else "dec.") + name
 
@@ -397,13 +391,16 @@ def _diffusers_name(name: str, *, levels: int, old_names: bool) -> str:
     new = {"q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
     old = {"q": "query", "k": "key", "v": "value", "proj_out": "proj_attn"}
     projections = old if old_names else new
-    up = lambda match: f"decoder.up_blocks.{levels - 1 - int(match[1])}."  # noqa: E731
+
+    def attention(match):
+        return f".attn{match[1]}.{projections[match[2]]}."
+
+    def up(match):
+        return f"decoder.up_blocks.{levels - 1 - int(match[1])}."
+
     renamings: list[tuple[str, str | Callable]] = [
         (r"\.attn(\.\d+|_1)\.norm\.", r".attn\1.group_norm."),
-        (
-            r"\.attn(\.\d+|_1)\.(q|k|v|proj_out)\.",
-            lambda match: f".attn{match[1]}.{projections[match[2]]}.",
-        ),
+        (r"\.attn(\.\d+|_1)\.(q|k|v|proj_out)\.", attention),
         (r"^encoder\.down\.(\d+)\.", r"encoder.down_blocks.\1."),
         (r"^decoder\.up\.(\d+)\.", up),
         (r"\.mid\.block_1\.", ".mid_block.resnets.0."),

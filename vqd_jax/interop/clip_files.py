@@ -1,6 +1,6 @@
 """CLIP from its published files: OpenAI's archives, Hugging Face's folders, open_clip's files.
 
-The weights must be OpenAI's, in whichever file: others may be of networks with another activation,
+The weights must be OpenAI's, whatever the file. Networks of others may have another activation,
 which no tensor tells.
 """
 
@@ -10,16 +10,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from flax import nnx
-
 from vqd_jax.errors import UserError
 from vqd_jax.interop import tables, tensors, torch_file
 from vqd_jax.interop.tables import Row
-from vqd_jax.models import clip
+from vqd_jax.models import clip, text_encoder
 from vqd_jax.models.clip import ClipConfig, ImageEncoderConfig
-from vqd_jax.models.text_encoder import TextEncoder, TextEncoderConfig
+from vqd_jax.models.text_encoder import TextEncoderConfig
 
-# Tensors that are constants of the network, or of no use: a size, a mask, 0, 1, 2, ...
+# Constants of the network, which its code knows: sizes, masks, positions.
 IGNORED = (
     r"input_resolution|context_length|vocab_size",
     r"(.*\.)?attn_mask",
@@ -27,86 +25,71 @@ IGNORED = (
 )
 
 
-def _norms(pairs: Mapping[str, str]) -> list[Row]:
-    return [
-        Row(f"{ours}.{our_name}", f"{theirs}.{their_name}")
-        for ours, theirs in pairs.items()
-        for our_name, their_name in (("scale", "weight"), ("bias", "bias"))
-    ]
-
-
-def _linears(pairs: Mapping[str, str]) -> list[Row]:
-    rows = []
-    for ours, theirs in pairs.items():
-        rows.append(Row(f"{ours}.kernel", f"{theirs}.weight", "linear"))
-        rows.append(Row(f"{ours}.bias", f"{theirs}.bias"))
-    return rows
-
-
-def _openai_blocks() -> list[Row]:
-    block = "transformer.resblocks.{i}"
-    rows = _norms({"norm_attention": f"{block}.ln_1", "norm_mlp": f"{block}.ln_2"})
-    for index, name in enumerate(("query", "key", "value")):
-        part, packed = (index, 3), f"{block}.attn.in_proj"
-        rows.append(Row(f"attention.{name}.kernel", f"{packed}_weight", "linear", part))
-        rows.append(Row(f"attention.{name}.bias", f"{packed}_bias", "same", part))
-    rows += _linears(
-        {
-            "attention.proj": f"{block}.attn.out_proj",
-            "mlp_in": f"{block}.mlp.c_fc",
-            "mlp_out": f"{block}.mlp.c_proj",
-        }
-    )
-    return tables.prefixed(rows, ours="blocks.")
-
-
-def _huggingface_blocks() -> list[Row]:
-    block = "encoder.layers.{i}"
-    rows = _norms({"norm_attention": f"{block}.layer_norm1", "norm_mlp": f"{block}.layer_norm2"})
-    rows += _linears(
-        {
-            "attention.query": f"{block}.self_attn.q_proj",
-            "attention.key": f"{block}.self_attn.k_proj",
-            "attention.value": f"{block}.self_attn.v_proj",
-            "attention.proj": f"{block}.self_attn.out_proj",
-            "mlp_in": f"{block}.mlp.fc1",
-            "mlp_out": f"{block}.mlp.fc2",
-        }
-    )
-    return tables.prefixed(rows, ours="blocks.")
-
-
-# The text tower alone: of the published VQ-Diffusion files, too.
+# The layers of both towers in OpenAI's files, whose queries, keys and values are packed.
+_OPENAI_BLOCKS = [
+    Row(f"blocks.attention.{ours}.{kind}", f"transformer.resblocks.{{i}}.attn.in_proj_{theirs}",
+        layout, (index, 3))
+    for index, ours in enumerate(("query", "key", "value"))
+    for kind, theirs, layout in (("kernel", "weight", "linear"), ("bias", "bias", "same"))
+] + tables.modules(
+    ("blocks.norm_attention", "transformer.resblocks.{i}.ln_1", "norm"),
+    ("blocks.attention.proj", "transformer.resblocks.{i}.attn.out_proj", "linear"),
+    ("blocks.norm_mlp", "transformer.resblocks.{i}.ln_2", "norm"),
+    ("blocks.mlp_in", "transformer.resblocks.{i}.mlp.c_fc", "linear"),
+    ("blocks.mlp_out", "transformer.resblocks.{i}.mlp.c_proj", "linear"),
+)  # fmt: skip
+_HUGGINGFACE_BLOCKS = tables.modules(
+    ("blocks.norm_attention", "encoder.layers.{i}.layer_norm1", "norm"),
+    ("blocks.attention.query", "encoder.layers.{i}.self_attn.q_proj", "linear"),
+    ("blocks.attention.key", "encoder.layers.{i}.self_attn.k_proj", "linear"),
+    ("blocks.attention.value", "encoder.layers.{i}.self_attn.v_proj", "linear"),
+    ("blocks.attention.proj", "encoder.layers.{i}.self_attn.out_proj", "linear"),
+    ("blocks.norm_mlp", "encoder.layers.{i}.layer_norm2", "norm"),
+    ("blocks.mlp_in", "encoder.layers.{i}.mlp.fc1", "linear"),
+    ("blocks.mlp_out", "encoder.layers.{i}.mlp.fc2", "linear"),
+)
+# The text tower alone, which published VQ-Diffusion files hold too.
 OPENAI_TEXT = [
-    Row("token_embedding.embedding", "token_embedding.weight"),
-    Row("position_embedding", "positional_embedding"),
-    *_openai_blocks(),
-    *_norms({"norm_out": "ln_final"}),
+    *tables.modules(
+        ("token_embedding", "token_embedding", "embedding"),
+        ("position_embedding", "positional_embedding", "array"),
+        ("norm_out", "ln_final", "norm"),
+    ),
+    *_OPENAI_BLOCKS,
 ]
 HUGGINGFACE_TEXT = [
-    Row("token_embedding.embedding", "embeddings.token_embedding.weight"),
-    Row("position_embedding", "embeddings.position_embedding.weight"),
-    *_huggingface_blocks(),
-    *_norms({"norm_out": "final_layer_norm"}),
+    *tables.modules(
+        ("token_embedding", "embeddings.token_embedding", "embedding"),
+        ("position_embedding", "embeddings.position_embedding.weight", "array"),
+        ("norm_out", "final_layer_norm", "norm"),
+    ),
+    *_HUGGINGFACE_BLOCKS,
 ]
 _OPENAI_IMAGE = [
     Row("patch_embedding.kernel", "conv1.weight", "conv"),
-    Row("class_embedding", "class_embedding"),
-    Row("position_embedding", "positional_embedding"),
-    *_openai_blocks(),
-    *_norms({"norm_in": "ln_pre", "norm_out": "ln_post"}),
+    *tables.modules(
+        ("class_embedding", "class_embedding", "array"),
+        ("position_embedding", "positional_embedding", "array"),
+        ("norm_in", "ln_pre", "norm"),
+        ("norm_out", "ln_post", "norm"),
+    ),
+    *_OPENAI_BLOCKS,
 ]
 _HUGGINGFACE_IMAGE = [
     Row("patch_embedding.kernel", "embeddings.patch_embedding.weight", "conv"),
-    Row("class_embedding", "embeddings.class_embedding"),
-    Row("position_embedding", "embeddings.position_embedding.weight"),
-    *_huggingface_blocks(),
-    *_norms({"norm_in": "pre_layrnorm", "norm_out": "post_layernorm"}),
+    *tables.modules(
+        ("class_embedding", "embeddings.class_embedding", "array"),
+        ("position_embedding", "embeddings.position_embedding.weight", "array"),
+        # Their spelling.
+        ("norm_in", "pre_layrnorm", "norm"),
+        ("norm_out", "post_layernorm", "norm"),
+    ),
+    *_HUGGINGFACE_BLOCKS,
 ]
 
 
 class _Layout(NamedTuple):
-    """How one library names the tensors; ``text`` is the prefix that it puts before the tower."""
+    """How one library names the tensors; ``text`` and ``image`` are its prefixes of the towers."""
 
     text: str
     text_rows: list[Row]
@@ -226,10 +209,8 @@ def read_text_encoder(
     """
     layout = _recognise(found, source)
     config = _text_config(found, layout, num_heads, normalize)
-    model = nnx.eval_shape(lambda: TextEncoder(config, rngs=nnx.Rngs(0)))
-    abstract = nnx.to_pure_dict(nnx.state(model, nnx.Param))
     rows = tables.prefixed(layout.text_rows, theirs=layout.text)
-    params, used = tables.read(rows, found, abstract, source)
+    params, used = tables.read(rows, found, text_encoder.abstract_params(config), source)
     return config, params, used
 
 

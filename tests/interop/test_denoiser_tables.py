@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from vqd_jax.errors import UserError
-from vqd_jax.interop import denoiser as keys
+from vqd_jax.interop import denoiser_tables as keys
 from vqd_jax.interop import tables, torch_file
 from vqd_jax.models.denoiser import Denoiser
 

@@ -12,7 +12,8 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 from vqd_jax.errors import UserError
-from vqd_jax.interop import clip, tables, tensors, torch_file
+from vqd_jax.interop import clip_files as clip
+from vqd_jax.interop import tables, tensors, torch_file
 from vqd_jax.models import clip as clip_model
 from vqd_jax.models.clip import resize_and_crop
 from vqd_jax.models.text_encoder import TextEncoder

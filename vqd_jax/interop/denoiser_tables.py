@@ -1,4 +1,4 @@
-"""Keys of denoisers: the published names and those of diffusers.
+"""Tables and sizes of denoisers: in the published layout and in that of diffusers.
 
 Published names are those below ``transformer.transformer.`` in the state dict of a released model.
 """
@@ -8,34 +8,59 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from flax import nnx
-
 from vqd_jax.errors import UserError
+from vqd_jax.interop import tables
 from vqd_jax.interop.tables import Row
+from vqd_jax.models import functional
 from vqd_jax.models.denoiser import Denoiser, DenoiserConfig
 
 # Buffers of the published cross-attention, whose causal mask was never applied.
 IGNORED = (r"blocks\.\d+\.attn\d?\.mask",)
 
+abstract_params = functools.partial(functional.abstract, Denoiser)
+
 
 def published_rows(config: DenoiserConfig) -> list[Row]:
     """The table of the published names."""
-    has_text = config.condition == "text"
-    mlp = ("mlp.0", "mlp.2") if config.mlp == "fc" else ("mlp.conv1", "mlp.conv2")
-    names = {
-        "norm_self": "ln1",
-        "self_attention": "attn1" if has_text else "attn",
-        "norm_cross": "ln1_1",
-        "cross_attention": "attn2",
-        "norm_mlp": "ln2",
-        "mlp_in": mlp[0],
-        "mlp_out": mlp[1],
-        "query": "query",
-        "key": "key",
-        "value": "value",
-        "proj": "proj",
-    }
-    return _rows(config, "content_emb", "blocks.{i}", names, "to_logits.0", "to_logits.1")
+    attention = "attn1" if config.condition == "text" else "attn"
+    rows = tables.modules(
+        ("code_embedding", "content_emb.emb", "embedding"),
+        ("row_embedding", "content_emb.height_emb", "embedding"),
+        ("column_embedding", "content_emb.width_emb", "embedding"),
+        ("norm_out", "to_logits.0", "norm"),
+        ("to_logits", "to_logits.1", "linear"),
+        ("blocks.norm_self.embedding", "blocks.{i}.ln1.emb", "embedding"),
+        ("blocks.norm_self.linear", "blocks.{i}.ln1.linear", "linear"),
+        ("blocks.self_attention.query", f"blocks.{{i}}.{attention}.query", "linear"),
+        ("blocks.self_attention.key", f"blocks.{{i}}.{attention}.key", "linear"),
+        ("blocks.self_attention.value", f"blocks.{{i}}.{attention}.value", "linear"),
+        ("blocks.self_attention.proj", f"blocks.{{i}}.{attention}.proj", "linear"),
+    )
+    if config.condition == "text":
+        rows += tables.modules(
+            ("blocks.norm_cross.embedding", "blocks.{i}.ln1_1.emb", "embedding"),
+            ("blocks.norm_cross.linear", "blocks.{i}.ln1_1.linear", "linear"),
+            ("blocks.cross_attention.query", "blocks.{i}.attn2.query", "linear"),
+            ("blocks.cross_attention.key", "blocks.{i}.attn2.key", "linear"),
+            ("blocks.cross_attention.value", "blocks.{i}.attn2.value", "linear"),
+            ("blocks.cross_attention.proj", "blocks.{i}.attn2.proj", "linear"),
+        )
+    if config.condition == "class":
+        rows += tables.modules(
+            ("blocks.norm_mlp.embedding", "blocks.{i}.ln2.emb", "embedding"),
+            ("blocks.norm_mlp.linear", "blocks.{i}.ln2.linear", "linear"),
+        )
+    else:
+        rows += tables.modules(("blocks.norm_mlp", "blocks.{i}.ln2", "norm"))
+    if config.mlp == "conv":
+        return rows + tables.modules(
+            ("blocks.mlp_in", "blocks.{i}.mlp.conv1", "conv"),
+            ("blocks.mlp_out", "blocks.{i}.mlp.conv2", "conv"),
+        )
+    return rows + tables.modules(
+        ("blocks.mlp_in", "blocks.{i}.mlp.0", "linear"),
+        ("blocks.mlp_out", "blocks.{i}.mlp.2", "linear"),
+    )
 
 
 def diffusers_rows(config: DenoiserConfig) -> list[Row]:
@@ -49,78 +74,29 @@ def diffusers_rows(config: DenoiserConfig) -> list[Row]:
             f"diffusers has no denoiser with condition {config.condition!r} and MLP "
             f"{config.mlp!r}; only text-conditional ones with an 'fc' MLP"
         )
-    names = {
-        "norm_self": "norm1",
-        "self_attention": "attn1",
-        "norm_cross": "norm2",
-        "cross_attention": "attn2",
-        "norm_mlp": "norm3",
-        "mlp_in": "ff.net.0.proj",
-        "mlp_out": "ff.net.2",
-        "query": "to_q",
-        "key": "to_k",
-        "value": "to_v",
-        "proj": "to_out.0",
-    }
-    return _rows(
-        config, "latent_image_embedding", "transformer_blocks.{i}", names, "norm_out", "out"
+    block = "transformer_blocks.{i}"
+    return tables.modules(
+        ("code_embedding", "latent_image_embedding.emb", "embedding"),
+        ("row_embedding", "latent_image_embedding.height_emb", "embedding"),
+        ("column_embedding", "latent_image_embedding.width_emb", "embedding"),
+        ("norm_out", "norm_out", "norm"),
+        ("to_logits", "out", "linear"),
+        ("blocks.norm_self.embedding", f"{block}.norm1.emb", "embedding"),
+        ("blocks.norm_self.linear", f"{block}.norm1.linear", "linear"),
+        ("blocks.self_attention.query", f"{block}.attn1.to_q", "linear"),
+        ("blocks.self_attention.key", f"{block}.attn1.to_k", "linear"),
+        ("blocks.self_attention.value", f"{block}.attn1.to_v", "linear"),
+        ("blocks.self_attention.proj", f"{block}.attn1.to_out.0", "linear"),
+        ("blocks.norm_cross.embedding", f"{block}.norm2.emb", "embedding"),
+        ("blocks.norm_cross.linear", f"{block}.norm2.linear", "linear"),
+        ("blocks.cross_attention.query", f"{block}.attn2.to_q", "linear"),
+        ("blocks.cross_attention.key", f"{block}.attn2.to_k", "linear"),
+        ("blocks.cross_attention.value", f"{block}.attn2.to_v", "linear"),
+        ("blocks.cross_attention.proj", f"{block}.attn2.to_out.0", "linear"),
+        ("blocks.norm_mlp", f"{block}.norm3", "norm"),
+        ("blocks.mlp_in", f"{block}.ff.net.0.proj", "linear"),
+        ("blocks.mlp_out", f"{block}.ff.net.2", "linear"),
     )
-
-
-def _rows(config, embedding, block, names, norm_out, to_logits) -> list[Row]:
-    rows = [
-        Row("code_embedding.embedding", f"{embedding}.emb.weight"),
-        Row("row_embedding.embedding", f"{embedding}.height_emb.weight"),
-        Row("column_embedding.embedding", f"{embedding}.width_emb.weight"),
-        *_norm("norm_out", norm_out),
-        *_linear("to_logits", to_logits),
-    ]
-
-    def inside(make, *path, **options):
-        ours = ".".join(("blocks", *path))
-        theirs = ".".join((block, *(names[part] for part in path)))
-        return make(ours, theirs, **options)
-
-    attentions = ["self_attention"]
-    adaptive = ["norm_self"]
-    if config.condition == "text":
-        attentions.append("cross_attention")
-        adaptive.append("norm_cross")
-    if config.condition == "class":
-        adaptive.append("norm_mlp")
-    else:
-        rows += inside(_norm, "norm_mlp")
-    for norm in adaptive:
-        rows += inside(_adaptive, norm)
-    for attention in attentions:
-        for part in ("query", "key", "value", "proj"):
-            rows += inside(_linear, attention, part)
-    layout = "linear" if config.mlp == "fc" else "conv"
-    for part in ("mlp_in", "mlp_out"):
-        rows += inside(_linear, part, layout=layout)
-    return rows
-
-
-def _linear(ours: str, theirs: str, layout: str = "linear") -> list[Row]:
-    return [
-        Row(f"{ours}.kernel", f"{theirs}.weight", layout),
-        Row(f"{ours}.bias", f"{theirs}.bias"),
-    ]
-
-
-def _norm(ours: str, theirs: str) -> list[Row]:
-    return [Row(f"{ours}.scale", f"{theirs}.weight"), Row(f"{ours}.bias", f"{theirs}.bias")]
-
-
-def _adaptive(ours: str, theirs: str) -> list[Row]:
-    table = Row(f"{ours}.embedding.embedding", f"{theirs}.emb.weight")
-    return [table, *_linear(f"{ours}.linear", f"{theirs}.linear")]
-
-
-def abstract_params(config: DenoiserConfig) -> Any:
-    """Shapes of the parameters: a nested dict of ``jax.ShapeDtypeStruct``."""
-    model = nnx.eval_shape(lambda: Denoiser(config, rngs=nnx.Rngs(0)))
-    return nnx.to_pure_dict(nnx.state(model, nnx.Param))
 
 
 def published_config(
@@ -132,12 +108,12 @@ def published_config(
     learned_null: bool,
     source: str,
 ) -> DenoiserConfig:
-    """Sizes of a published denoiser, read off the shapes of its tensors.
+    """Sizes of a published denoiser, from the shapes of its tensors.
 
     Args:
       tensors: by published name.
       num_heads: H, which no shape tells; 16 in all released models.
-      image_grid: side of the token grid by the image tokenizer; used where the file does not tell.
+      image_grid: side of the token grid of the image tokenizer, for files that do not tell it.
       null_label: label of the null class; a class table with a row for it has a learned null.
       learned_null: whether a text model has learned features of the empty caption.
       source: for messages.
@@ -186,19 +162,19 @@ def num_codes(tensors: Mapping[str, Any], source: str) -> int:
 
 
 def text_grid(tensors: Mapping[str, Any]) -> int | None:
-    """Side of the token grid of a published text model; no tensor of the others tells it."""
+    """Side of the token grid of a published text model; None for the others, which do not tell."""
     mask = tensors.get("blocks.0.attn2.mask")
     return None if mask is None else math.isqrt(mask.shape[-1])
 
 
 def _shape(tensors: Mapping[str, Any], source: str, name: str) -> tuple[int, ...]:
     if name not in tensors:
-        raise UserError(f"{source} has no denoiser that is known here: it lacks {name}")
+        raise UserError(f"{source} has no denoiser that this program knows: it lacks {name}")
     return tuple(tensors[name].shape)
 
 
 def diffusers_config(component: Mapping[str, Any], source: str) -> DenoiserConfig:
-    """Sizes of a diffusers ``Transformer2DModel``, read off its ``config.json``.
+    """Sizes of a diffusers ``Transformer2DModel``, from its ``config.json``.
 
     Raises:
       UserError: it is not the transformer of VQ-Diffusion.
