@@ -256,7 +256,7 @@ def test_an_error_of_the_system_is_no_bad_record(layout, prepared, monkeypatch, 
     monkeypatch.setattr(pathlib.Path, "read_bytes", read)
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     if failures == 3:
-        with pytest.raises(OSError, match=f"Input/output error while reading {name}"):
+        with pytest.raises(OSError, match=f"error, three times; run again .*{name}"):
             sets.load("ffhq_images", str(source), prepared)
     else:
         builder = sets.load("ffhq_images", str(source), prepared)

@@ -20,7 +20,7 @@ from vqd_jax import files
 from vqd_jax.data import bad_records
 from vqd_jax.data.sets.file_set import FileSet
 from vqd_jax.data.sets.image_text_folder import ImageTextFolder
-from vqd_jax.data.sets.tree import SOURCE, Tree
+from vqd_jax.data.sets.tree import SOURCE, ReadError, Tree
 from vqd_jax.errors import UserError
 
 
@@ -172,6 +172,8 @@ def _once(name: str, path: epath.Path, prepare: Callable[[], None]) -> None:
         with _alone(path):
             if not path.exists():
                 prepare()
+    except ReadError:
+        raise
     # A write that fails inside array_record is a RuntimeError.
     except (OSError, RuntimeError) as error:
         # A process that does not see this one's lock may have prepared the set meanwhile.

@@ -24,6 +24,10 @@ _END_OF_TAR = bytes(1024)
 _MAX_MEMBER_BYTES = 2**30
 
 
+class ReadError(OSError):
+    """The system cannot read a file, which says nothing about its content."""
+
+
 class Tree:
     """A directory and the zips in it whose members count as files of the directory.
 
@@ -97,7 +101,7 @@ class Tree:
         Raises:
           ValueError: with the reason: the name or a symbolic link leads out of the directory, or
             the file is missing, may not be read, or is damaged in a zip.
-          OSError: the system cannot read the file, at the third attempt too.
+          ReadError: the system cannot read the file, at the third attempt too.
         """
         path = self._path(name)
         try:
@@ -111,8 +115,8 @@ class Tree:
         except OSError as error:
             if files.is_lasting(error):
                 raise ValueError(error.strerror or str(error)) from error
-            # It says nothing about the content of the file.
-            raise OSError(error.errno, f"{error.strerror} while reading {path}") from error
+            reason = f"{error.strerror}, three times; run again when it can be read"
+            raise ReadError(error.errno, reason, str(path)) from error
 
     def required(self, name: str) -> bytes:
         """As ``read``, of a file without which no set can be made.
