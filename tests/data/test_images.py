@@ -107,7 +107,7 @@ def test_modes_keep_their_colour(mode):
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_orientation_is_applied(orientation):
-    # Pillow's own function, on pixels whose every position differs.
+    # Pillow's own function is the reference, on pixels that all differ.
     image = Image.fromarray(np.arange(12 * 3, dtype=np.uint8).reshape(4, 3, 3))
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -179,7 +179,7 @@ def test_jpegs_have_the_pixels_that_pillow_gives(subsampling, progressive):
 
 def test_damage_that_pillow_bears_is_borne():
     data = encoded(picture(32, 32), "jpeg")
-    # Bytes between segments that belong to none.
+    # Bytes between two segments, which belong to neither.
     start = data.index(b"\xff\xdb")
     stray = data[:start] + b"\x00" * 9 + data[start:]
     np.testing.assert_array_equal(images.decode(stray), images.decode(data))

@@ -23,7 +23,7 @@ from vqd_jax.errors import UserError
 # What a user may give as a picture: a Pillow image, or uint8 [H, W, 3].
 Picture = Image.Image | np.ndarray
 
-# What data sets ship. Pillow knows more, among them EPS, which runs an interpreter.
+# The formats of data sets. Pillow knows others, such as EPS, for which it runs an interpreter.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 MAX_PIXELS = 100_000_000
 _ORIENTATION = 0x0112
@@ -36,8 +36,10 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_SIDES = {"left", "right", "lefthand", "righthand", "leftmost", "rightmost", "leftward"} | {
-    *("rightward", "leftwards", "rightwards", "clockwise", "counterclockwise", "anticlockwise")
+# A caption with one of these words does not describe the mirror image.
+_SIDES = {
+    *("left", "lefthand", "leftmost", "leftward", "leftwards", "anticlockwise", "counterclockwise"),
+    *("right", "righthand", "rightmost", "rightward", "rightwards", "clockwise"),
 }
 # Numbers in [0, 1) that `random_crop` takes.
 NUM_UNIFORMS = 5
@@ -48,7 +50,7 @@ _MARGIN = 8
 _SHOWN_SIDE = 96
 _LABEL_HEIGHT = 26
 
-# We refuse by MAX_PIXELS; Pillow's warning would come first and once only.
+# `decode` refuses by MAX_PIXELS. Pillow's own warning would come before that, and only once.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 

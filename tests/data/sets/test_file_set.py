@@ -139,7 +139,7 @@ def test_too_many_bad_records_stop_with_the_counts(bad, prepared):
     assert "raise config.data.max_bad_share" in message
     [listing] = pathlib.Path(prepared).glob("image_text_folder/*/*.bad_records.jsonl")
     assert str(listing) in message
-    # It stopped as soon as the share was passed, in the order of the files.
+    # It stopped at the record with which the share was exceeded.
     assert len(listing.read_text().splitlines()) == 3
     left = {p.name for p in listing.parent.iterdir()}
     assert left == {".1.0.0.lock", "1.0.0.bad_records.jsonl"}
@@ -147,7 +147,7 @@ def test_too_many_bad_records_stop_with_the_counts(bad, prepared):
     builder = sets.load("image_text_folder", str(bad), prepared, max_bad_share=0.4)
     assert len(sets.bad_records(builder)) == 4
     assert not listing.exists()
-    # And forbidden again, for the set as it was prepared.
+    # And it is forbidden again, for the prepared set.
     with pytest.raises(UserError, match="4 of 10 records are bad"):
         sets.load("image_text_folder", str(bad), prepared, max_bad_share=0.2)
 
@@ -276,7 +276,7 @@ def test_what_is_no_prepared_set_is_named(layout, prepared):
 def test_a_directory_that_cannot_be_written_is_left_alone(layout, tmp_path, monkeypatch):
     source = layout("coco")
     before = sorted(source.rglob("*"))
-    # Root may write everywhere, so that a mode of 0o555 would prove nothing.
+    # Root may write everywhere, so a mode of 0o555 would prove nothing.
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "default"))
     builder = sets.load("coco_text", str(source))
@@ -319,7 +319,7 @@ def test_kills_at_random_moments_lose_and_double_nothing(layout, prepared):
     killed = 0
     for _ in range(10):
         process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
-        # Imports take a while; from the first file on, a moment of the preparation itself.
+        # The imports take a while, so the time counts from the first file of the preparation.
         while process.poll() is None and not list(pathlib.Path(prepared).rglob("incomplete.*")):
             time.sleep(0.005)
         time.sleep(rng.uniform(0, 0.6))

@@ -32,7 +32,7 @@ def test_files_of_folders_and_zips(root):
     assert tree.folders("a") == ["b"]
     assert tree.has("z") and tree.has("z/three.txt") and tree.has("a/b") and not tree.has("z/t")
     assert tree.read("z/three.txt") == b"three"
-    # What lies unpacked goes before what is in a zip.
+    # An unpacked file is preferred to one in a zip.
     assert tree.read("a/one.txt") == b"one"
 
 
