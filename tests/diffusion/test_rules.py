@@ -241,8 +241,6 @@ def test_published_fast_speeds():
 @pytest.mark.parametrize("strength", [0.0, 0.3, 1.0])
 def test_remasking_keeps_the_marginals(tables, strength):
     _, mask = tables
-    if mask[-1] < 0.5:
-        pytest.skip("hardly anything is ever masked")
     noise_schedule = schedule.from_tables(*tables, 4)
     times = np.arange(1, 6)
     hide, b = rules.remasking_bridge(times - 1, times, strength, noise_schedule)
@@ -250,6 +248,33 @@ def test_remasking_keeps_the_marginals(tables, strength):
     np.testing.assert_allclose(kept, mask[:-1], atol=1e-6)
     assert (np.asarray(hide) >= 0).all()
     assert (np.asarray(hide) <= 1).all()
+
+
+@pytest.mark.parametrize("start", ["schedule", "masked"])
+@pytest.mark.parametrize("make", [schedule.released, schedule.paper])
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_remasking_keeps_the_marginals_beside_known_codes(make, start, share):
+    num_codes, count, num_tokens = 4, 100, 256
+    noise_schedule = make(20, num_codes)
+    known = np.full((count, num_tokens), num_codes)
+    known[:, : int(share * num_tokens)] = 1
+
+    def shares(strength):
+        result = chain(
+            rules.Remask(strength), count, num_tokens, noise_schedule, flat(num_codes),
+            known=known, start=start,
+        )  # fmt: skip
+        masked = result.trajectory[:, :, int(share * num_tokens) :] == num_codes
+        return masked, masked.mean((1, 2))
+
+    began = noise_schedule.mask[20] if start == "schedule" else 1.0
+    first = int(sampler.masked_time(1 - share, noise_schedule))
+    times = sampler.even_times(first, 20)[1:]
+    expected = began * noise_schedule.mask[times] / noise_schedule.mask[first]
+    masked, ours = shares(1.0)
+    np.testing.assert_allclose(ours, expected, atol=0.015)
+    np.testing.assert_allclose(shares(0.0)[1], expected, atol=0.015)
+    assert (~masked[:-1] & masked[1:]).any()
 
 
 def test_remasked_chain_has_the_marginals_and_hides_tokens():

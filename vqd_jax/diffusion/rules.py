@@ -32,12 +32,14 @@ class Step(NamedTuple):
       s, t: the step goes from time t to time s <= t; s = t changes nothing.
       start: the time at which this image began.
       num_masked: how many of its tokens were masked then.
+      masked_share: float32 [], the probability that a token to be found was masked then.
     """
 
     s: jax.Array
     t: jax.Array
     start: jax.Array
     num_masked: jax.Array
+    masked_share: jax.Array | float = 1.0
 
 
 class Ancestral(struct.PyTreeNode):
@@ -88,22 +90,30 @@ class Remask(struct.PyTreeNode):
 
     def __call__(self, key, log_x0, tokens, step: Step, schedule: Schedule) -> jax.Array:
         key_hide, key_draw = jax.random.split(key)
-        hide, b = remasking_bridge(step.s, step.t, self.strength, schedule)
+        mask = jnp.asarray(schedule.mask)[step.start]
+        scale = step.masked_share / jnp.where(mask > 0, mask, 1.0)
+        hide, b = remasking_bridge(step.s, step.t, self.strength, schedule, scale)
         drawn = _draw(key_draw, log_x0, tokens, b)
         hidden = (tokens < schedule.num_codes) & jax.random.bernoulli(key_hide, hide, tokens.shape)
         return jnp.where(hidden, schedule.num_codes, drawn)
 
 
 def remasking_bridge(
-    s: jax.Array, t: jax.Array, strength: jax.Array, schedule: Schedule
+    s: jax.Array,
+    t: jax.Array,
+    strength: jax.Array,
+    schedule: Schedule,
+    scale: jax.Array | float = 1.0,
 ) -> tuple[jax.Array, transition.Bridge]:
     """Share h of visible tokens to hide from t to s, and the bridge that makes up for it.
 
-      h = strength * min(1, C_s / V_t)      p(stay masked) = (C_s - h V_t) / C_t
+      h = strength * min(1, M_s / (1 - M_t))      p(stay masked) = (M_s - h (1 - M_t)) / M_t
 
-    so that the masked share at s is C_t p(stay masked) + V_t h = C_s, as without hiding.
+    so that the masked share at s is M_t p(stay masked) + (1 - M_t) h = M_s, as without hiding.
+    M is the masked share of the chain's own tokens, M_t = ``scale`` C_t. The scale is 1 unless
+    a chain began with another share of masks than C, as where all are masked or some are known.
     """
-    mask_s, mask_t = jnp.asarray(schedule.mask)[s], jnp.asarray(schedule.mask)[t]
+    mask_s, mask_t = (scale * jnp.asarray(schedule.mask)[time] for time in (s, t))
     visible_t = jnp.maximum(1 - mask_t, 1e-12)
     hide = jnp.where(s < t, strength * jnp.minimum(1.0, mask_s / visible_t), 0.0)
     b = transition.bridge(s, t, schedule)

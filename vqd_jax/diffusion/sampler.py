@@ -150,7 +150,7 @@ def sample(
         if codes is not None:
             chex.assert_shape(codes, shape)
     times = _times(shape, schedule, settings)
-    tokens = _first_tokens(key, times[0], shape, schedule, settings)
+    tokens, masked_share = _first_tokens(key, times[0], shape, schedule, settings)
     num_masked = jnp.sum(tokens == schedule.num_codes, axis=1)
     num_steps = times.shape[0] - 1
     scales = None
@@ -161,7 +161,7 @@ def sample(
         index, t, s, scale = at
         log_x0 = _predict(predict_log_x0, tokens, t, scale, settings)
         keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(key, index)
-        where = rules.Step(s=s, t=t, start=times[0], num_masked=num_masked)
+        where = rules.Step(s, t, times[0], num_masked, masked_share)
         rule = jax.vmap(settings.rule, in_axes=(0, 0, 0, 0, None))
         tokens = _restore(rule(keys, log_x0, tokens, where, schedule), schedule, settings)
         seen = (tokens, log_x0.argmax(-1).astype(jnp.int32)) if settings.trajectory else None
@@ -190,19 +190,25 @@ def _times(shape, schedule, settings):
 
 
 def _first_tokens(key, start, shape, schedule, settings):
-    """Tokens int32 [B, N] to begin with at the times ``start`` [B]."""
-    tokens = jnp.full(shape, schedule.num_codes, jnp.int32)
+    """Tokens int32 [B, N] to begin with at the times ``start`` [B].
+
+    With them, for each image, the probability [B] that one that is not known is masked.
+    """
     # Index 0 of an image's key is what it begins with; the steps have 1, 2, ...
     first = jax.vmap(jax.random.fold_in, in_axes=(0, None))(key, 0)
     keys = jax.vmap(lambda k: jax.random.split(k, shape[1]))(first)
+    mask = jnp.asarray(schedule.mask)
     if settings.initial is not None:
         noise = jax.vmap(transition.q_sample, in_axes=(0, 0, None, None))
         noise = jax.vmap(noise, in_axes=(0, 0, 0, None))
-        tokens = noise(keys, settings.initial, start, schedule)
+        tokens, masked_share = noise(keys, settings.initial, start, schedule), mask[start]
     elif (settings.start or getattr(settings.rule, "start", "schedule")) == "schedule":
         prior = jax.vmap(transition.draw_prior, in_axes=(0, None))
         tokens = jax.vmap(prior, in_axes=(0, None))(keys, schedule)
-    return _restore(tokens, schedule, settings)
+        masked_share = jnp.full(shape[0], mask[-1])
+    else:
+        tokens, masked_share = jnp.full(shape, schedule.num_codes, jnp.int32), jnp.ones(shape[0])
+    return _restore(tokens, schedule, settings), masked_share
 
 
 def _restore(tokens, schedule, settings):
