@@ -79,6 +79,41 @@ def test_an_image_with_known_codes_starts_where_its_share_is_masked():
     assert first[-1] == NUM_STEPS
 
 
+@pytest.mark.parametrize("rule", RULES[:2], ids=lambda rule: type(rule).__name__)
+def test_steps_that_change_nothing_call_no_network(rule):
+    asked = []
+
+    def record(tokens, time):
+        jax.debug.callback(lambda time: asked.append(np.asarray(time)), time)
+        return network(tokens, time)
+
+    @jax.jit
+    def sample(settings):
+        return sampler.sample(keys(3), record, (3, NUM_TOKENS), SCHEDULE, settings)
+
+    initial = np.full((3, NUM_TOKENS), 3, np.int32)
+    settings = sampler.Settings(rule=rule, initial=initial, strength=0.5, trajectory=True)
+    result = sample(settings)
+    jax.effects_barrier()
+    # All of eight steps are there, of which every other one is a call.
+    np.testing.assert_array_equal(np.sort(asked, axis=0), np.tile([[1], [2], [3], [4]], 3))
+    np.testing.assert_array_equal(result.trajectory[1::2], [*result.trajectory[2::2], result.codes])
+    np.testing.assert_array_equal(result.predictions[::2], result.predictions[1::2])
+
+
+def test_images_that_begin_at_different_times_rest_one_by_one():
+    # The second image takes no step before its time, whatever the first one does.
+    known = half_known()[:2]
+    settings = sampler.Settings(rule=rules.PublishedFast(1), known=known, trajectory=True)
+    alone = run(keys(2)[1:], settings.replace(known=known[1:]))
+    together = run(keys(2), settings)
+    np.testing.assert_array_equal(together.trajectory[:, 1:], alone.trajectory)
+    times = sampler.even_times(int(sampler.masked_time(0.5, SCHEDULE)), NUM_STEPS)
+    for step in np.flatnonzero(np.diff(times) == 0)[1:]:
+        before, after = together.trajectory[step - 1 : step + 1, 0]
+        np.testing.assert_array_equal(before, after)
+
+
 def copying_network(tokens, time):
     """Sure that every visible token is right, and that every mask hides code 5."""
     del time

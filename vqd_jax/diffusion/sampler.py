@@ -127,7 +127,7 @@ def sample(
     schedule: Schedule,
     settings: Settings,
 ) -> Sample:
-    """Samples codes: one call of the network and one of the rule for every step.
+    """Samples codes: one call of the network and one of the rule for every step of an image.
 
     Args:
       key: one PRNG key an image, [B]; an image depends on its own key only, whatever the batch.
@@ -157,19 +157,45 @@ def sample(
     if settings.guidance is not None:
         scales = jnp.broadcast_to(jnp.asarray(settings.guidance, jnp.float32), num_steps)
 
-    def step(tokens, at):
-        index, t, s, scale = at
+    def move(tokens, index, t, s, scale):
         log_x0 = _predict(predict_log_x0, tokens, t, scale, settings)
         keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(key, index)
-        where = rules.Step(s, t, times[0], num_masked, masked_share)
         rule = jax.vmap(settings.rule, in_axes=(0, 0, 0, 0, None))
-        tokens = _restore(rule(keys, log_x0, tokens, where, schedule), schedule, settings)
-        seen = (tokens, log_x0.argmax(-1).astype(jnp.int32)) if settings.trajectory else None
-        return tokens, seen
+        at = rules.Step(s, t, times[0], num_masked, masked_share)
+        moved = jnp.where((s < t)[:, None], rule(keys, log_x0, tokens, at, schedule), tokens)
+        predictions = log_x0.argmax(-1).astype(jnp.int32) if settings.trajectory else None
+        return _restore(moved, schedule, settings), predictions
+
+    def rest(tokens, *_):
+        return tokens, jnp.zeros_like(tokens) if settings.trajectory else None
+
+    # An image that begins before time T may have fewer times than there are steps.
+    begins_later = settings.initial is not None or settings.known is not None
+
+    def step(tokens, at):
+        _, t, s, _ = at
+        if begins_later:
+            tokens, predictions = jax.lax.cond(jnp.any(s < t), move, rest, tokens, *at)
+        else:
+            tokens, predictions = move(tokens, *at)
+        return tokens, (tokens, predictions) if settings.trajectory else None
 
     steps = jnp.arange(1, num_steps + 1), times[:-1], times[1:], scales
     codes, seen = jax.lax.scan(step, tokens, steps)
-    return Sample(codes, *(seen or (None, None)))
+    if seen is None:
+        return Sample(codes, None, None)
+    return Sample(codes, seen[0], _of_next_call(seen[1], times))
+
+
+def _of_next_call(predictions, times):
+    """Predictions [S, B, N] where a step without a call has those of the call that follows.
+
+    They are its own: its tokens and its time are the same.
+    """
+    num_steps = len(predictions)
+    called = (times[1:] < times[:-1]).any(axis=1)
+    index = jnp.where(called, jnp.arange(num_steps), num_steps - 1)
+    return predictions[jax.lax.cummin(index, reverse=True)]
 
 
 def _times(shape, schedule, settings):
