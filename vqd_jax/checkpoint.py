@@ -4,7 +4,10 @@ import contextlib
 import importlib.util
 import json
 import os
-from typing import Any
+import re
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import grain
 import jax
@@ -14,8 +17,9 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from vqd_jax import config as config_lib
+from vqd_jax import files
 from vqd_jax.errors import UserError
-from vqd_jax.parallel import processes
+from vqd_jax.parallel import processes, sharding
 
 
 def folder(config: ConfigDict, workdir: str) -> epath.Path:
@@ -60,6 +64,13 @@ def claim(config: ConfigDict, workdir: str) -> None:
 def exist(config: ConfigDict, workdir: str) -> bool:
     """Whether there is a checkpoint to go on from."""
     return bool(_steps(folder(config, workdir)))
+
+
+class Restored(NamedTuple):
+    """A state, and the step that it was saved at."""
+
+    step: int
+    state: Any
 
 
 class Checkpoints:
@@ -125,38 +136,34 @@ class Checkpoints:
         """The newest readable state; ``iterator`` is put to its place in the data.
 
         A checkpoint counts as readable if all processes can read it. It may have been written by
-        another number of them, on another mesh.
+        another number of them, on another mesh. Damaged ones are put aside.
 
         Args:
           abstract_state: pytree of ``jax.ShapeDtypeStruct``, with shardings.
           iterator: an iterator over the same data set.
 
         Raises:
-          UserError: there are checkpoints but none can be read.
+          UserError: no checkpoint can be read, the newest one is of another model, or the storage
+            does not answer.
         """
-        failures = []
-        for step in sorted(self._manager.all_steps(), reverse=True):
-            problem = None
-            try:
-                restored = self._manager.restore(
-                    step,
-                    args=ocp.args.Composite(
-                        state=ocp.args.StandardRestore(abstract_state),
-                        data=ocp.args.JsonRestore(),
-                    ),
-                )
-                iterator.set_state(restored.data)
-            except Exception as error:  # Orbax and TensorStore raise many kinds.
-                problem = error
-            if not processes.all_agree(problem is None):
-                problem = problem or RuntimeError("another process cannot read it")
-                failures.append((step, problem))
-                _warn_damaged(self.directory / str(step), problem)
-                continue
-            if failures:
-                self._put_aside([bad for bad, _ in failures])
+
+        def read(step):
+            restored = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardRestore(abstract_state),
+                    data=ocp.args.JsonRestore(),
+                ),
+            )
+            iterator.set_state(restored.data)
             return restored.state
-        raise UserError(_none_readable(self.directory, failures))
+
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        found = _newest_readable(self.directory, steps, read, abstract_state)
+        damaged = [step for step in steps if step > found.step]
+        if damaged:
+            self._put_aside(damaged)
+        return found.state
 
     def _put_aside(self, steps: list[int]) -> None:
         """What follows is saved under these steps again."""
@@ -174,33 +181,31 @@ class Checkpoints:
             self._manager.close()
 
 
-def load(directory: str | epath.Path, abstract_state: Any) -> tuple[int, Any]:
-    """Reads the newest readable state for use, not for going on: (step, state).
+def load(directory: str | epath.Path, abstract_state: Any) -> Restored:
+    """Reads the newest readable state for use, not for going on.
 
     Args:
       directory: where ``Checkpoints`` wrote.
       abstract_state: pytree of ``jax.ShapeDtypeStruct``; a dict of some fields reads these alone.
 
     Raises:
-      UserError: there is no checkpoint, or none can be read.
+      UserError: there is no checkpoint, or none can be read; see ``Checkpoints.restore``.
     """
     path = _absolute(str(directory))
-    failures = []
+    steps = _steps(path)
+    if not steps:
+        raise UserError(f"no checkpoint in {path}; train first: run without --mode=sample")
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        for step in _steps(path):
-            try:
-                args = ocp.args.PyTreeRestore(
-                    abstract_state,
-                    restore_args=ocp.checkpoint_utils.construct_restore_args(abstract_state),
-                    partial_restore=True,
-                )
-                return step, reader.restore(path / str(step) / "state", args=args)
-            except Exception as error:  # Orbax and TensorStore raise many kinds.
-                failures.append((step, error))
-                _warn_damaged(path / str(step), error)
-    if failures:
-        raise UserError(_none_readable(path, failures))
-    raise UserError(f"no checkpoint in {path}; train first: run without --mode=sample")
+
+        def read(step):
+            args = ocp.args.PyTreeRestore(
+                abstract_state,
+                restore_args=ocp.checkpoint_utils.construct_restore_args(abstract_state),
+                partial_restore=True,
+            )
+            return reader.restore(path / str(step) / "state", args=args)
+
+        return _newest_readable(path, steps, read, abstract_state)
 
 
 def abstract(tree: Any) -> Any:
@@ -232,18 +237,94 @@ def _steps(path: epath.Path) -> list[int]:
         raise UserError(f"checkpoints of {path} cannot be listed: {_reason(error)}") from error
 
 
-def _warn_damaged(path: epath.Path, error: Exception) -> None:
-    logging.warning("checkpoint %s cannot be read, trying another: %s", path, _reason(error))
+# What keeps a checkpoint from being used; among several processes, the largest counts.
+_NOTHING, _DAMAGE, _OTHER_MODEL, _NO_ANSWER = range(4)
+# TensorStore reports errors of the storage as ValueErrors.
+_PASSING = re.compile(
+    r"UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|Input/output error|Stale file handle|timed out"
+)
+# Before another attempt, after an error that may pass.
+_PAUSES = (0.5, 1.0)
+
+
+def _newest_readable(
+    path: epath.Path, steps: list[int], read: Callable[[int], Any], abstract_state: Any
+) -> Restored:
+    """The first of ``steps``, the newest first, that all processes can read."""
+    failures = []
+    for step in steps:
+        place = path / str(step)
+        for pause in (*_PAUSES, 0.0):
+            state, problem = None, None
+            try:
+                state = read(step)
+            except Exception as error:  # Orbax and TensorStore raise many kinds.
+                problem = error
+            changes = _changes(place, abstract_state) if problem else []
+            # Processes that read together try again together.
+            verdict = processes.largest(_verdict(problem, changes))
+            if verdict != _NO_ANSWER:
+                break
+            time.sleep(pause)
+        if verdict == _NOTHING:
+            return Restored(step, state)
+        problem = problem or RuntimeError("another process cannot read it")
+        if verdict == _OTHER_MODEL:
+            shown = "; ".join(changes[:5]) + ("; ..." if changes[5:] else "")
+            raise UserError(
+                f"checkpoint {place} is of another model ({shown}). Put the config back to that of "
+                "the run, or use another --workdir"
+            ) from problem
+        if verdict == _NO_ANSWER:
+            raise UserError(
+                f"checkpoint {place} cannot be read now: {_reason(problem)}. It is left as it is; "
+                "run the same command again when the storage answers"
+            ) from problem
+        failures.append((step, problem))
+        logging.warning("checkpoint %s cannot be read, trying another: %s", place, _reason(problem))
+    tried = ", ".join(str(step) for step, _ in failures)
+    raise UserError(
+        f"no checkpoint in {path} can be read (steps {tried}; {_reason(failures[0][1])}). They are "
+        "damaged; restore them or use another --workdir"
+    )
+
+
+def _verdict(problem: Exception | None, changes: list[str]) -> int:
+    if problem is None:
+        return _NOTHING
+    missing = FileNotFoundError, NotADirectoryError, IsADirectoryError
+    of_system = isinstance(problem, OSError) and not isinstance(problem, missing)
+    if of_system or _PASSING.search(str(problem)):
+        return _NO_ANSWER
+    return _OTHER_MODEL if changes else _DAMAGE
+
+
+def _changes(path: epath.Path, abstract_state: Any) -> list[str]:
+    """'name: stored -> wanted' for every array whose shape is not the stored one."""
+    try:
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+            stored = _shapes(reader.metadata(path / "state").item_metadata)
+    except Exception:  # Damaged metadata tell nothing; Orbax raises many kinds.
+        return []
+    if not stored:
+        return []
+    wanted = _shapes(abstract_state)
+    parts = {name.split(".")[0] for name in wanted}
+    # Parts that nobody asks for may be there.
+    stored = {name: shape for name, shape in stored.items() if name.split(".")[0] in parts}
+    return files.differences(stored, wanted)
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: hasattr(x, "shape"))
+    return {
+        sharding.dotted(path): tuple(leaf.shape)
+        for path, leaf in leaves
+        # What is stored of a PRNG key is its data.
+        if hasattr(leaf, "shape") and sharding.dotted(path) != "key"
+    }
 
 
 def _reason(error: Exception) -> str:
     first = (str(error).strip() or type(error).__name__).splitlines()[0]
     return first.split(" See full TensorStore details")[0][:500]
-
-
-def _none_readable(path: epath.Path, failures) -> str:
-    steps = ", ".join(str(step) for step, _ in failures)
-    return (
-        f"no checkpoint in {path} can be read (steps {steps}; {_reason(failures[0][1])}). "
-        "They are damaged or belong to another model; restore them or use another --workdir"
-    )

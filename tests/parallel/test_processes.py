@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from vqd_jax.parallel import processes
+
 WORKER = Path(__file__).with_name("worker.py")
 ROOT = WORKER.parents[2]
 RUN = {"training.num_steps": 20, "training.log_every": 1, "training.save_every": 10}
@@ -53,9 +55,9 @@ def run(launch):
     """run(...) -> outputs of processes that all ended well."""
 
     def run(*args, **options):
-        processes = launch(*args, **options)
-        outputs = [process.communicate(timeout=600)[0] for process in processes]
-        for process, output in zip(processes, outputs, strict=True):
+        started = launch(*args, **options)
+        outputs = [process.communicate(timeout=600)[0] for process in started]
+        for process, output in zip(started, outputs, strict=True):
             assert process.returncode == 0, output
         return outputs
 
@@ -160,48 +162,64 @@ def test_two_processes_save_to_a_bucket_and_one_goes_on(run, one, bucket, tmp_pa
     assert_same(tmp_path, one)
 
 
-def outputs_within(processes, seconds):
+def outputs_within(started, seconds):
     start = time.monotonic()
     try:
-        outputs = [process.communicate(timeout=seconds)[0] for process in processes]
+        outputs = [process.communicate(timeout=seconds)[0] for process in started]
     except subprocess.TimeoutExpired:
-        for process in processes:
+        for process in started:
             process.kill()
         raise
     return outputs, time.monotonic() - start
 
 
 def test_a_process_that_dies_ends_the_others_and_is_named(launch, tmp_path):
-    processes = launch(2, 1, tmp_path, kill_at=5, config={"training.num_steps": 10_000})
-    processes[1].wait(timeout=300)
-    assert processes[1].returncode == -signal.SIGKILL
-    (output,), _ = outputs_within(processes[:1], 60)
-    assert processes[0].returncode != 0
+    started = launch(2, 1, tmp_path, kill_at=5, config={"training.num_steps": 10_000})
+    started[1].wait(timeout=300)
+    assert started[1].returncode == -signal.SIGKILL
+    (output,), _ = outputs_within(started[:1], 60)
+    assert started[0].returncode != 0
     # The words are JAX's.
     assert "tasks are unhealthy (stopped sending heartbeats):\n1" in output
 
 
 def test_an_error_in_one_process_ends_the_others_and_is_told(launch, tmp_path):
-    processes = launch(2, 1, tmp_path, fail_at=5, config={"training.num_steps": 10_000})
-    processes[1].wait(timeout=300)
-    (output, failed), _ = outputs_within(processes, 60)
+    started = launch(2, 1, tmp_path, fail_at=5, config={"training.num_steps": 10_000})
+    started[1].wait(timeout=300)
+    (output, failed), _ = outputs_within(started, 60)
     assert "ValueError: a broken record" in failed
     assert "because process 1 failed (ValueError: a broken record)" in output
-    assert [process.returncode for process in processes] == [1, 1]
+    assert [process.returncode for process in started] == [1, 1]
 
 
-def test_sigterm_to_one_process_saves_and_ends_all(launch, run, one, tmp_path):
-    options = {"config": {"training.save_every": 1000}}
-    processes = launch(2, 1, tmp_path, signal_at=8, **options)
-    (first, second), _ = outputs_within(processes, 300)
-    assert [process.returncode for process in processes] == [143, 143], first + second
-    (saved,) = [int(path.name) for path in (tmp_path / "checkpoints").iterdir()]
-    # The signal comes as batch 8 is read, and batches are read up to two steps ahead.
-    assert 5 <= saved < 20
+def test_a_jax_that_hides_its_key_value_store_is_told(monkeypatch, caplog):
+    monkeypatch.delattr("jax._src.distributed.global_state")
+    with caplog.at_level("WARNING"):
+        watch = processes._Watch()
+        watch.stop()
+    assert "has no key-value store" in caplog.text
+    left = []
+    monkeypatch.setattr(processes.atexit, "register", lambda *args: left.append(args))
+    monkeypatch.setattr(processes, "_POLL_SECONDS", 0)
+    processes._fail_together(ValueError("a broken record"))
+    # It still does not wait for the others, whom its missing heartbeat ends.
+    assert left == [(processes._leave, None)]
+
+
+def test_sigterm_to_one_process_saves_and_ends_all(launch, run, one, two, tmp_path):
+    # Its number of calls is not that of its steps, and Orbax has told the service those of saves.
+    workdir = from_step_10(two, tmp_path / "run")
+    options = {"config": {"training.save_every": 5}}
+    started = launch(2, 1, workdir, signal_at=17, **options)
+    (first, second), _ = outputs_within(started, 300)
+    assert [process.returncode for process in started] == [143, 143], first + second
+    saved = max(int(path.name) for path in (workdir / "checkpoints").iterdir())
+    # The signal comes as batch 17 is read, and batches are read up to two steps ahead.
+    assert 14 <= saved < 20
     for output in (first, second):
         assert f"stopped by SIGTERM at step {saved}" in output
-    run(2, 1, tmp_path)
-    assert_same(tmp_path, one)
+    run(2, 1, workdir)
+    assert_same(workdir, one)
 
 
 @pytest.mark.slow

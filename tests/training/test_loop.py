@@ -1,3 +1,6 @@
+"""The loop on a task that takes no time: it resumes, saves, evaluates and stops as it should."""
+
+import dataclasses
 import json
 import os
 import shutil
@@ -6,6 +9,7 @@ import signal
 import flax.struct
 import grain
 import jax
+import jax.experimental
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -62,17 +66,18 @@ class Sum(Task):
             self._evaluate(*args)
 
 
-def fit(directory, num_steps=20, save_every=5, evaluate=None, bad_step=-1):
-    schedule = loop.Schedule(
-        num_steps=num_steps,
-        batch_size=4,
-        log_every=2,
-        eval_every=1,
-        save_every=save_every,
-        keep_checkpoints=2,
-    )
-    place = loop.Place(str(directory), f"{directory}/checkpoints", MESH, ConfigDict({"a": 1}))
-    return loop.fit(Sum(evaluate, bad_step), schedule, place)
+SCHEDULE = loop.Schedule(
+    num_steps=20, batch_size=4, log_every=2, eval_every=1, save_every=5, keep_checkpoints=2
+)
+
+
+def place_in(directory):
+    return loop.Place(str(directory), f"{directory}/checkpoints", MESH, ConfigDict({"a": 1}))
+
+
+def fit(directory, num_steps=20, evaluate=None, bad_step=-1):
+    schedule = dataclasses.replace(SCHEDULE, num_steps=num_steps)
+    return loop.fit(Sum(evaluate, bad_step), schedule, place_in(directory))
 
 
 def metrics(directory):
@@ -130,6 +135,43 @@ def test_sigterm_in_the_last_step_still_ends_the_run(tmp_path):
     with pytest.raises(loop.Terminated, match="at step 20"):
         fit(tmp_path, evaluate=evaluate)
     assert Checkpoints(str(tmp_path / "checkpoints")).latest_step == 20
+
+
+class Signalled(Sum):
+    """Gets SIGTERM within a step, before what is due after it."""
+
+    def __init__(self, evaluate, at):
+        super().__init__(evaluate, -1)
+        self._at = at
+
+    def train_step(self, state, batch, placement):
+        def stop(step):
+            if step == self._at:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return np.float32(0)
+
+        state, metrics = super().train_step(state, batch, placement)
+        shape = jax.ShapeDtypeStruct((), jnp.float32)
+        zero = jax.experimental.io_callback(stop, shape, state.step)
+        return state, metrics | {"loss": metrics["loss"] + zero}
+
+
+@pytest.mark.parametrize("at", [10, 20])
+def test_an_evaluation_that_sigterm_left_no_time_for_is_made_up_for(tmp_path, at):
+    evaluated = []
+
+    def evaluate(step, state, writer):
+        assert int(state.step) == step
+        evaluated.append(step)
+
+    place = place_in(tmp_path)
+    schedule = dataclasses.replace(SCHEDULE, eval_every=5, save_every=1000)
+    with pytest.raises(loop.Terminated, match=f"at step {at}"):
+        loop.fit(Signalled(evaluate, at), schedule, place)
+    assert evaluated == list(range(5, at, 5))
+    for _ in range(2):
+        loop.fit(Signalled(evaluate, -1), schedule, place)
+    assert evaluated == [5, 10, 15, 20]
 
 
 def test_a_loss_that_is_not_finite_stops_with_step_and_checkpoint(tmp_path):

@@ -1,6 +1,6 @@
 import json
 
-import pytest
+import numpy as np
 from tensorboardX.proto.event_pb2 import Event
 
 from vqd_jax.training.metrics import MetricWriter
@@ -43,7 +43,7 @@ def test_both_files_have_the_numbers(tmp_path):
     ]
 
 
-def test_a_continued_run_drops_what_it_does_again(tmp_path):
+def test_what_a_continued_run_does_again_is_kept_beside(tmp_path):
     writer = MetricWriter(tmp_path, 0)
     for step in range(1, 6):
         writer.write(step, {"train/loss": step})
@@ -52,10 +52,35 @@ def test_a_continued_run_drops_what_it_does_again(tmp_path):
         file.write('{"step": 6, "train/lo')
     MetricWriter(tmp_path, 3).close()
     assert [row["step"] for row in rows(tmp_path)] == [1, 2, 3]
+    MetricWriter(tmp_path, 0).close()
+    assert rows(tmp_path) == []
+    kept = (tmp_path / "metrics.replaced.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in kept] == [4, 5, 1, 2, 3]
 
 
-@pytest.mark.parametrize("step", [0, 7])
-def test_tensorboard_is_told_to_forget_later_steps(tmp_path, step):
-    MetricWriter(tmp_path, step).close()
-    started = [e for e in events(tmp_path / "tensorboard") if e.HasField("session_log")]
-    assert [e.step for e in started] == [step + 1]
+def shown(directory):
+    """The points of 'train/loss' that TensorBoard shows: a start purges its step and later ones."""
+    points = []
+    for event in sorted(events(directory), key=lambda event: event.wall_time):
+        if event.HasField("session_log"):
+            assert event.session_log.status == event.session_log.START
+            points = [point for point in points if point[0] < event.step]
+        points += [(event.step, value.simple_value) for value in event.summary.value]
+    return points
+
+
+def test_tensorboard_shows_no_point_twice_and_no_old_one(tmp_path):
+    for begin, end in ((0, 5), (3, 7), (0, 2), (2, 3)):
+        writer = MetricWriter(tmp_path, begin)
+        for step in range(begin + 1, end + 1):
+            writer.write(step, {"train/loss": 10 * begin + step})
+        writer.close()
+    assert shown(tmp_path / "tensorboard") == [(1, 1.0), (2, 2.0), (3, 23.0)]
+
+
+def test_pictures_are_in_the_event_file(tmp_path):
+    writer = MetricWriter(tmp_path, 0)
+    writer.image(4, "samples", np.full((2, 3, 3), 7, np.uint8))
+    writer.close()
+    (value,) = [v for e in events(tmp_path / "tensorboard") for v in e.summary.value]
+    assert (value.image.height, value.image.width) == (2, 3)

@@ -11,11 +11,11 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import numpy as np
 from absl import logging
-from jax._src import distributed as runtime  # The key-value store has no public name.
 from jax.experimental import multihost_utils
 
 # A process that says nothing for so long is dead, and the others stop.
@@ -44,10 +44,9 @@ def session(distributed: bool) -> Iterator[None]:
         heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
         shutdown_timeout_seconds=60,
     )
-    logging.info(
-        "process %d of %d, %d devices here and %d in all", jax.process_index(),
-        jax.process_count(), jax.local_device_count(), jax.device_count(),
-    )  # fmt: skip
+    which = f"process {jax.process_index()} of {jax.process_count()}"
+    devices = f"{jax.local_device_count()} devices here and {jax.device_count()} in all"
+    logging.info("%s, %s", which, devices)
     if not is_writer():
         # One of them tells how the run goes; the others speak when something is wrong.
         logging.set_verbosity(logging.WARNING)
@@ -92,30 +91,62 @@ def wait_for_all(name: str) -> None:
     Args:
       name: of this place in the program, which is passed once.
     """
-    if jax.process_count() > 1:
-        milliseconds = 7 * 24 * 3600 * 1000
-        runtime.global_state.client.wait_at_barrier(f"vqd_jax/{name}", milliseconds)
-
-
-def all_agree(good: bool) -> bool:
-    """Whether ``good`` holds in every process; all of them must ask."""
     if jax.process_count() == 1:
-        return good
+        return
+    if (store := _store()) is None:
+        barrier(name)
+    else:
+        milliseconds = 7 * 24 * 3600 * 1000
+        store.wait_at_barrier(f"vqd_jax/{name}", milliseconds)
+
+
+def largest(value: int) -> int:
+    """The largest of the values that the processes give; all of them must ask."""
+    return int(_gathered(value).max())
+
+
+def of_first(value: int) -> int:
+    """The value that the first process gives; all of them must ask."""
+    return int(_gathered(value)[0])
+
+
+def _gathered(value: int) -> np.ndarray:
+    if jax.process_count() == 1:
+        return np.asarray([value])
     with jax.transfer_guard("allow"):
-        return bool(multihost_utils.process_allgather(np.asarray(good)).all())
+        return multihost_utils.process_allgather(np.asarray(value))
+
+
+def _store() -> Any | None:
+    """The processes' key-value store, in which one that fails tells why; None if there is none.
+
+    JAX has no public name for it. Without it, JAX still ends all processes when the heartbeat of
+    one stops, but does not say why it stopped.
+    """
+    try:
+        from jax._src import distributed
+
+        return distributed.global_state.client
+    except (ImportError, AttributeError):
+        logging.warning(
+            "jax %s has no key-value store where this program looks for it: if a process fails, "
+            "the others end without its message",
+            jax.__version__,
+        )
+        return None
 
 
 class _Watch:
     """Ends this process when another one says that it failed."""
 
     def __init__(self):
-        self._client = runtime.global_state.client
+        self._client = _store()
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
     def _run(self):
-        while not self._stopped.wait(_POLL_SECONDS):
+        while self._client is not None and not self._stopped.wait(_POLL_SECONDS):
             try:
                 found = self._client.key_value_try_get(_FAILED)
             # Nothing there yet; that the first process is gone, JAX itself reports.
@@ -137,10 +168,11 @@ def _fail_together(error: BaseException) -> None:
         logging.warning("an exchange with other processes broke off; finding out which one is gone")
         time.sleep(HEARTBEAT_SECONDS + 10)
     reason = " ".join(f"{type(error).__name__}: {error}".split())[:1000]
-    with contextlib.suppress(jax.errors.JaxRuntimeError):
-        runtime.global_state.client.key_value_set(
-            _FAILED, f"process {jax.process_index()} failed ({reason})", allow_overwrite=False
-        )
+    if (store := _store()) is not None:
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            store.key_value_set(
+                _FAILED, f"process {jax.process_index()} failed ({reason})", allow_overwrite=False
+            )
     if is_writer():
         # The messages are kept in this process.
         time.sleep(2 * _POLL_SECONDS)

@@ -8,6 +8,8 @@ import dataclasses
 import functools
 import signal
 import time
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import grain
@@ -18,10 +20,11 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from vqd_jax import files
 from vqd_jax.checkpoint import Checkpoints
 from vqd_jax.data import order
 from vqd_jax.errors import UserError
-from vqd_jax.parallel import sharding
+from vqd_jax.parallel import processes, sharding
 from vqd_jax.training import task as task_lib
 from vqd_jax.training.metrics import MetricWriter, progress_bar
 from vqd_jax.training.task import Task
@@ -35,12 +38,11 @@ class _SigtermFlag:
     """Within the context, SIGTERM sets ``raised`` instead of ending the process.
 
     Among several processes the one that gets the signal tells the others, and all stop after the
-    same call of the step: JAX's preemption service, which has taken the signal over, agrees on one.
+    same step: JAX's preemption service, which has taken the signal over, agrees on one.
     """
 
     def __enter__(self):
         self.raised = False
-        self._calls = 0
         self._alone = jax.process_count() == 1
         if self._alone:
             self._old = signal.signal(signal.SIGTERM, self._set)
@@ -49,11 +51,15 @@ class _SigtermFlag:
     def _set(self, *_):
         self.raised = True
 
-    def after_call(self) -> None:
-        """To be called after every call of the step, by all processes."""
-        self._calls += 1
+    def after_steps(self, steps: Iterable[int]) -> None:
+        """To be called by all processes after steps, with the number of each.
+
+        The service compares numbers for equality, so none may be left out. Orbax tells it the step
+        of every save; any other count than that of steps would miss what it agreed on.
+        """
         if not self._alone:
-            self.raised = multihost_utils.reached_preemption_sync_point(self._calls)
+            reached = [multihost_utils.reached_preemption_sync_point(step) for step in steps]
+            self.raised = self.raised or any(reached)
 
     def __exit__(self, *_):
         if self._alone:
@@ -133,7 +139,9 @@ def fit(task: Task, schedule: Schedule, place: Place) -> Any:
         else:
             state = saved.restore(task_lib.abstract_state(task, place.mesh), iterator)
         step = int(jax.device_get(state.step))
-        if step >= schedule.num_steps:
+        postponed = _Postponed(place.directory)
+        is_postponed = postponed.at(step)
+        if step >= schedule.num_steps and not is_postponed:
             done = f"{task.name} is done ({step} steps in {place.directory})"
             logging.info("%s; nothing is left to do", done)
             return state
@@ -141,6 +149,9 @@ def fit(task: Task, schedule: Schedule, place: Place) -> Any:
         if step:
             logging.info("%s goes on from step %d in %s", task.name, step, place.directory)
         writer = stack.enter_context(contextlib.closing(MetricWriter(place.directory, step)))
+        if is_postponed:
+            task.evaluate(step, state, writer)
+            postponed.clear()
         run = stack.enter_context(_Run(task, schedule, place, saved, writer, step))
         return run.finish(state, iterator)
 
@@ -161,7 +172,7 @@ class _Run(contextlib.ExitStack):
         super().__init__()
         self._task, self._schedule, self._saved, self._writer = task, schedule, saved, writer
         self._config = place.config.to_dict()
-        self._step = step
+        self._step, self._postponed = step, _Postponed(place.directory)
         self._train_step = task_lib.jit_step(task, place.mesh, schedule.steps_per_call)
         self._sigterm = self.enter_context(_SigtermFlag())
         self._bar = self.enter_context(progress_bar(task.name, schedule.num_steps, step))
@@ -174,7 +185,7 @@ class _Run(contextlib.ExitStack):
         while self._step < schedule.num_steps and not self._sigterm.raised:
             state, metrics = self._train_step(state, next(iterator))
             before, self._step = self._step, self._step + schedule.steps_per_call
-            self._sigterm.after_call()
+            self._sigterm.after_steps(range(before + 1, self._step + 1))
             self._profiler.after_call(metrics)
             log, evaluate, save = (
                 schedule.due(every, before, self._step)
@@ -191,7 +202,9 @@ class _Run(contextlib.ExitStack):
             self._bar.update(schedule.steps_per_call)
             with self._speed.paused():
                 # Before the save: what a kill cuts off in here is done again after the restart.
-                if evaluate and not self._sigterm.raised:
+                if evaluate and self._sigterm.raised:
+                    self._postponed.mark(self._step)
+                elif evaluate:
                     self._task.evaluate(self._step, state, self._writer)
                 if save:
                     self._saved.save(self._step, state, iterator, self._config)
@@ -208,6 +221,28 @@ class _Run(contextlib.ExitStack):
         self._writer.write(self._step, named)
         shown = "loss {loss:.3f}, {images_per_second:.0f} images/s".format(**values)
         self._bar.set_postfix_str(shown, refresh=False)
+
+
+class _Postponed:
+    """The evaluation that SIGTERM left no time for; the next start makes up for it."""
+
+    def __init__(self, directory: str):
+        self._path = Path(directory) / "postponed_evaluation.json"
+
+    def mark(self, step: int) -> None:
+        if processes.is_writer():
+            files.write_json(self._path, {"step": step})
+
+    def at(self, step: int) -> bool:
+        """Whether it is that of this step; all processes must ask."""
+        found = -1
+        if processes.is_writer() and self._path.exists():
+            found = files.read_json(self._path, "remove it")["step"]
+        return processes.of_first(found) == step
+
+    def clear(self) -> None:
+        if processes.is_writer():
+            self._path.unlink()
 
 
 def _next_batches(iterator, mesh: Mesh, count: int) -> Any:

@@ -1,22 +1,22 @@
 """Where numbers go: a progress bar, ``metrics.jsonl`` and TensorBoard event files."""
 
 import json
-import os
 import sys
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
+from vqd_jax import files
 from vqd_jax.parallel import processes
 
 
 class MetricWriter:
     """Appends to ``workdir/metrics.jsonl`` (an object a line) and to ``workdir/tensorboard``.
 
-    Of several processes, the first one writes. Lines of later steps than ``step`` are dropped
-    first: the run that is continued from a checkpoint writes them anew. Everything is written at
-    once, so that a full disk is an OSError where it happens.
+    Among several processes, the first one writes. A run that is continued writes the steps after
+    its checkpoint anew: their old lines move to ``metrics.replaced.jsonl``, and TensorBoard is told
+    to forget their points.
     """
 
     def __init__(self, workdir: str, step: int):
@@ -25,25 +25,39 @@ class MetricWriter:
             return
         self._path = Path(workdir) / "metrics.jsonl"
         if self._path.exists():
-            _drop_after(self._path, step)
+            _put_aside(self._path, step)
         # It imports PyTorch where there is one, whose memory sampling shall not pay for.
-        from vqd_jax.training.event_file import EventFile
+        from tensorboardX import SummaryWriter
 
-        self._events = EventFile(Path(workdir) / "tensorboard", step)
+        self._events = SummaryWriter(
+            str(Path(workdir) / "tensorboard"),
+            purge_step=step + 1,
+            # Any number may wait: on a full disk the thread that writes them has ended, and the run
+            # must get to the error of its own file instead of waiting for that thread.
+            max_queue=0,
+            flush_secs=10,
+            # Names hold whole seconds only.
+            filename_suffix=f".{step}",
+        )
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Writes scalars, by names such as 'train/loss'."""
+        """Writes scalars, by names such as 'train/loss'.
+
+        Raises:
+          OSError: metrics.jsonl cannot be written.
+        """
         if not self._active:
             return
         line = json.dumps({"step": step, **{k: float(v) for k, v in values.items()}})
         with open(self._path, "a", encoding="utf-8") as file:
             file.write(line + "\n")
-        self._events.scalars(step, values)
+        for name, value in values.items():
+            self._events.add_scalar(name, float(value), step)
 
     def image(self, step: int, name: str, image: np.ndarray) -> None:
         """Shows a uint8 [H, W, 3] picture in TensorBoard."""
         if self._active:
-            self._events.image(step, name, image)
+            self._events.add_image(name, image, step, dataformats="HWC")
 
     def close(self) -> None:
         """Closes the event file."""
@@ -51,18 +65,19 @@ class MetricWriter:
             self._events.close()
 
 
-def _drop_after(path: Path, step: int) -> None:
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+def _put_aside(path: Path, step: int) -> None:
+    """Moves the lines of later steps than ``step`` to another file."""
+    kept, later = [], []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
         try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
+            (kept if json.loads(line)["step"] <= step else later).append(line)
         except (json.JSONDecodeError, KeyError, TypeError):
             # A line that a kill cut short belongs to a step that is done again.
             continue
-    scratch = path.with_suffix(".tmp")
-    scratch.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-    os.replace(scratch, path)
+    if later:
+        with open(path.with_suffix(".replaced.jsonl"), "a", encoding="utf-8") as file:
+            file.writelines(later)
+    files.write_text(path, "".join(kept))
 
 
 def progress_bar(name: str, total: int, start: int = 0) -> tqdm:

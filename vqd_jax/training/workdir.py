@@ -36,9 +36,9 @@ def _claimed(config: ConfigDict, path: Path) -> Iterator[None]:
     with files.lock(path / ".lock", busy=busy):
         stored = path / "config.json"
         if stored.exists():
-            changed = config_lib.differences(
-                config_lib.load(str(stored)), config, _sections_in_use(config, path)
-            )
+            before = config_lib.load(str(stored))
+            _require_checkpoints(before, config, str(path))
+            changed = config_lib.differences(before, config, _sections_in_use(config, path))
             if changed:
                 raise UserError(
                     f"{path} was made with another config ({'; '.join(changed)}). "
@@ -47,6 +47,18 @@ def _claimed(config: ConfigDict, path: Path) -> Iterator[None]:
         checkpoint.claim(config, str(path))
         files.write_text(stored, config_lib.to_json(config) + "\n")
         yield
+
+
+def _require_checkpoints(before: ConfigDict, config: ConfigDict, workdir: str) -> None:
+    """Raises ``UserError`` if the run has checkpoints, but the config leads to none."""
+    old, new = (checkpoint.folder(c, workdir) for c in (before, config))
+    if old == new or checkpoint.exist(config, workdir) or not checkpoint.exist(before, workdir):
+        return
+    raise UserError(
+        f"the checkpoints of {workdir} are in {old}, but config.training.checkpoints="
+        f"{config.training.checkpoints!r} stands for {new}, which has none. Give the old folder "
+        f"again ({before.training.checkpoints!r}), or copy its content to the new one"
+    )
 
 
 def _sections_in_use(config: ConfigDict, path: Path) -> tuple[str, ...]:
