@@ -115,3 +115,22 @@ def test_a_batch_in_parts_has_the_mean_of_their_gradients(config, batch, steps):
         lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5, rtol=1e-3),
         after.params, optax.apply_updates(before.params, updates),
     )  # fmt: skip
+
+
+def test_logits_are_normalised_once(config, batch, steps):
+    state, key = steps[0][0], jax.random.key(0)
+    traced = jax.make_jaxpr(
+        functools.partial(stage_two._gradients, config=config, placement=ONE_DEVICE)
+    )(state.params, state.time_statistics, key, batch)
+    # The objective does it, in chunks.
+    assert "log_softmax" not in str(traced)
+
+
+@pytest.mark.parametrize("seed", [2**31, 2**32 - 1])
+def test_large_seeds_are_seeds_like_others(config, seed):
+    config = config.copy_and_resolve_references()
+    config.seed = seed
+    key = jax.jit(lambda: stage_two.create_state(config).key)()
+    words = np.array([0, seed], np.uint32)
+    expected = jax.random.split(jax.random.wrap_key_data(words))[1]
+    np.testing.assert_array_equal(jax.random.key_data(key), jax.random.key_data(expected))

@@ -161,9 +161,15 @@ def _gradients(params, statistics, key, batch, *, config, placement):
 
     def loss_fn(params):
         model = conditioned.bind(model_config, params, placement=placement)
+        context = model.context(condition, batch.get("text_features"))
+
+        def predict(tokens, time):
+            # The objective normalises the logits.
+            return model.denoiser.denoise(tokens, model.denoiser.modulations(time), context)
+
         return objective.variational_bound(
             key,
-            lambda tokens, time: model.log_x0(tokens, time, condition, batch.get("text_features")),
+            predict,
             batch["codes"],
             config_lib.noise_schedule(config),
             statistics,
