@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import pytest
 
 from vqd_jax.parallel import processes
@@ -193,6 +194,7 @@ def test_an_error_in_one_process_ends_the_others_and_is_told(launch, tmp_path):
 
 
 def test_a_jax_that_hides_its_key_value_store_is_told(monkeypatch, caplog):
+    jax.devices()  # JAX itself needs the name to begin.
     monkeypatch.delattr("jax._src.distributed.global_state")
     with caplog.at_level("WARNING"):
         watch = processes._Watch()
