@@ -247,3 +247,24 @@ def test_top_k():
             np.testing.assert_allclose(ours, exact / exact.sum(), atol=1e-6)
     settings = sampler.Settings(top_k=1)
     np.testing.assert_array_equal(run(keys(2), settings).codes, 5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"temperature": 0}, "^temperature=0: must be positive"),
+        ({"temperature": float("nan")}, "^temperature=nan"),
+        ({"truncation": 1.5}, "^truncation=1.5: must lie above 0 and up to 1"),
+        ({"truncation": np.float32(0)}, "^truncation=0.0"),
+        ({"top_k": 0}, "^top_k=0: must be at least 1"),
+        ({"guidance": np.array([1, -1])}, "^guidance="),
+        ({"strength": 0.0}, "^strength=0.0"),
+        ({"start": "noise"}, "^start='noise': must be schedule or masked"),
+        ({"start": "schedule", "rule": rules.Purity()}, "Purity takes no noise back"),
+    ],
+)
+def test_impossible_settings_are_refused_when_they_are_made(settings, message):
+    with pytest.raises(ValueError, match=message):
+        sampler.Settings(**settings)
+    with pytest.raises(ValueError, match=message):
+        sampler.Settings().replace(**settings)

@@ -30,6 +30,9 @@ PredictX0 = Callable[[jax.Array, jax.Array], jax.Array]
 class Settings(struct.PyTreeNode):
     """How to sample. Changing a number does not recompile; changing its presence does.
 
+    Impossible numbers are refused with a ``ValueError`` when settings are made of them. Numbers
+    that are JAX arrays already are taken as they are.
+
     Attributes:
       num_steps: S, network calls, spread evenly from the first time to 0. 0 means T.
       times: an increasing list of S+1 times from 0 to at most T to use instead.
@@ -63,6 +66,37 @@ class Settings(struct.PyTreeNode):
     strength: float = 1.0
     start: str | None = struct.field(pytree_node=False, default=None)
     trajectory: bool = struct.field(pytree_node=False, default=False)
+
+    def __post_init__(self):
+        for name, (possible, range_) in _POSSIBLE.items():
+            value = getattr(self, name)
+            # JAX makes settings of tracers and of placeholders, too.
+            known = isinstance(value, int | float | np.ndarray | np.generic)
+            if known and not np.all(possible(np.asarray(value))):
+                raise ValueError(f"{name}={value}: must {range_}")
+        if self.start not in (None, "schedule", "masked"):
+            raise ValueError(f"start={self.start!r}: must be schedule or masked")
+        if self.start == "schedule" and isinstance(self.rule, rules.Reveal):
+            name = type(self.rule).__name__
+            raise ValueError(f"start='schedule': {name} takes no noise back, so it needs 'masked'")
+
+
+def _is_positive(x):
+    return (0 < x) & (x < np.inf)
+
+
+def _is_share(x):
+    return (0 < x) & (x <= 1)
+
+
+# The values that a number of the settings may have, and how a message says so.
+_POSSIBLE = {
+    "guidance": (lambda x: (0 <= x) & (x < np.inf), "be finite and at least 0"),
+    "truncation": (_is_share, "lie above 0 and up to 1"),
+    "top_k": (lambda x: x >= 1, "be at least 1"),
+    "temperature": (_is_positive, "be positive and finite"),
+    "strength": (_is_share, "lie above 0 and up to 1"),
+}
 
 
 class Sample(NamedTuple):
