@@ -1,9 +1,10 @@
-"""The Grain chain: records -> crops or cached codes -> batches, deterministic and resumable.
+"""The chain of the data: records -> crops or cached codes -> batches that training consumes.
 
 Letters: B batch (of this process), N image tokens, L text tokens, S image side in pixels, D width
 of text features.
 
-The order of the records, and what a checkpoint keeps of it, is in ``order``.
+Batches are deterministic and resumable: ``order`` decides the order of the records and what a
+checkpoint keeps of it.
 """
 
 import dataclasses
@@ -26,7 +27,7 @@ VIEW_STREAM = 2
 
 
 def _to_text(value):
-    """Bytes to str, at any depth of dicts and lists; numbers as they are."""
+    """Bytes become str at any depth of dicts and lists; numbers stay as they are."""
     if isinstance(value, bytes):
         return value.decode("utf-8")
     if isinstance(value, dict):
@@ -54,13 +55,14 @@ def records(builder: tfds.core.DatasetBuilder, split: str, decode: bool = True) 
     Args:
       builder: a prepared TFDS builder; see ``vqd_jax.data.sets.load``.
       split: such as 'train' or 'train[:100]'.
-      decode: give pixels; else the encoded bytes, which ``Crop`` decodes faster.
+      decode: give pixels; otherwise the encoded bytes, which ``Crop`` decodes faster.
 
     Returns:
-      A random-access sequence of dicts: ``image`` uint8 [H, W, 3] or bytes, texts as str, sequences
-      of texts as lists of str. Reading a record whose image cannot be decoded raises ValueError.
+      A random-access sequence of dicts: ``image`` is uint8 [H, W, 3] or bytes, texts are str, and
+      sequences of texts are lists of str. Reading a record raises ValueError if its image cannot be
+      decoded.
     """
-    # TFDS would return palette indices or four channels for some files, so decode here.
+    # TFDS would return palette indices or four channels for some files.
     decoders = {"image": tfds.decode.SkipDecoding()}
     source = grain.MapDataset.source(builder.as_data_source(split, decoders=decoders)).map(_texts)
     return source.map(_decode) if decode else source
@@ -72,7 +74,7 @@ class Crop:
 
     Attributes:
       size: S.
-      random: the published crop for training; else the one for evaluation.
+      random: the published crop for training; otherwise the one for evaluation.
       flip: mirror half of the crops, unless a caption says left or right.
     """
 
@@ -100,8 +102,8 @@ class Crop:
             numbers = order.uniforms((seed, CROP_STREAM), np.array([key]), images.NUM_UNIFORMS + 1)
             numbers = numbers[:, 0].tolist()
         if isinstance(image, bytes):
-            # Twice the side that is kept: large photographs decode faster, and the filter that
-            # shrinks them still has something to average.
+            # At twice the side that is kept, large photographs decode faster, and the filter that
+            # shrinks them still averages several pixels.
             image = images.decode(image, min_side=2 * round(self.size * 9 / 8))
         if self.random:
             pixels = images.random_crop(image, self.size, numbers[:-1])

@@ -1,6 +1,6 @@
 """The cache of codes: what stage two trains on, read at random from disk.
 
-Letters: R records, C crops an image, N image tokens, n captions of a record, L text tokens,
+Letters: R records, C crops of an image, N image tokens, n captions of a record, L text tokens,
 D width of text features.
 
 A cached split is a folder: ``manifest.json``, and shards ``codes-00000-of-00010.array_record``,
@@ -93,7 +93,7 @@ def open_split(path: str, expected_origin: Mapping[str, Any] | None = None) -> "
       expected_origin: see ``require_origin``; None takes any.
 
     Raises:
-      UserError: it is not there, not complete, damaged, or made from something else.
+      UserError: it is missing, unfinished, damaged, or made from something else.
     """
     folder = Path(path)
     if not (folder / MANIFEST).exists():
@@ -116,12 +116,12 @@ def open_split(path: str, expected_origin: Mapping[str, Any] | None = None) -> "
 
 
 def is_whole(path: Path, shard: Mapping[str, Any]) -> bool:
-    """Whether a shard has the size that was noted when it was written."""
+    """Whether a shard has the size that its counts say."""
     return path.exists() and path.stat().st_size == shard["bytes"]
 
 
 class CodesSource:
-    """Random-access records of a cached split; only what is asked for is read.
+    """Random access to the records of a cached split; a read reads nothing else.
 
     Args:
       folder: of the split.
@@ -159,7 +159,7 @@ class CodesSource:
     def take(
         self, rows: np.ndarray, crop: np.ndarray, caption: np.ndarray
     ) -> dict[str, np.ndarray]:
-        """One crop and one caption of each record, as arrays; quicker than ``read``.
+        """One crop and one caption of each record, as arrays; faster than ``read``.
 
         Args:
           rows: integers [B], 0 <= row < R.
@@ -205,7 +205,7 @@ class CodesSource:
         shards = np.searchsorted(self._ends, rows, side="right")
         places = rows - np.concatenate([[0], self._ends])[shards]
         found = []
-        # One by one: a reader takes longer for two records than for one and another one.
+        # One by one: reading two records together takes longer than reading one after the other.
         for shard, place in zip(shards.tolist(), places.tolist(), strict=True):
             read = functools.partial(self._readers[shard].read, [place])
             try:
