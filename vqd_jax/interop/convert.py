@@ -136,20 +136,17 @@ def model_config(parts: Mapping[str, Part]) -> ConfigDict:
     """
     config = config_lib.default_config()
     codec, denoiser = parts["autoencoder"].config, parts["denoiser"].config
-    for section, sizes in (("autoencoder", codec), ("denoiser", denoiser)):
-        for field in dataclasses.fields(sizes):
-            if field.name in config[section]:
-                value = getattr(sizes, field.name)
+    sizes = {"autoencoder": codec, "denoiser": denoiser}
+    if denoiser.condition == "text":
+        sizes["text_encoder"] = parts["text_encoder"].config
+    for name, found in sizes.items():
+        section = config[name]
+        for field, value in dataclasses.asdict(found).items():
+            if field in section:
                 # A config has no None: an empty value of the field's type says the same.
-                default = config[section][field.name]
-                config[section][field.name] = type(default)() if value is None else value
+                section[field] = type(section[field])() if value is None else value
     config.data.image_size = codec.image_size
     config.diffusion.num_steps = denoiser.num_steps
-    if denoiser.condition == "text":
-        for field in dataclasses.fields(parts["text_encoder"].config):
-            if field.name in config.text_encoder:
-                value = getattr(parts["text_encoder"].config, field.name)
-                config.text_encoder[field.name] = value
     if (codec.grid_size, codec.grid_size) != denoiser.grid:
         raise UserError(
             f"the denoiser has a grid of {denoiser.grid} codes, and the image tokenizer one of "

@@ -194,20 +194,38 @@ def load_params(
     if part:
         found = {name: x for name, x in found.items() if name.split(".")[0] == part}
         abstract_params = {part: abstract_params}
-    arrays = {}
-    for name, leaf in file_lib.flatten(abstract_params).items():
-        if name not in found:
-            raise UserError(f"{directory} lacks the tensor {name}")
-        tensor = found.pop(name)
-        if tensor.shape != tuple(leaf.shape):
-            raise UserError(
-                f"{directory}: {name} is {tensor.shape}, the config asks for {leaf.shape}"
-            )
-        array = tensor.read(leaf.dtype)
-        if not np.isfinite(array).all():
-            raise UserError(f"{directory}: {name} has values that are not finite")
-        arrays[name] = place(array)
-    if found:
-        raise UserError(f"{directory} has a tensor that the model lacks: {min(found)}")
-    params = file_lib.unflatten(arrays, abstract_params)
+    params = fit(found, abstract_params, directory, place)
     return params[part] if part else params
+
+
+def fit(
+    found: Mapping[str, Any],
+    abstract_params: Any,
+    source: str | Path,
+    place: Callable[[np.ndarray], Any] = lambda array: array,
+) -> Any:
+    """Tensors by name as a nested dict like ``abstract_params``.
+
+    Args:
+      found: tensors of a file, or arrays.
+      abstract_params, place: see ``load_params``.
+      source: where they were found, for messages.
+
+    Raises:
+      UserError: see ``load_params``.
+    """
+    arrays, wanted = {}, file_lib.flatten(abstract_params)
+    for name, leaf in wanted.items():
+        if name not in found:
+            raise UserError(f"{source} lacks the tensor {name}")
+        tensor = found[name]
+        if tuple(tensor.shape) != tuple(leaf.shape):
+            raise UserError(f"{source}: {name} is {tensor.shape}, the config asks for {leaf.shape}")
+        in_file = isinstance(tensor, tensors.Tensor)
+        array = tensor.read(leaf.dtype) if in_file else np.asarray(tensor, leaf.dtype)
+        if not np.isfinite(array).all():
+            raise UserError(f"{source}: {name} has values that are not finite")
+        arrays[name] = place(array)
+    if left := found.keys() - wanted.keys():
+        raise UserError(f"{source} has a tensor that the model lacks: {min(left)}")
+    return file_lib.unflatten(arrays, abstract_params)

@@ -5,12 +5,10 @@ Letters: B batch, L text tokens, D text width.
 
 import dataclasses
 import functools
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
@@ -56,15 +54,16 @@ def load_autoencoder(config: ConfigDict, directory: str) -> Any:
     if found.get("kind") == config_lib.MODEL_KIND:
         whole = config_lib.load(str(Path(directory) / "config.json"))
         found, part = dataclasses.asdict(config_lib.autoencoder_config(whole)), "autoencoder"
-    # Folders from before these fields have no such choice.
+    # Earlier folders lack these fields, which had one possible value.
     found = {"quantizer": "nearest", "codebook_size": None} | found
-    as_stored = json.loads(json.dumps([found, dataclasses.asdict(wanted)]))
-    for field, value in as_stored[1].items():
-        if value != as_stored[0].get(field):
+    for field, value in dataclasses.asdict(wanted).items():
+        stored = found.get(field)
+        # JSON has no tuples.
+        if value != (tuple(stored) if isinstance(stored, list) else stored):
             key = "data.image_size" if field == "image_size" else f"autoencoder.{field}"
             raise UserError(
-                f"the autoencoder in {directory} has {field}={as_stored[0].get(field)}, but "
-                f"config.{key}={value}; set the config to what the autoencoder has"
+                f"the autoencoder in {directory} has {field}={stored}, but config.{key}={value}; "
+                "set the config to what the autoencoder has"
             )
     return folder.load_params(directory, autoencoder.abstract_params(wanted), part)
 
@@ -191,7 +190,7 @@ def load_model(directory: str) -> Model:
 
 
 def load_initial(config: ConfigDict, abstract: Any) -> dict[str, Any]:
-    """The parts of a model that a run does not begin with random numbers for.
+    """The parts of a model that are trained already when a run begins.
 
     They come from ``config.training.init_from``, a model folder or the workdir of another run, and
     from ``config.text_encoder.path``.
@@ -201,8 +200,8 @@ def load_initial(config: ConfigDict, abstract: Any) -> dict[str, Any]:
       abstract: the parameters of ``models.conditioned``, or their shapes.
 
     Returns:
-      {part: nested dict of NumPy arrays}, such as "denoiser"; parts that are not there are learnt
-      from the start.
+      {part: nested dict of NumPy arrays}, such as "denoiser". The run learns all other parts from
+      random numbers.
 
     Raises:
       UserError: a folder cannot be read, or holds parameters of other sizes than the config asks.
@@ -217,32 +216,19 @@ def load_initial(config: ConfigDict, abstract: Any) -> dict[str, Any]:
 
 def _whole_model(directory: str, abstract: Any) -> dict[str, Any]:
     described = folder.load_config(directory)
-    is_folder = described.get("kind") == config_lib.MODEL_KIND
-    if is_folder:
-        names = {name.split(".")[0] for name in folder.read_shards(Path(directory), "model")}
+    if described.get("kind") == config_lib.MODEL_KIND:
+        found = folder.read_shards(Path(directory), "model")
     elif "training" in described:
-        averaged = load_averaged(config_lib.load(str(Path(directory) / "config.json")), directory)
-        names = set(averaged)
+        stored = config_lib.load(str(Path(directory) / "config.json"))
+        found = files.flatten(load_averaged(stored, directory))
     else:
         raise UserError(
             f"config.training.init_from={directory}: neither the folder of a whole model nor the "
             "workdir of a run"
         )
-    parts = {}
-    for part, shapes in abstract.items():
-        if part not in names and part in _MAY_BE_NEW:
-            logging.info("%s has no %s; it is learnt from the start", directory, part)
-        elif is_folder:
-            parts[part] = folder.load_params(directory, shapes, part)
-        else:
-            parts[part] = _fitting(averaged, part, shapes, directory)
-    return parts
-
-
-def _fitting(params: Any, part: str, shapes: Any, directory: str) -> Any:
-    found, wanted = files.flatten({part: params.get(part, {})}), files.flatten({part: shapes})
-    for name in sorted(found.keys() | wanted.keys()):
-        sizes = [tuple(x[name].shape) if name in x else None for x in (found, wanted)]
-        if sizes[0] != sizes[1]:
-            raise UserError(f"{directory}: {name} is {sizes[0]}, the config asks for {sizes[1]}")
-    return jax.tree.map(np.asarray, params[part])
+    new = [part for part in _MAY_BE_NEW if part in abstract and part not in found]
+    if new:
+        logging.info("%s has no %s; it is learnt from the start", directory, ", ".join(new))
+    wanted = {part: shapes for part, shapes in abstract.items() if part not in new}
+    found = {name: x for name, x in found.items() if name.split(".")[0] in wanted}
+    return folder.fit(found, wanted, directory)
