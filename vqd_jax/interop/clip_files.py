@@ -107,7 +107,7 @@ _OPENAI = _Layout(
     _OPENAI_IMAGE,
     [Row("text_projection", "text_projection"), Row("image_projection", "visual.proj")],
 )
-# open_clip, where the text tower is a module of its own.
+# In open_clip the text tower is a module of its own.
 _OPEN_CLIP = _OPENAI._replace(
     text="text.",
     projections=[Row("text_projection", "text.text_projection"), _OPENAI.projections[1]],
@@ -123,7 +123,7 @@ _HUGGINGFACE = _Layout(
         Row("image_projection", "visual_projection.weight", "linear"),
     ],
 )
-# As saved by a text model on its own, in newer releases.
+# Newer releases save a text model on its own without the prefix.
 _HUGGINGFACE_BARE = _HUGGINGFACE._replace(text="")
 _LAYOUTS = (_OPENAI, _OPEN_CLIP, _HUGGINGFACE, _HUGGINGFACE_BARE)
 
@@ -148,7 +148,7 @@ def load(path: str | Path) -> tuple[ClipConfig, Any]:
 
 
 def open_weights(path: str | Path) -> dict[str, tensors.Tensor]:
-    """The tensors of a file or folder that ``load`` takes, by name; nothing is read yet."""
+    """The tensors by name of a file or folder that ``load`` takes; their values stay there."""
     path = Path(path)
     if path.is_dir():
         names = ("model.safetensors", "pytorch_model.bin")
@@ -163,7 +163,7 @@ def open_weights(path: str | Path) -> dict[str, tensors.Tensor]:
         loaded = loaded["state_dict"]
     if not isinstance(loaded, Mapping):
         raise UserError(f"{path} does not hold a dictionary of tensors")
-    # Several devices in training leave this before every name.
+    # Training on several devices leaves this prefix.
     return {
         name.removeprefix("module."): value
         for name, value in loaded.items()
@@ -172,7 +172,7 @@ def open_weights(path: str | Path) -> dict[str, tensors.Tensor]:
 
 
 def _heads(path: Path) -> dict[str, int]:
-    """Numbers of heads, which no tensor tells, where the folder's config has them."""
+    """Numbers of heads, which no tensor tells, if the folder has a config with them."""
     try:
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
         towers = {"text": config["text_config"], "image": config["vision_config"]}
@@ -193,12 +193,12 @@ def _heads(path: Path) -> dict[str, int]:
 def read_text_encoder(
     found: Mapping[str, Any], source: str, *, num_heads: int | None = None, normalize: bool = True
 ) -> tuple[TextEncoderConfig, Any, set[str]]:
-    """The text tower, whether or not the rest of a CLIP is there.
+    """The text tower of a whole CLIP, or on its own.
 
     Args:
       found: tensors by name, in any of the layouts.
       source: path or other name of the source, for messages.
-      num_heads: None takes one for every 64 of the width, as all published towers have.
+      num_heads: None takes a head for every 64 of the width, as in all published towers.
       normalize: of the config; VQ-Diffusion normalises the features.
 
     Returns:
@@ -226,7 +226,7 @@ def read(
     Args:
       found: tensors by name, in any of the layouts.
       source: path or other name of the source, for messages.
-      text_heads, image_heads: None takes one for every 64 of the width.
+      text_heads, image_heads: None takes a head for every 64 of the width.
 
     Returns:
       The sizes, parameters for ``models.clip.bind`` as NumPy arrays in float32, the names used.

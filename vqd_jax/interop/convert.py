@@ -85,7 +85,7 @@ def read_autoencoder(
     remap: np.ndarray | None = None,
     num_codes: int | None = None,
 ) -> Part:
-    """The image tokenizer in a file, or in a folder of this project.
+    """The image tokenizer in a published file or in a model folder.
 
     Args:
       path: of the file or folder.
@@ -103,7 +103,7 @@ def read_autoencoder(
     config, params = taming.read(
         loaded,
         path,
-        image_size=image_size or published.DEFAULT_IMAGE_SIZE,
+        image_size=image_size or taming.DEFAULT_IMAGE_SIZE,
         num_codes=num_codes,
         remap=remap,
     )
@@ -129,7 +129,7 @@ def read_remap(path: str) -> np.ndarray:
 
 
 def model_config(parts: Mapping[str, Part]) -> ConfigDict:
-    """The config of a model with these parts, with the sampling its authors recommend.
+    """The config of a model with these parts, and with the sampling that its authors recommend.
 
     Raises:
       UserError: the parts do not fit each other.

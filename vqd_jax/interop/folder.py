@@ -27,7 +27,7 @@ _MODEL_FILES = re.compile(
 
 
 def require_replaceable(target: Path) -> None:
-    """Raises ``UserError`` unless the target is not there, empty, or a model folder and no more."""
+    """Raises ``UserError`` if the target holds anything else than a model."""
     if not target.exists():
         return
     if not target.is_dir():

@@ -30,7 +30,6 @@ _TEXT = "transformer.condition_emb."
 _NULL_TEXT = "transformer.empty_text_embed"
 # The class that stands for none in the published ImageNet models.
 IMAGENET_NULL = 1000
-DEFAULT_IMAGE_SIZE = 256
 _IGNORED = (
     r"transformer\.(log_\w+|Lt_history|Lt_count)",
     *(rf"transformer\.transformer\.{pattern}" for pattern in denoiser_tables.IGNORED),
@@ -58,7 +57,7 @@ def read(
 
     Args:
       path: of the file, for messages.
-      loaded: what ``torch_file.load`` gave.
+      loaded: what ``torch_file.load`` returned.
       weights: "ema" takes the averaged weights, as the published inference does; "raw" leaves
         them out.
       num_heads: of the denoiser, which no tensor tells; 16 in all released files.
@@ -89,7 +88,7 @@ def read(
         names,
         num_heads=num_heads,
         # Neither a tokenizer nor a text tells it: published tokens cover 16 pixels.
-        image_grid=grid or (image_size or DEFAULT_IMAGE_SIZE) // 16,
+        image_grid=grid or (image_size or taming.DEFAULT_IMAGE_SIZE) // 16,
         null_label=IMAGENET_NULL,
         learned_null="null_text" in parts,
         source=source,
@@ -114,7 +113,7 @@ def _read_others(tensors, source, image_size, remap) -> tuple[dict[str, Part], s
         config, params, found = taming.read_released(
             codec,
             source,
-            image_size=image_size or (grid * pixels if grid else DEFAULT_IMAGE_SIZE),
+            image_size=image_size or (grid * pixels if grid else taming.DEFAULT_IMAGE_SIZE),
             num_codes=denoiser_tables.num_codes(names, source),
             remap=remap,
         )
@@ -156,7 +155,7 @@ def _require_released_schedule(tensors, config: DenoiserConfig, source: str) -> 
 
 
 def _schedule_buffers(config: DenoiserConfig) -> dict[str, np.ndarray]:
-    """The logarithms that the published code keeps: float32 [T], cumulative ones [T+1].
+    """The logarithms that the published code keeps: float32 [T], the cumulative ones [T+1].
 
     Their index t is our time t + 1; the last cumulative entry is the identity, our time 0. They
     are computed in float64: the replacement mass of a step is a difference of nearly equal numbers.
@@ -235,7 +234,7 @@ def _diffusion(sizes: DenoiserConfig, params: Any) -> dict[str, np.ndarray]:
         length = math.prod(sizes.grid)
         mask = np.tril(np.ones((1, 1, length, length), np.float32))
         for layer in range(sizes.num_layers):
-            # Never used, but the published code refuses a file without it when training goes on.
+            # Never used, but the published code does not train on from a file without it.
             diffusion[f"transformer.blocks.{layer}.attn2.mask"] = mask
         rows = tables.prefixed(clip_files.OPENAI_TEXT, theirs="condition_emb.")
         diffusion |= tables.write(rows, params["text_encoder"])

@@ -69,7 +69,7 @@ class Row(NamedTuple):
       layout: ``same``; ``linear``: theirs is [out, in], ours [in, out]; ``conv``: theirs is
         [out, in, h, w], ours [h, w, in, out]; ``linear_as_conv``: theirs is [out, in], ours
         [1, 1, in, out].
-      part: (index, count) where theirs packs ``count`` of our parameters of equal size along its
+      part: (index, count) if theirs packs ``count`` of our parameters, all of one size, along its
         first axis, as a joint projection to queries, keys and values does.
     """
 

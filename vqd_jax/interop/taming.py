@@ -21,7 +21,7 @@ from vqd_jax.interop.tensors import Tensor
 from vqd_jax.models import autoencoder, quantizer
 from vqd_jax.models.autoencoder import AutoencoderConfig, abstract_params
 
-DEFAULT_IMAGE_SIZE = 256  # S of all published tokenizers
+DEFAULT_IMAGE_SIZE = 256  # pixels, of all published tokenizers
 # State of the training: losses with their networks, and the two sums whose quotient is a
 # moving-average codebook.
 IGNORED = (r"loss\..*", r"quantize\.(cluster_size|embedding_avg)")
@@ -31,7 +31,7 @@ _ENCODER_SIDE = ("encoder.", "quant_conv.", "quantize.")
 
 
 def is_autoencoder(loaded: Any) -> bool:
-    """Whether what ``torch_file.load`` gave is an image tokenizer that ``read`` knows."""
+    """Whether ``torch_file.load`` returned an image tokenizer that ``read`` knows."""
     found = _state_dict(loaded)
     return "encoder.conv_in.weight" in found and "quant_conv.weight" in found
 
@@ -47,7 +47,7 @@ def read(
     """A tokenizer on its own: taming's ``.ckpt`` or ``.pth``, ``ithq_vqvae.pth``.
 
     Args:
-      loaded: what ``torch_file.load`` gave.
+      loaded: what ``torch_file.load`` returned.
       source: path of the file, for messages.
       image_size: S, which no tensor tells.
       num_codes: number of codes of its denoiser; None is the whole codebook, or what ``remap``

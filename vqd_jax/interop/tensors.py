@@ -1,7 +1,7 @@
-"""Tensors that stay in their file until somebody asks for the values.
+"""Tensors that stay in their file until their values are asked for; safetensors files.
 
-A file may have come in parts (``name.pth_aa``, ``name.pth_ab``, ... as ``split`` makes them); they
-are read as if they were joined.
+A file may come in parts (``name.pth_aa``, ``name.pth_ab``, ..., as ``split`` makes them), which are
+read as if they were joined.
 """
 
 import dataclasses
@@ -38,10 +38,10 @@ _LONGEST_HEADER = 100_000_000  # bytes; the limit of the format's own library
 
 
 class FileBytes:
-    """The bytes of one file, or of the parts of one file end to end.
+    """The bytes of one file, which may be in parts.
 
     Args:
-      path: a file; or the first part, ``..._aa``; or the name that the parts have before ``_aa``.
+      path: the file; or the first part, ``..._aa``; or the name of the parts without ``_aa``.
 
     Raises:
       UserError: there is no such file, or a part is missing.
@@ -59,7 +59,7 @@ class FileBytes:
         self.size = sum(sizes)
 
     def read(self, offset: int, size: int) -> np.ndarray:
-        """uint8 [size] from ``offset`` on; mapped into memory where one file has all of it."""
+        """uint8 [size] from ``offset`` on; mapped into memory if one file has all of it."""
         pieces = [
             np.memmap(path, np.uint8, "r", begin, (length,))
             for path, begin, length in self._pieces(offset, size)
@@ -69,7 +69,7 @@ class FileBytes:
         return np.concatenate([np.empty(0, np.uint8), *pieces])
 
     def read_into(self, offset: int, target: np.ndarray) -> None:
-        """Fills ``target`` uint8 [size] from ``offset`` on, without a copy in between."""
+        """Fills ``target`` uint8 [size] from ``offset`` on, without a further copy."""
         done = 0
         for path, begin, length in self._pieces(offset, target.size):
             with open(path, "rb", buffering=0) as file:
@@ -83,7 +83,7 @@ class FileBytes:
                     done += count
 
     def _pieces(self, offset: int, size: int) -> list[tuple[Path, int, int]]:
-        """(file, offset in it, bytes) of every file that has some of these bytes."""
+        """(file, offset in it, number of bytes) of every file that has some of these bytes."""
         if offset < 0 or size < 0 or offset + size > self.size:
             raise UserError(f"{self.path} is cut short: it ends before byte {offset + size}")
         pieces = []
@@ -107,7 +107,7 @@ def _parts(path: Path) -> list[Path]:
         return [path]
     else:
         stem = path
-    # Whatever looks like a part, so that a gap in the middle is seen.
+    # All files that look like a part, so that a gap in the middle is noticed.
     present = {p.name for p in path.parent.glob(f"{stem.name}_[a-z][a-z]")}
     letters = map("".join, itertools.product(string.ascii_lowercase, repeat=2))
     wanted = [f"{stem.name}_{letter}" for letter in itertools.islice(letters, len(present))]
@@ -149,7 +149,7 @@ class _Stream(io.RawIOBase):
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Tensor:
-    """One tensor in a file; ``np.asarray`` reads it, and nothing is kept.
+    """One tensor in a file; ``np.asarray`` reads it each time.
 
     Attributes:
       source: where the bytes are.
@@ -157,7 +157,7 @@ class Tensor:
       dtype: NumPy type, ``bfloat16`` from ``ml_dtypes`` included.
       shape: of the tensor.
       strides: in elements; None for row-major.
-      swapped: the bytes of an element are in the order that this machine does not use.
+      swapped: the bytes of an element are in the other order than this machine's.
     """
 
     source: FileBytes
@@ -197,9 +197,9 @@ class Tensor:
         return array
 
     def read(self, dtype: np.dtype) -> np.ndarray:
-        """The values in a new row-major array, and in memory but once.
+        """The values in a new row-major array, in memory only once.
 
-        It begins where XLA wants arrays to, so that ``jax.device_put`` on a CPU takes it as it is.
+        The array has the alignment of XLA, so that ``jax.device_put`` on a CPU makes no copy.
         """
         size = self.size * np.dtype(dtype).itemsize
         memory = np.empty(size + _ALIGNMENT, np.uint8)
@@ -256,21 +256,21 @@ def _entry(
 def write_safetensors(
     path: str | Path, arrays: Mapping[str, np.ndarray], dtypes: Mapping[str, np.dtype]
 ) -> None:
-    """Writes a safetensors file; no more than one tensor is in memory beside ``arrays``.
+    """Writes a safetensors file; only one tensor is in memory beside ``arrays``.
 
-    (The format's own library holds a copy of all.)
+    (The format's own library holds a copy of all of them.)
 
     Args:
       path: of the file.
       arrays: by name, in any memory layout.
-      dtypes: in which to store each of them.
+      dtypes: of the stored tensors, by name.
 
     Raises:
       OSError: it cannot be written.
     """
-    # Wide elements first, as the format's library does, so that every tensor is aligned.
+    # Wide elements come first, as in the format's library, so that every tensor is aligned.
     names = sorted(arrays, key=lambda name: (-np.dtype(dtypes[name]).itemsize, name))
-    # PyTorch programs refuse a file that does not say so.
+    # PyTorch programs refuse a file without this entry.
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for name in names:
         dtype, begin = np.dtype(dtypes[name]), end

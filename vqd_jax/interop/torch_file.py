@@ -1,11 +1,11 @@
-"""PyTorch files read without PyTorch, and without executing anything in them.
+"""Reads PyTorch files without PyTorch, and without executing anything in them.
 
 A ``.pth``, ``.pt`` or ``.ckpt`` file is a zip archive of one pickle and the raw storages. The
-pickle is read by an unpickler that knows a short list of names and imports none of them; a file
-that asks for any other name is refused. Tensors stay in the file (``tensors.Tensor``).
+unpickler knows a short list of names, imports none of them, and refuses a file that asks for any
+other. Tensors stay in the file (``tensors.Tensor``).
 
-A TorchScript archive (CLIP was published as one) is read likewise: its modules are taken as nested
-dictionaries of tensors, and its code is never looked at.
+In a TorchScript archive (CLIP was published as one) modules are nested dictionaries of tensors; its
+code is never looked at.
 """
 
 import collections
@@ -33,7 +33,7 @@ _STORAGES = {
     "ByteStorage": np.uint8,
     "BoolStorage": np.bool_,
 }
-# Published autoencoder files mention these classes as keys of a dictionary, nothing more.
+# Published autoencoder files have these classes as keys of a dictionary, and use them for no more.
 _NAMES_ONLY = {
     "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
     "pytorch_lightning.callbacks.early_stopping.EarlyStopping",
@@ -50,8 +50,8 @@ def load(path: str | Path) -> Any:
       The saved object. For a TorchScript archive its state dict: {"visual.conv1.weight": Tensor}.
 
     Raises:
-      UserError: the file is missing, damaged, cut short, of the format before PyTorch 1.6, or its
-        pickle asks for a name that is not on the list; the message tells which.
+      UserError: the file is missing, damaged, cut short or of the format before PyTorch 1.6, or
+        its pickle asks for a name that is not on the list; the message tells which.
     """
     source = FileBytes(path)
     try:
@@ -65,13 +65,13 @@ def load(path: str | Path) -> Any:
         ) from error
     except UserError:
         raise
-    # A damaged pickle may raise nearly anything: names and values go to the wrong places.
+    # In a damaged pickle names and values are mixed up, which raises nearly any exception.
     except Exception as error:
         raise UserError(f"{path} is damaged: {error!r}") from error
 
 
 class _Archive:
-    """The zip archive: where its pickle and its storages are."""
+    """A zip archive, in which it finds the pickle and the storages."""
 
     def __init__(self, source: FileBytes, archive: zipfile.ZipFile):
         self.source = source
@@ -101,7 +101,7 @@ class _Archive:
             raise UserError(f"{self.source.path}: {name} is compressed, which PyTorch never does")
         if member.file_size < size:
             raise UserError(f"{self.source.path}: {name} has {member.file_size} of {size} bytes")
-        # The local header repeats the name, and its padding differs from the directory's.
+        # The local header has padding that the central directory does not tell.
         header = self.source.read(member.header_offset, 30)
         name_size, extra_size = header[26:30].view("<u2").tolist()
         offset = member.header_offset + 30 + name_size + extra_size
@@ -136,7 +136,7 @@ def _state_dict(module: _ScriptModule, prefix: str = "") -> dict[str, Tensor]:
 
 
 def _rebuild_tensor(storage, offset, shape, strides, requires_grad, hooks, metadata=None) -> Tensor:
-    """A tensor that views ``storage``; what autograd wants is dropped."""
+    """A tensor that views ``storage``; what autograd needs is dropped."""
     shape, strides = tuple(map(int, shape)), tuple(map(int, strides))
     if len(shape) != len(strides) or min(offset, 0, *shape, *strides) < 0:
         raise ValueError(f"tensor of shape {shape}, strides {strides}, offset {offset}")
@@ -174,7 +174,7 @@ def _scalar(kind, value):
 
 
 def _encode(text, encoding):
-    """How the second pickle protocol writes bytes."""
+    """Bytes, as the second pickle protocol writes them."""
     if encoding != "latin1":
         raise ValueError(f"bytes written as {encoding}")
     return text.encode("latin1")
@@ -191,7 +191,7 @@ class _StorageType(NamedTuple):
 
 
 class _Function(NamedTuple):
-    """Stands for a function of theirs; unlike ours, a pickle cannot set its attributes."""
+    """Stands for a function of theirs. A pickle cannot set its attributes, as it could ours."""
 
     ours: Callable
 
@@ -227,7 +227,7 @@ class _Unpickler(pickle.Unpickler):
     def __init__(self, archive: _Archive):
         super().__init__(archive.open_pickle())
         self._archive = archive
-        # A class of this file alone: a pickle may set attributes of classes.
+        # Every file has a class of its own: a pickle may set attributes of classes.
         self._script_module = type("ScriptModule", (_ScriptModule,), {})
 
     def find_class(self, module: str, name: str) -> Any:
