@@ -62,6 +62,7 @@ def test_config_survives_json(name, tmp_path):
         ("training.null_text_rate", 1.5, "null_text_rate=1.5: must lie in 0..1"),
         ("sampling.num_steps", 11, "must not exceed config.diffusion.num_steps=10"),
         ("seed", -1, "seed=-1: must be at least 0"),
+        ("seed", 2**32, "seed=4294967296: must be at least 0 and below"),
         ("data.name", "mnist", "data.name='mnist': must be one of emoji_text, shapes_text"),
         ("training.adam_b2", 1.0, "adam_b2=1.0: must be at least 0 and below 1"),
         ("autoencoder.learning_rate", float("nan"), "autoencoder.learning_rate=nan"),
@@ -108,6 +109,19 @@ def test_differences_name_what_may_not_change():
     new.training.batch_size = 7
     assert config_lib.differences(old, new) == ["training.batch_size: 32 -> 7"]
     assert config_lib.differences(old, new, ("autoencoder.",)) == []
+
+
+def test_all_that_decides_the_result_of_a_run_may_not_change():
+    flat = config_lib.flatten(tiny.get_config())
+    free = {key for key in flat if key.startswith(config_lib.MAY_CHANGE)}
+    free_sections = {"mesh", "evaluation", "sampling"}
+    assert {key.split(".")[0] for key in free} == free_sections | {
+        "data", "autoencoder", "denoiser", "training",
+    }  # fmt: skip
+    decisive = flat.keys() - free
+    assert {"seed", "data.name", "data.image_size", "data.flip", "denoiser.width"} <= decisive
+    assert {"autoencoder.num_codes", "text_encoder.width", "training.ema_decay"} <= decisive
+    assert {key for key in flat if key.startswith("diffusion.")} <= decisive
 
 
 @pytest.mark.parametrize(

@@ -67,6 +67,9 @@ def test_marks_inside_other_signs_are_plain_text(tokenizer):
 
 def test_decode_returns_the_words(tokenizer):
     assert tokenizer.decode(tokenizer.encode("  A Red   CAT &amp; a dog")) == "a red cat & a dog"
+    # Where a text has a "<", ftfy leaves its entities alone.
+    doubled = tokenizer.encode("3 < 4 &amp;amp; 5")
+    assert tokenizer.decode(doubled) == "3 < 4 & 5"
     assert tokenizer.decode(tokenizer.encode("café 日本語 😀")) == "café 日本語 😀"
     assert tokenizer.decode(tokenizer.encode("")) == ""
     assert tokenizer.decode(tokenizer.encode("wow!")) == "wow !"
