@@ -152,7 +152,7 @@ def test_damage_to_a_workdir_is_named(call, tiny_run, tmp_path):
     (workdir / "config.json").write_text("{")
     status, output = call(*sample)
     assert status == 1
-    assert f"{workdir}/config.json is not JSON" in output
+    assert f"{workdir}/config.json is damaged" in output
     assert "Traceback" not in output
 
 

@@ -69,7 +69,7 @@ def test_array_records_hold_the_same_pictures(model, mesh, tmp_path, monkeypatch
         "prompts.txt",
     ]
     assert names(tmp_path / "records") == files
-    stored = [png for file in files for png in read_records(tmp_path / "records" / file)]
+    stored = [png for file in files[:2] for png in read_records(tmp_path / "records" / file)]
     assert len(stored) == 8
     for k, png in enumerate(stored):
         found = np.asarray(Image.open(io.BytesIO(png)))

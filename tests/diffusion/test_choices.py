@@ -32,18 +32,6 @@ def test_every_choice_reaches_its_setting():
     assert made.initial is codes
 
 
-def test_no_step_is_asked_for_that_changes_nothing():
-    codes = np.arange(16, dtype=np.int32)
-    assert chosen(initial=codes, strength=0.5).num_steps == 5
-    assert chosen(initial=codes, strength=0.5, num_steps=3).num_steps == 3
-    assert chosen(initial=codes, strength=1.0).num_steps == 0
-    part = np.where(codes < 10, codes, 32)
-    assert chosen(known=part).num_steps == 5
-    assert chosen(known=part, initial=codes, strength=0.2).num_steps == 2
-    ramp = chosen(known=part, guidance_scale=5.0, guidance_ramp=True)
-    np.testing.assert_allclose(ramp.guidance, [1, 2, 3, 4, 5])
-
-
 def test_guidance_may_change_from_step_to_step():
     ramp = chosen(num_steps=4, guidance_scale=4.0, guidance_ramp=True)
     np.testing.assert_allclose(ramp.guidance, [1, 2, 3, 4])

@@ -46,8 +46,8 @@ def settings(
     Args:
       schedule: of the model.
       grid: rows and columns of the tokens.
-      num_steps: S, network calls, 1..T; 0 is T. What begins later than at T, because codes are
-        known or noised in part, takes no more than one call for each time that is left.
+      num_steps: S, 1..T; 0 is T. What begins later than at T, because codes are known or noised in
+        part, calls the network once for each time that is left, if these are fewer.
       times: S + 1 times from 0 to at most T, increasing, instead of ``num_steps``.
       published_fast: speed of the published "fast inference", 2..T, instead of ``num_steps`` and
         ``rule``.
@@ -69,11 +69,9 @@ def settings(
     _require(truncation > 0, f"truncation={truncation}: must be positive")
     begun = {"known": known, "initial": initial, "strength": float(strength)}
     steps = _steps(schedule, num_steps, times, published_fast)
+    count = num_steps or schedule.num_steps
     if "times" in steps:
         count = len(steps["times"]) - 1
-    else:
-        count = min(num_steps or schedule.num_steps, _start(schedule, **begun))
-        steps["num_steps"] = count if count < schedule.num_steps else 0
     scales = _scales(guidance_scale, guidance_ramp, guidance_interval, count)
     truncation = None if truncation >= 1 else jnp.float32(truncation)
     chosen = {"rule": _rule(rule, grid), "guidance": scales, "truncation": truncation}
@@ -91,19 +89,9 @@ def _steps(schedule, num_steps, times, published_fast) -> dict[str, Any]:
         fast = sampler.published_fast(published_fast, schedule)
         return {"times": fast.times, "rule": fast.rule}
     if times is None:
-        return {}
+        return {"num_steps": num_steps}
     sampler.listed_times(tuple(times), schedule)
     return {"times": tuple(int(time) for time in times)}
-
-
-def _start(schedule, known, initial, strength) -> int:
-    """The time at which an image begins, 1..T."""
-    if initial is not None:
-        return int(np.clip(round(strength * schedule.num_steps), 1, schedule.num_steps))
-    if known is None:
-        return schedule.num_steps
-    share = np.mean(known == schedule.num_codes, dtype=np.float32)
-    return int(sampler.masked_time(share, schedule))
 
 
 def _rule(rule: str | Callable, grid: tuple[int, int]) -> Callable:

@@ -180,16 +180,12 @@ def sample(
       ValueError: impossible numbers of steps or times, or two settings that exclude each other.
     """
     chex.assert_shape(key, (shape[0],))
-    for codes in (settings.known, settings.initial):
-        if codes is not None:
-            chex.assert_shape(codes, shape)
     times = _times(shape, schedule, settings)
     tokens, masked_share = _first_tokens(key, times[0], shape, schedule, settings)
     num_masked = jnp.sum(tokens == schedule.num_codes, axis=1)
-    num_steps = times.shape[0] - 1
-    scales = None
-    if settings.guidance is not None:
-        scales = jnp.broadcast_to(jnp.asarray(settings.guidance, jnp.float32), num_steps)
+    scales, numbers = settings.guidance, jnp.arange(1, len(times))
+    if scales is not None:
+        scales = jnp.broadcast_to(jnp.asarray(scales, jnp.float32), numbers.shape)
 
     def move(tokens, index, t, s, scale):
         log_x0 = _predict(predict_log_x0, tokens, t, scale, settings)
@@ -214,8 +210,7 @@ def sample(
             tokens, predictions = move(tokens, *at)
         return tokens, (tokens, predictions) if settings.trajectory else None
 
-    steps = jnp.arange(1, num_steps + 1), times[:-1], times[1:], scales
-    codes, seen = jax.lax.scan(step, tokens, steps)
+    codes, seen = jax.lax.scan(step, tokens, (numbers, times[:-1], times[1:], scales))
     if seen is None:
         return Sample(codes, None, None)
     return Sample(codes, seen[0], _of_next_call(seen[1], times))
@@ -234,6 +229,9 @@ def _of_next_call(predictions, times):
 
 def _times(shape, schedule, settings):
     """int32 [S+1, B], decreasing to 0."""
+    for codes in (settings.known, settings.initial):
+        if codes is not None:
+            chex.assert_shape(codes, shape)
     if settings.times is not None:
         if settings.num_steps:
             raise ValueError("give either num_steps or times, not both")

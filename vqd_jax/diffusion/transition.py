@@ -16,9 +16,10 @@ and mask; V = 1 - C is the visible mass)
   g = A_s / V_s                          visible at s: is it the clean code (and not noise)?
   k = A_t / (A_t + B_t)                  shows the code x: is x the clean code, were p0_x 1?
 
-It is the sum over x_0 of p0(x_0) q(x_s | x_t, x_0): O(K) a token, no matrix, and nothing is a
-difference of nearly equal numbers. At s = 0 it is p0 itself. Where the schedule never replaces
-(B = 0), a visible token is certain and stays.
+It is the sum over x_0 of p0(x_0) q(x_s | x_t, x_0): O(K) a token, and no matrix. The only
+differences of nearly equal numbers are 1 - m and 1 - r of a short step, where their rounding is
+harmless. At s = 0 the posterior is p0 itself, unless the schedule never replaces (B = 0): then a
+visible token is certain and stays.
 
 Letters: K number of codes (the id of the mask token), A keep, B replace, C mask, V = 1 - C.
 """
