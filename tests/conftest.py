@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from vqd_jax import files
+
 ROOT = Path(__file__).resolve().parents[1]
 
 # Programs that one test process has compiled are there for the others, for their children and for
@@ -98,11 +100,18 @@ def call(capfd, caplog, monkeypatch, environment):
 @pytest.fixture(scope="session")
 def tiny_run(run, tmp_path_factory):
     """Workdir of a finished run of configs/tiny.py, never interrupted. Not to be changed."""
-    folder = tmp_path_factory.mktemp("tiny")
-    # A relative path, as most people give it.
-    status, output = run(f"--config={ROOT}/configs/tiny.py", "--workdir=runs/tiny", cwd=folder)
-    assert status == 0, output
-    return folder / "runs" / "tiny"
+    folder = tmp_path_factory.getbasetemp()
+    # One run serves all processes of a parallel session; the first one makes it.
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    made = folder / "runs" / "tiny" / "samples.png"
+    with files.lock(folder / ".tiny.lock"):
+        if not made.exists():
+            # A relative path, as most people give it.
+            flags = (f"--config={ROOT}/configs/tiny.py", "--workdir=runs/tiny")
+            status, output = run(*flags, cwd=folder)
+            assert status == 0, output
+    return made.parent
 
 
 @pytest.fixture(scope="session")

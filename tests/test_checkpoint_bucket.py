@@ -11,6 +11,7 @@ from vqd_jax import checkpoint
 from vqd_jax.errors import UserError
 
 
+@pytest.mark.slow
 def test_a_run_killed_while_it_saves_to_a_bucket_goes_on(start, run, tiny_run, bucket, tmp_path):
     workdir = tmp_path / "run"
     flags = ("--config=configs/tiny.py", f"--workdir={workdir}")
