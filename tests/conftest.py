@@ -98,7 +98,7 @@ def call(capfd, caplog, monkeypatch, environment):
 
 
 @pytest.fixture(scope="session")
-def tiny_run(run, tmp_path_factory):
+def tiny_run(start, tmp_path_factory):
     """Workdir of a finished run of configs/tiny.py, never interrupted. Not to be changed."""
     folder = tmp_path_factory.getbasetemp()
     # One run serves all processes of a parallel session; the first one makes it.
@@ -109,8 +109,9 @@ def tiny_run(run, tmp_path_factory):
         if not made.exists():
             # A relative path, as most people give it.
             flags = (f"--config={ROOT}/configs/tiny.py", "--workdir=runs/tiny")
-            status, output = run(*flags, cwd=folder)
-            assert status == 0, output
+            process = start(*flags, cwd=folder)
+            output, _ = process.communicate(timeout=600)
+            assert process.returncode == 0, output
     return made.parent
 
 

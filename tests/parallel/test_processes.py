@@ -13,6 +13,7 @@ from pathlib import Path
 import jax
 import pytest
 
+from configs import tiny
 from vqd_jax.parallel import processes
 
 WORKER = Path(__file__).with_name("worker.py")
@@ -118,6 +119,20 @@ def two(run, tmp_path_factory):
 
 def test_eight_devices_make_the_same_run_as_one(one, eight):
     assert_same(eight, one)
+
+
+def test_two_processes_read_one_cache_and_make_the_same_run_as_one(run, tiny_run, tmp_path):
+    def logged(workdir):
+        lines = (workdir / "metrics.jsonl").read_text().splitlines()
+        rows = [json.loads(line) for line in lines]
+        return {row["step"]: row["train/loss"] for row in rows if "train/loss" in row}
+
+    config = tiny.get_config().training
+    same = {f"training.{name}": config[name] for name in ("num_steps", "log_every", "save_every")}
+    run(2, 1, tmp_path, config=same, codes=str(tiny_run / "codes" / "train"))
+    expected = logged(tiny_run)
+    assert len(expected) > 3
+    assert logged(tmp_path) == pytest.approx(expected, rel=1e-5)
 
 
 def test_two_processes_make_the_same_run_as_one(one, two):

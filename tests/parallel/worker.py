@@ -2,7 +2,8 @@
 """One process of a run on virtual CPU devices, for the tests: worker.py DEVICES WORKDIR OPTIONS.
 
 OPTIONS is JSON: ``config`` (flattened fields), ``kill_at``, ``fail_at`` or ``signal_at``
-(a batch at which process 1 ends itself, raises, or is told to stop).
+(a batch at which process 1 ends itself, raises, or is told to stop), or ``codes``, a folder of
+cached codes to read instead of made-up batches.
 """
 
 import json
@@ -22,6 +23,8 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 from configs import tiny
 from vqd_jax import checkpoint
 from vqd_jax import config as config_lib
+from vqd_jax.data import batches
+from vqd_jax.data import codes as codes_lib
 from vqd_jax.diffusion import sampler
 from vqd_jax.models import conditioned
 from vqd_jax.parallel import processes, sharding
@@ -63,6 +66,15 @@ class Stream:
         self._number = state["batches"]
 
 
+def stream(config, mesh):
+    if "codes" not in OPTIONS:
+        return Stream(config, mesh)
+    c = config.training
+    size = c.batch_size // jax.process_count()
+    source = codes_lib.open_split(OPTIONS["codes"])
+    return batches.code_dataset([source], size, config.seed, c.null_text_rate)
+
+
 def sample(config, mesh, params):
     """Codes of 16 images of the averaged parameters, whole on every process."""
     model_config = config_lib.model_config(config)
@@ -93,7 +105,7 @@ def main():
     sharding.require_divisible("training.batch_size", c.batch_size, mesh, c.gradient_accumulation)
     with jax.transfer_guard("disallow"):
         state = loop.fit(
-            stage_two.DenoiserTask(config, Stream(config, mesh)),
+            stage_two.DenoiserTask(config, stream(config, mesh)),
             loop.Schedule.of(config, keep_checkpoints=3),
             loop.Place(WORKDIR, str(checkpoint.folder(config, WORKDIR)), mesh, config),
         )
