@@ -39,7 +39,10 @@ def over_tokens(function: Callable, *arrays: jax.Array, axis: int) -> Any:
 
     def put(index, results):
         start = jnp.asarray(starts)[index]
-        write = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, start, axis)  # noqa: E731
+
+        def write(old, new):
+            return jax.lax.dynamic_update_slice_in_dim(old, new, start, axis)
+
         return jax.tree.map(write, results, chunk(start))
 
     results = jax.tree.map(whole, jax.eval_shape(chunk, 0))

@@ -136,7 +136,10 @@ def token_bound(
     # sum of log p(j) = log model_uniform + log(1 + ratio p0_j) is needed, over all codes (which is
     # quick) less the one or two. Their part vanishes with the replace mass of the schedule.
     ratio = b.clean / jnp.where(model_uniform > 0, model_uniform, 1.0)
-    over_uniform = lambda log_p: jnp.log(1 + ratio * jnp.exp(log_p))  # noqa: E731
+
+    def over_uniform(log_p):
+        return jnp.log(1 + ratio * jnp.exp(log_p))
+
     over_rest = over_uniform(log_x0).sum() - over_uniform(log_p0)
     over_rest -= jnp.where(masked | same, 0.0, over_uniform(log_px))
     num_rest = num_codes - jnp.where(masked | same, 1, 2)

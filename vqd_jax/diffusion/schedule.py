@@ -123,8 +123,8 @@ def from_tables(keep: np.ndarray, mask: np.ndarray, num_codes: int) -> Schedule:
     if keep[0] != 1 or mask[0] != 0:
         raise ValueError(f"time 0 is clean data: keep 1 and mask 0, not {keep[0]} and {mask[0]}")
     _require_steps_are_noise(keep, mask, replaced)
-    f32 = lambda table: np.asarray(table, np.float32)  # noqa: E731
-    return Schedule(f32(keep), f32(replaced / num_codes), f32(mask), num_codes)
+    tables = (np.asarray(x, np.float32) for x in (keep, replaced / num_codes, mask))
+    return Schedule(*tables, num_codes)
 
 
 def _require_steps_are_noise(keep, mask, replaced):

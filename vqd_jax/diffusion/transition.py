@@ -61,15 +61,17 @@ class Bridge(NamedTuple):
 
 def bridge(s: jax.Array, t: jax.Array, schedule: Schedule) -> Bridge:
     """The ratios of the times s < t (integers, any shape, traced or not)."""
-    at = lambda time: tuple(  # noqa: E731
-        jnp.asarray(table)[time] for table in (schedule.keep, schedule.replace, schedule.mask)
-    )
-    (keep_s, replace_s, mask_s), (keep_t, replace_t, mask_t) = at(s), at(t)
+    tables = [jnp.asarray(x) for x in (schedule.keep, schedule.replace, schedule.mask)]
+    keep_s, replace_s, mask_s = (table[s] for table in tables)
+    keep_t, replace_t, mask_t = (table[t] for table in tables)
     visible_s = keep_s + schedule.num_codes * replace_s
     # Cross-multiplied so that keep_t = 0 (nothing survives) needs no special case.
     replaced_by_s, replaced_by_t = replace_s * keep_t, replace_t * keep_s
     has_mask, has_replace = mask_t > 0, replaced_by_t > 0
-    over = lambda a, b, ok, other: jnp.where(ok, a / jnp.where(ok, b, 1.0), other)  # noqa: E731
+
+    def over(a, b, ok, other):
+        return jnp.where(ok, a / jnp.where(ok, b, 1.0), other)
+
     return Bridge(
         stay_masked=over(mask_s, mask_t, has_mask, 0.0),
         unmask=over(mask_t - mask_s, mask_t, has_mask, 1.0),
