@@ -216,7 +216,7 @@ FAULTS = (
         "vqd_jax/config.py",
         '    "denoiser.remat",\n',
         '    "denoiser.remat",\n    "diffusion.",\n',
-        ("tests/test_config.py", "tests/test_main.py", "tests/training"),
+        ("tests/test_config.py",),
     ),
     # Training.
     Fault(
