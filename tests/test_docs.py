@@ -28,3 +28,12 @@ def test_named_files_exist(page):
         path for path in ours if not ((ROOT / path).exists() or (ROOT / "vqd_jax" / path).exists())
     ]
     assert missing == [] and (ours or page.name != "README.md")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_named_modules_exist(page):
+    """Files that are named without their folder, as in a list of several of one folder."""
+    named = set(re.findall(r"`(\w+\.py)`", page.read_text(encoding="utf-8")))
+    there = {path.name for path in (ROOT / "vqd_jax").rglob("*.py")}
+    there |= {path.name for room in ("configs", "benchmarks") for path in (ROOT / room).iterdir()}
+    assert sorted(named - there) == []
