@@ -3,9 +3,9 @@
 python -m vqd_jax.main --config=configs/shapes.py --workdir=DIR
 python benchmarks/attribute_accuracy.py --workdir=DIR
 
-Training took 6 min 27 s on two CPU cores. On pairs of colour and shape that were held out, the
-colour was right in 84.0 +- 2.6 % of the pictures and the size in 84.5 +- 2.6 %. Shape and position
-were still at chance.
+Training took 5 min 7 s on two CPU cores. On pairs of colour and shape that were held out, the
+colour was right in 84.5 +- 2.6 % of the pictures, the size in 82.5 +- 2.7 %, the position in 27.5
++- 3.2 % and the shape in 22.5 +- 3.0 %.
 """
 
 from vqd_jax.config import default_config
