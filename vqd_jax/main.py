@@ -180,7 +180,7 @@ def parse(argv: list[str]) -> list[str]:
         text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
         if isinstance(error, KeyError | AttributeError):
             text = f"the config has no such field: {text}"
-        console.fail(f"{text} (see --help, and vqd_jax/config.py for the fields)")
+        console.fail(f"{text} (see --help, and vqd_jax/options.py for the fields)")
 
 
 def run(argv: list[str]) -> None:

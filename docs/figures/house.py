@@ -29,6 +29,7 @@ FLOORS = (
     ("checkpoint",),
     ("parallel",),
     ("config",),
+    ("options",),
     ("diffusion", "models"),
     ("files",),
     ("console",),

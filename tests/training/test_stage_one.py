@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vqd_jax.config import AutoencoderOptions
 from vqd_jax.models import autoencoder
 from vqd_jax.models.autoencoder import AutoencoderConfig
+from vqd_jax.options import AutoencoderOptions
 from vqd_jax.training import stage_one as training
 
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -30,12 +30,12 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from vqd_jax import config as config_lib
-from vqd_jax.config import AutoencoderOptions
 from vqd_jax.data import batches, encode, images, sets
 from vqd_jax.data.bad_records import CheckedReader
 from vqd_jax.errors import UserError
 from vqd_jax.interop import folder, pretrained
 from vqd_jax.models import autoencoder, quantizer
+from vqd_jax.options import AutoencoderOptions
 from vqd_jax.parallel import processes, sharding
 from vqd_jax.training import loop, optimizer
 from vqd_jax.training.task import Task
@@ -71,7 +71,7 @@ def create_state(config, options, key):
 
     Args:
         config: `autoencoder.AutoencoderConfig`.
-        options: `config.AutoencoderOptions`.
+        options: `options.AutoencoderOptions`.
         key: PRNG key.
 
     Returns:
@@ -131,7 +131,7 @@ def train_step(state, images, *, config, options):
         state: `AutoencoderState`.
         images: uint8 [B, S, S, 3].
         config: `autoencoder.AutoencoderConfig`.
-        options: `config.AutoencoderOptions`.
+        options: `options.AutoencoderOptions`.
 
     Returns:
         The next state and a dict of float32 scalars: `loss`, `reconstruction`, `commitment`,

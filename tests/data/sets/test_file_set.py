@@ -14,10 +14,10 @@ import time
 
 import pytest
 
-from vqd_jax.config import DATA_SETS
 from vqd_jax.data import images, sets
 from vqd_jax.data.sets import prepare
 from vqd_jax.errors import UserError
+from vqd_jax.options import DATA_SETS
 
 ROOT = pathlib.Path(__file__).parents[3]
 SETS = {

@@ -2,7 +2,7 @@
 
 `emoji_text` and `shapes_text` are made by this project and need no files. Every other set is made
 from the files that its publisher ships, which the user has; see ``file_set``. The names are
-``config.DATA_SETS``; the set `my_set` is the class ``MySet`` of the module ``my_set``.
+``options.DATA_SETS``; the set `my_set` is the class ``MySet`` of the module ``my_set``.
 
 TensorFlow is never imported, and TFDS is imported when the first set is loaded.
 """
@@ -12,10 +12,10 @@ import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vqd_jax.config import DATA_SETS
 from vqd_jax.data import bad_records as bad_records_lib
 from vqd_jax.data.sets.tree import SOURCE
 from vqd_jax.errors import UserError
+from vqd_jax.options import DATA_SETS
 
 if TYPE_CHECKING:
     import tensorflow_datasets as tfds
@@ -39,7 +39,7 @@ def load(
     made from: annotation files by their contents, images by their names.
 
     Args:
-      name: one of ``config.DATA_SETS``.
+      name: one of ``options.DATA_SETS``.
       data_dir: of a set made from files, the directory that holds them. Of another set, the
         directory for prepared sets; '' is ``TFDS_DATA_DIR`` or ~/tensorflow_datasets.
       prepared_dir: where a set made from files is prepared; '' is ``data_dir``, or the default
@@ -72,7 +72,7 @@ def load(
 
 
 def builder_class(name: str) -> "type[tfds.core.DatasetBuilder]":
-    """The class of the builder of a set in ``config.DATA_SETS``."""
+    """The class of the builder of a set in ``options.DATA_SETS``."""
     base = name.partition("/")[0]
     module = importlib.import_module(f"{__name__}.{base}")
     return getattr(module, "".join(word.capitalize() for word in base.split("_")))
