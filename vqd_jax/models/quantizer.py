@@ -5,6 +5,13 @@ outputs that chose it (van den Oord et al., "Neural Discrete Representation Lear
 appendix A.1). Codes that no output chooses are re-seeded from encoder outputs of the batch, so that
 all K stay in use.
 
+A Gumbel quantiser learns by gradients alone: a softened draw of the codes takes the place of the
+nearest one (Jang et al., "Categorical Reparameterization with Gumbel-Softmax", ICLR 2017).
+
+No array of all latents and all codes, [M, K], is larger than 64 MiB for a nearest quantiser: beyond
+that, the codes are taken in blocks. A Gumbel quantiser has several such arrays, which its gradient
+needs: 4 M K bytes each, 64 MiB for 2 pictures of 32 x 32 tokens and 8192 codes.
+
 A remap leaves out codes of a large codebook that a data set never uses: the denoiser then predicts
 K of the F codes. Published models have one.
 
@@ -18,6 +25,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+
+# Of an array of latents and codes, bytes.
+_LARGEST_ARRAY = 64 * 2**20
 
 
 @flax.struct.dataclass
@@ -70,6 +80,20 @@ def squared_distances(z: jax.Array, codebook: jax.Array) -> jax.Array:
     return z_norms - 2.0 * products + jnp.sum(codebook**2, axis=1)[None, :]
 
 
+def _block_size(num_latents: int, num_codes: int) -> int:
+    """How many codes are taken at once; all of them where that is within the limit."""
+    # Products with fewer columns are slow. With several devices, each has a part of the latents.
+    return min(num_codes, max(128, _LARGEST_ARRAY // (4 * num_latents)))
+
+
+def _blocks(codebook: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
+    """Codes [K, E] in blocks [K / size, size, E], and the first index of each; zeros fill up."""
+    num_codes, codebook_dim = codebook.shape
+    count = -(-num_codes // size)
+    padded = jnp.pad(codebook, ((0, count * size - num_codes), (0, 0)))
+    return padded.reshape(count, size, codebook_dim), jnp.arange(count, dtype=jnp.int32) * size
+
+
 def nearest_codes(z: jax.Array, codebook: jax.Array) -> jax.Array:
     """The index of the closest code; the smaller index where two are equally close.
 
@@ -82,8 +106,27 @@ def nearest_codes(z: jax.Array, codebook: jax.Array) -> jax.Array:
     """
     chex.assert_rank(codebook, 2)
     chex.assert_equal_shape_suffix([z, codebook], 1)
-    distances = squared_distances(z.reshape(-1, z.shape[-1]), codebook)
-    return jnp.argmin(distances, axis=1).astype(jnp.int32).reshape(z.shape[:-1])
+    flat, num_codes = z.reshape(-1, z.shape[-1]), codebook.shape[0]
+    size = _block_size(flat.shape[0], num_codes)
+    if size == num_codes:
+        codes = jnp.argmin(squared_distances(flat, codebook), axis=1).astype(jnp.int32)
+        return codes.reshape(z.shape[:-1])
+
+    def closer(best, block):
+        vectors, start = block
+        distances = squared_distances(flat, vectors)
+        indices = start + jnp.arange(size, dtype=jnp.int32)
+        distances = jnp.where((indices < num_codes)[None], distances, jnp.inf)
+        place = jnp.argmin(distances, axis=1)
+        distance = jnp.take_along_axis(distances, place[:, None], axis=1)[:, 0]
+        # Where two are equally close, the earlier one stays.
+        is_closer = distance < best[0]
+        codes = jnp.where(is_closer, start + place.astype(jnp.int32), best[1])
+        return (jnp.where(is_closer, distance, best[0]), codes), None
+
+    none = jnp.full_like(flat[:, 0], jnp.inf, jnp.float32), jnp.zeros_like(flat[:, 0], jnp.int32)
+    (_, codes), _ = jax.lax.scan(closer, none, _blocks(codebook, size))
+    return codes.reshape(z.shape[:-1])
 
 
 def draw_codes(logits: jax.Array, key: jax.Array | None = None) -> jax.Array:
@@ -102,6 +145,59 @@ def draw_codes(logits: jax.Array, key: jax.Array | None = None) -> jax.Array:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     # With the default noise, a code whose logit is 16 below the best one never wins.
     return jax.random.categorical(key, logits, mode="high").astype(jnp.int32)
+
+
+def gumbel_quantize(
+    logits: jax.Array,
+    codebook: jax.Array,
+    key: jax.Array,
+    *,
+    temperature: jax.Array | float,
+    straight_through: bool = False,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """A softened draw of the codes, for training a Gumbel quantiser.
+
+    With Gumbel noise g and temperature t, y = softmax((logits + g) / t) and z = y codebook. The
+    code is that of the largest y, which is a draw from softmax(logits) at any temperature.
+
+    Args:
+      logits: float [..., K], from the projection of the latents.
+      codebook: [K, E]; gradients flow into it.
+      key: PRNG key of the noise.
+      temperature: t > 0; see ``gumbel_temperature``.
+      straight_through: z is the code vector itself; the gradient stays that of the softened draw.
+
+    Returns:
+      z, the dtype of the codebook, [..., E]; KL(softmax(logits) | uniform), float32 scalar, nats,
+      the mean over all latents (its published weight in the loss is 5e-4); codes, int32 [...].
+    """
+    chex.assert_equal(logits.shape[-1], codebook.shape[0])
+    logits = logits.astype(jnp.float32)
+    noise = jax.random.gumbel(key, logits.shape, mode="high")
+    soft = jax.nn.softmax((logits + noise) / temperature, axis=-1)
+    codes = jnp.argmax(logits + noise, axis=-1).astype(jnp.int32)
+    weights = soft
+    if straight_through:
+        hard = jax.nn.one_hot(codes, logits.shape[-1], dtype=jnp.float32)
+        weights = soft + jax.lax.stop_gradient(hard - soft)
+    log_share = jax.nn.log_softmax(logits, axis=-1)
+    kl = jnp.mean(jnp.sum(jnp.exp(log_share) * log_share, axis=-1)) + jnp.log(logits.shape[-1])
+    return weights.astype(codebook.dtype) @ codebook, kl, codes
+
+
+def gumbel_temperature(
+    step: jax.Array, num_steps: int, start: float = 1.0, end: float = 1 / 16
+) -> jax.Array:
+    """The temperature of a step: from ``start`` to ``end`` in half a cosine; float32 scalar.
+
+    Args:
+      step: int32 scalar, the steps taken.
+      num_steps: of the descent; from then on it is ``end``.
+      start: at step 0.
+      end: the published models were trained down to 1/16.
+    """
+    share = jnp.clip(step / num_steps, 0.0, 1.0)
+    return (end + 0.5 * (start - end) * (1.0 + jnp.cos(jnp.pi * share))).astype(jnp.float32)
 
 
 def lookup(codes: jax.Array, codebook: jax.Array) -> jax.Array:
@@ -157,10 +253,8 @@ def update_codebook(
     z = jax.lax.stop_gradient(z.astype(jnp.float32)).reshape(-1, codebook_dim)
     codes = codes.reshape(-1)
 
-    # A product with one-hot rows adds in a fixed order; a scatter-add on a GPU does not.
-    chosen = jax.nn.one_hot(codes, num_codes, dtype=jnp.float32)
-    batch_sum = jnp.matmul(chosen.T, z, precision=jax.lax.Precision.HIGHEST)
-    size = decay * state.cluster_size + (1.0 - decay) * jnp.sum(chosen, axis=0)
+    counts, batch_sum = _sums(z, codes, num_codes)
+    size = decay * state.cluster_size + (1.0 - decay) * counts
     total = decay * state.cluster_sum + (1.0 - decay) * batch_sum
     mass = jnp.sum(size)
     smoothed = (size + epsilon) / (mass + num_codes * epsilon) * mass
@@ -169,6 +263,25 @@ def update_codebook(
         return updated
     error = jnp.sum((z - lookup(codes, state.codebook)) ** 2, axis=1)
     return _revive(updated, z, error, key, revival_threshold)
+
+
+def _sums(z: jax.Array, codes: jax.Array, num_codes: int) -> tuple[jax.Array, jax.Array]:
+    """How many latents [M, E] chose each code, float32 [K], and their sums, float32 [K, E].
+
+    A product with one-hot rows adds in a fixed order; a scatter-add on a GPU does not.
+    """
+
+    def of_block(start):
+        chosen = jax.nn.one_hot(codes - start, size, dtype=jnp.float32)
+        sums = jnp.matmul(chosen.T, z, precision=jax.lax.Precision.HIGHEST)
+        return jnp.sum(chosen, axis=0), sums
+
+    size = _block_size(codes.size, num_codes)
+    if size == num_codes:
+        return of_block(0)
+    starts = jnp.arange(-(-num_codes // size), dtype=jnp.int32) * size
+    counts, sums = jax.lax.map(of_block, starts)
+    return counts.reshape(-1)[:num_codes], sums.reshape(-1, z.shape[1])[:num_codes]
 
 
 def _revive(
