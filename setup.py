@@ -51,6 +51,7 @@ setup(
         "benchmark": ["torch>=2.13,<3"],
         "convert": [
             "diffusers>=0.42,<0.43",
+            "lpips>=0.1.4,<0.2",
             # What distances and features are compared with.
             "pytorch-fid>=0.3,<0.4",
             "torch>=2.13,<3",

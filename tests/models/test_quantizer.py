@@ -134,3 +134,97 @@ def test_gumbel_codes_are_the_most_likely_or_drawn():
     np.testing.assert_allclose(share, np.exp(logits), atol=0.014)
     again = quantizer.draw_codes(logits, jax.random.key(0))
     np.testing.assert_array_equal(again, quantizer.draw_codes(logits, jax.random.key(0)))
+
+
+@pytest.mark.parametrize("num_codes", [1000, 1024])
+def test_blocks_of_codes_change_nothing(monkeypatch, num_codes):
+    rng = np.random.default_rng(7)
+    z = rng.normal(size=(2, 8, 8, 6)).astype(np.float32)
+    codebook = rng.normal(size=(num_codes, 6)).astype(np.float32)
+    # Equal codes in different blocks: the first one is taken.
+    codebook[[200, 999]] = z[0, 0, 0]
+    state = quantizer.init_codebook(jax.random.key(1), num_codes, 6)
+    options = dict(key=jax.random.key(2), revival_threshold=0.1)
+
+    def run(z):
+        codes = quantizer.nearest_codes(z, codebook)
+        return codes, quantizer.update_codebook(state, z, codes, **options)
+
+    whole = jax.jit(lambda z: run(z))(z)
+    monkeypatch.setattr(quantizer, "_LARGEST_ARRAY", 4 * 128 * 150)
+    text = jax.jit(lambda z: run(z)).lower(z).as_text()
+    assert f"tensor<128x{num_codes}xf32>" not in text and "tensor<128x150xf32>" in text
+    blocks = jax.jit(lambda z: run(z))(z)
+    np.testing.assert_array_equal(blocks[0], whole[0])
+    assert int(whole[0][0, 0, 0]) == 200
+    for a, b in zip(jax.tree.leaves(blocks[1]), jax.tree.leaves(whole[1]), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_a_large_codebook_takes_64_mib():
+    z = jax.ShapeDtypeStruct((4096, 8), jnp.float32)
+    codebook = jax.ShapeDtypeStruct((16_384, 8), jnp.float32)
+    compiled = jax.jit(quantizer.nearest_codes).lower(z, codebook).compile()
+    # [M, K] would be 256 MiB.
+    assert compiled.memory_analysis().temp_size_in_bytes < 70 * 2**20
+
+
+def _gumbel(logits, codebook, temperature=0.7, straight_through=False):
+    key = jax.random.key(3)
+    return quantizer.gumbel_quantize(
+        logits, codebook, key, temperature=temperature, straight_through=straight_through
+    )
+
+
+def test_gumbel_values_and_gradients_equal_those_of_pytorch():
+    torch = pytest.importorskip("torch")
+    functional = torch.nn.functional
+    rng = np.random.default_rng(8)
+    logits, codebook = (rng.normal(size=s).astype(np.float32) for s in ((2, 5, 11), (11, 4)))
+    noise = np.array(jax.random.gumbel(jax.random.key(3), logits.shape, mode="high"))
+    for hard in (False, True):
+
+        def loss(logits, codebook, hard=hard):
+            z, kl, codes = _gumbel(logits, codebook, straight_through=hard)
+            return jnp.sum(jnp.sin(z)) + 5e-4 * kl, (z, codes)
+
+        gradients, (z, codes) = jax.grad(loss, argnums=(0, 1), has_aux=True)(logits, codebook)
+        theirs = [torch.tensor(x, requires_grad=True) for x in (logits, codebook)]
+        y = functional.softmax((theirs[0] + torch.tensor(noise)) / 0.7, dim=-1)
+        index = y.argmax(-1)
+        if hard:
+            y = functional.one_hot(index, 11).float() - y.detach() + y
+        expected = y @ theirs[1]
+        share = functional.softmax(theirs[0], dim=-1)
+        kl = (share * torch.log(share * 11 + 1e-10)).sum(-1).mean()
+        (expected.sin().sum() + 5e-4 * kl).backward()
+        np.testing.assert_allclose(z, expected.detach().numpy(), rtol=1e-5, atol=1e-6)
+        np.testing.assert_array_equal(codes, index.numpy())
+        for ours, tensor in zip(gradients, theirs, strict=True):
+            np.testing.assert_allclose(ours, tensor.grad.numpy(), rtol=1e-4, atol=1e-6)
+
+
+def test_gumbel_kl_is_that_to_the_uniform_distribution():
+    codebook = jnp.eye(8)
+    np.testing.assert_allclose(_gumbel(jnp.zeros((3, 8)), codebook)[1], 0.0, atol=1e-6)
+    certain = 1e4 * jax.nn.one_hot(jnp.array([1, 5]), 8)
+    z, kl, codes = _gumbel(certain, codebook)
+    np.testing.assert_allclose(kl, np.log(8), rtol=1e-6)
+    np.testing.assert_array_equal(codes, [1, 5])
+    np.testing.assert_allclose(z, codebook[codes], atol=1e-6)
+
+
+def test_straight_through_gives_code_vectors_and_a_low_temperature_nearly_so():
+    logits, codebook = jax.random.normal(jax.random.key(0), (64, 9)), jnp.eye(9)
+    z, _, codes = _gumbel(logits, codebook, straight_through=True)
+    np.testing.assert_allclose(z, codebook[codes], atol=1e-6)
+    near, _, same = _gumbel(logits, codebook, temperature=1e-3)
+    np.testing.assert_array_equal(same, codes)
+    np.testing.assert_allclose(near, codebook[codes], atol=0.05)
+    soft = _gumbel(logits, codebook, temperature=1e3)[0]
+    np.testing.assert_allclose(soft, 1 / 9, atol=0.005)
+
+
+def test_gumbel_temperature():
+    values = [float(quantizer.gumbel_temperature(jnp.int32(s), 100)) for s in (0, 50, 100, 10**6)]
+    np.testing.assert_allclose(values, [1.0, (1 + 1 / 16) / 2, 1 / 16, 1 / 16], rtol=1e-6)

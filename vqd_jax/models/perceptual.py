@@ -198,7 +198,7 @@ def distance(params: Any, a: jax.Array, b: jax.Array, *, config: PerceptualConfi
       config: of the network.
 
     Returns:
-      float32 [B]; 0 for equal pictures.
+      float32 [B]; 0 for equal pictures, to rounding.
     """
     chex.assert_equal_shape([a, b])
     least = _SMALLEST[config.network]
