@@ -126,10 +126,11 @@ class Checkpoints:
         try:
             yield
         except Exception as error:  # TensorStore reports a full disk as a ValueError.
+            remedy = files.advice(error)
             raise UserError(
                 f"a checkpoint could not be written to {self.directory}: "
-                f"{_reason(error)}. The newest complete one is of step "
-                f"{self.latest_step}; make room and run the same command again"
+                f"{_reason(error)}. The newest complete one is of step {self.latest_step}; "
+                f"{remedy}{' and ' if remedy else ''}run the same command again"
             ) from error
 
     def restore(self, abstract_state: Any, iterator: grain.DatasetIterator) -> Any:

@@ -78,6 +78,7 @@ MAY_CHANGE = (
     "data.max_bad_share",
     "autoencoder.path",
     "autoencoder.learning_rate",
+    "training.init_from",
     "training.learning_rate",
     "training.clip_norm",
     "training.num_steps",
@@ -158,8 +159,10 @@ def differences(old: ConfigDict, new: ConfigDict, sections: tuple[str, ...] = ("
     """
 
     def decisive(config):
-        flat = flatten(config).items()
-        return {k: v for k, v in flat if k.startswith(sections) and not k.startswith(MAY_CHANGE)}
+        flat = {k: v for k, v in flatten(config).items() if not k.startswith(MAY_CHANGE)}
+        # What a path leads to may move, and is compared where it is read.
+        flat["text_encoder.path"] = bool(flat["text_encoder.path"])
+        return {k: v for k, v in flat.items() if k.startswith(sections)}
 
     return files.differences(decisive(old), decisive(new))
 

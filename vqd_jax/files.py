@@ -1,9 +1,13 @@
 """Files that appear whole or not at all, locks, reads that are tried again, and fingerprints.
 
+Names and texts of other people's programs come in here as well: paths with ``~``, texts in any
+encoding, half characters.
+
 Whatever this program writes for later use is written beside its place under a scratch name and
 then renamed: a reader sees the old file or the new one, never a part of one.
 """
 
+import codecs
 import contextlib
 import errno
 import fcntl
@@ -19,6 +23,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+from absl import logging
 
 from vqd_jax.errors import UserError
 
@@ -30,6 +35,74 @@ _LASTING = {
     errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG,
     errno.ELOOP, errno.EROFS, errno.ENOSPC,
 }  # fmt: skip
+# What to do about an error of the system, where the user can do something.
+_ADVICE = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "make room"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "make the directory writable"),
+}
+# What a file system says that has no locks.
+_NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL}
+_BYTE_ORDER_MARKS = (
+    (codecs.BOM_UTF8, "utf-8-sig"),
+    # Before UTF-16, whose mark begins alike.
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+
+
+def expanded(path: str) -> str:
+    """A path of a flag or field with ``~`` and ``$VARIABLES`` replaced, as a shell does it."""
+    return os.path.expanduser(os.path.expandvars(path))
+
+
+def advice(error: BaseException) -> str:
+    """What the user can do about an error of the system; '' if that does not follow from it."""
+    number = getattr(error, "errno", None)
+    if number is None and "No space left" in str(error):
+        # Libraries in C++ report a full disk in words.
+        number = errno.ENOSPC
+    return _ADVICE.get(number, "")
+
+
+def decode_text(data: bytes, path: str) -> str:
+    """Text as people's programs write it.
+
+    A byte-order mark decides, of UTF-8, UTF-16 or UTF-32. Without one the text is UTF-8, or UTF-16
+    if many bytes of its beginning are zero. Other bytes are Windows' Latin letters (code page
+    1252), with a warning.
+    """
+    for mark, encoding in _BYTE_ORDER_MARKS:
+        if data.startswith(mark):
+            return data.decode(encoding, "replace")
+    # Letters of Latin scripts have a zero byte in UTF-16, and text in UTF-8 has none.
+    beginning = data[:400]
+    if beginning.count(0) > len(beginning) // 4:
+        is_little = beginning[1::2].count(0) > beginning[::2].count(0)
+        return data.decode("utf-16-le" if is_little else "utf-16-be", "replace")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError:
+        logging.warning("%s is not UTF-8; it is read as Windows' code page 1252", path)
+    try:
+        return data.decode("cp1252")
+    except UnicodeDecodeError:
+        return data.decode("latin-1")
+
+
+def whole_characters(text: str) -> str:
+    """``text`` with U+FFFD for every half of a surrogate pair; whole pairs become one character."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
+def printable(name: str) -> str:
+    """A file name that may be stored as UTF-8; bytes that are no UTF-8 become ``\\udc..``."""
+    return name.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 @contextlib.contextmanager
@@ -114,6 +187,8 @@ def read_json(path: str | os.PathLike, remedy: str) -> dict[str, Any]:
 def lock(path: str | os.PathLike, *, busy: str | None = None) -> Iterator[None]:
     """Held by one process at a time; the system frees it when the process ends, however it ends.
 
+    Some cluster file systems have no locks. There the work goes on without one, with a warning.
+
     Args:
       path: of the lock file, which is made and stays.
       busy: what to tell the user if another process holds the lock; None waits for it.
@@ -126,6 +201,15 @@ def lock(path: str | os.PathLike, *, busy: str | None = None) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
         except BlockingIOError as error:
             raise UserError(busy) from error
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            logging.warning(
+                "the file system of %s has no locks (%s): let no second run work in its folder "
+                "meanwhile",
+                path,
+                error.strerror,
+            )
         yield
 
 

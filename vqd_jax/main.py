@@ -9,22 +9,43 @@ python -m vqd_jax.main --mode=sample --model=models/coco --prompt="teddy bear in
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from vqd_jax import console
+from vqd_jax import console, files
 from vqd_jax.errors import UserError
 
 FLAGS = flags.FLAGS
+
+
+class _Path(flags.ArgumentParser):
+    """A path, in which ~ and $VARIABLES are replaced: after an "=", few shells do it."""
+
+    def parse(self, argument):
+        return files.expanded(argument)
+
+    def flag_type(self) -> str:
+        return "path"
+
+
+def _define_path(name: str, text: str) -> flags.FlagHolder:
+    return flags.DEFINE(_Path(), name, None, text)
+
+
+# Fields of a config that are paths, or tuples of them.
+_PATH_FIELDS = (
+    "data.dir", "data.prepared_dir", "data.codes", "data.more_codes", "autoencoder.path",
+    "text_encoder.path", "training.init_from", "training.checkpoints",
+)  # fmt: skip
 # Tasks that a config describes; each is a function of modes.py.
 ON_CONFIG = ("train", "train_autoencoder", "prepare", "encode", "inspect", "plan")
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file; fields as --config.a.b=1.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a run: checkpoints, metrics, samples.")
+_WORKDIR = _define_path("workdir", "Folder of a run: checkpoints, metrics, samples.")
 _MODE = flags.DEFINE_enum("mode", "train", [*ON_CONFIG, "sample", "convert", "export"], "The task.")
 _DISTRIBUTED = flags.DEFINE_bool("distributed", False, "This is one of several processes.")
 
-_MODEL = flags.DEFINE_string("model", None, "sample, export: model folder; or give --workdir.")
+_MODEL = _define_path("model", "sample, export: model folder; or give --workdir.")
 _PROMPT = flags.DEFINE_multi_string("prompt", None, "sample: a text; may be given several times.")
-_PROMPTS = flags.DEFINE_string("prompts", None, "sample: file of prompts, one on each line.")
+_PROMPTS = _define_path("prompts", "sample: file of prompts, one on each line.")
 _IMAGES = flags.DEFINE_enum("images", "png", ["png", "array_record"], "--prompts: kind of files.")
-_OUTPUT = flags.DEFINE_string("output", None, "sample: folder to write; MODEL/samples if unset.")
+_OUTPUT = _define_path("output", "sample: folder to write; MODEL/samples if unset.")
 
 
 class _Numbers(flags.ArgumentParser):
@@ -72,13 +93,13 @@ _SAMPLING = [
 _PICTURES = [
     flags.DEFINE_bool("animate", False, "sample: write the denoising as animations, too."),
     flags.DEFINE_bool("predictions", False, "sample: animate the likeliest codes, too."),
-    flags.DEFINE_string("image", None, "sample: a picture to begin from."),
-    flags.DEFINE_string("mask", None, "sample: white where --image is painted anew."),
+    _define_path("image", "sample: a picture to begin from."),
+    _define_path("mask", "sample: white where --image is painted anew."),
     flags.DEFINE_float(
         "strength", None, "sample: share of noise on --image; 0.5, or with --mask nothing of it."
     ),
 ]
-_TARGET = flags.DEFINE_string("target", None, "convert, export: file or folder to write.")
+_TARGET = _define_path("target", "convert, export: file or folder to write.")
 _FORMAT = flags.DEFINE_enum(
     "format", "diffusers", ["diffusers", "published", "vqd_jax"], "export: layout."
 )
@@ -86,12 +107,12 @@ _TOPOLOGY = flags.DEFINE_string(
     "topology", None, "plan: devices that are not here, such as v5e:4x4 or h100:8."
 )
 _HBM = flags.DEFINE_float("hbm_gib", None, "plan: GiB of memory of a device; its own if unset.")
-_SOURCE = flags.DEFINE_string("source", None, "convert: file, first part of a file, or folder.")
+_SOURCE = _define_path("source", "convert: file, first part of a file, or folder.")
 _CONVERSION = [
     flags.DEFINE_enum("weights", "ema", ["ema", "raw"], "convert: averaged weights, or not."),
-    flags.DEFINE_string("autoencoder", None, "convert: image tokenizer, if SOURCE has none."),
-    flags.DEFINE_string("clip", None, "convert: CLIP, if SOURCE has none."),
-    flags.DEFINE_string("remap", None, "convert: code remap (.npy, .pt), if not published."),
+    _define_path("autoencoder", "convert: image tokenizer, if SOURCE has none."),
+    _define_path("clip", "convert: CLIP, if SOURCE has none."),
+    _define_path("remap", "convert: code remap (.npy, .pt), if not published."),
     flags.DEFINE_integer("num_heads", 16, "convert: of the denoiser; all released ones have 16."),
     flags.DEFINE_integer("image_size", None, "convert: side in pixels; else what SOURCE implies."),
     flags.DEFINE_enum(
@@ -127,6 +148,7 @@ def _use_model(model_dir: str | None) -> None:
         modes.export(model_dir, _require(_TARGET), _FORMAT.value)
         return
     if _CONFIG.value is not None:
+        _expand_paths(_CONFIG.value)
         config_lib.validate(_CONFIG.value)
     options = _values(_SAMPLING) | {"config": _CONFIG.value, "output": _OUTPUT.value}
     with processes.session(_DISTRIBUTED.value):
@@ -152,6 +174,7 @@ def _use_config(mode: str) -> None:
     from vqd_jax import modes
     from vqd_jax.parallel import processes
 
+    _expand_paths(config)
     config_lib.validate(config)
     if mode == "plan":
         modes.plan(config, _TOPOLOGY.value, _HBM.value)
@@ -159,6 +182,17 @@ def _use_config(mode: str) -> None:
     config_lib.require_data(config)
     with processes.session(_DISTRIBUTED.value):
         getattr(modes, mode)(config, *([workdir] if workdir else []))
+
+
+def _expand_paths(config) -> None:
+    """Replaces ~ and $VARIABLES in the paths of a config."""
+    for key in _PATH_FIELDS:
+        section, field = key.split(".")
+        value = config[section][field]
+        many = isinstance(value, tuple)
+        config[section][field] = (
+            tuple(map(files.expanded, value)) if many else files.expanded(value)
+        )
 
 
 def _require(flag: flags.FlagHolder) -> str:

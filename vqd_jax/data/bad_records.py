@@ -22,6 +22,8 @@ T = TypeVar("T")
 
 # The file that names bad records, wherever it stands.
 FILE = "bad_records.jsonl"
+# Marks the entry of a file that was never meant to be a record, such as a licence.
+LEFT_OUT = "left_out"
 
 
 def to_lines(entries: Iterable[Mapping[str, Any]]) -> str:

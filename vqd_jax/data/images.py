@@ -9,6 +9,7 @@ P prompts, J images of each prompt.
 
 import io
 import os
+import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +26,16 @@ Picture = Image.Image | np.ndarray
 
 # The formats of data sets. Pillow knows others, such as EPS, for which it runs an interpreter.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
+SUFFIXES = (
+    ".jpg", ".jpeg", ".jfif", ".jpe", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif",
+    ".ppm", ".pgm",
+)  # fmt: skip
+# How files of these formats begin, whatever they are called.
+_MAGIC = re.compile(
+    rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|RIFF....WEBP|BM....\0\0\0\0|II\*\0|MM\0\*"
+    rb"|P[1-6]\s|....ftypavi[fs]",
+    re.DOTALL,
+)
 MAX_PIXELS = 100_000_000
 _ORIENTATION = 0x0112
 _TURNS = {
@@ -92,6 +103,16 @@ def decode(data: bytes, min_side: int = 0) -> np.ndarray:
     # Pillow reports damage as OSError, SyntaxError, struct.error, EOFError, ...
     except Exception as error:
         raise ValueError(str(error) or type(error).__name__) from error
+
+
+def has_picture_name(name: str) -> bool:
+    """Whether a file is called like a picture that ``decode`` reads."""
+    return name.lower().endswith(SUFFIXES)
+
+
+def has_picture_bytes(data: bytes) -> bool:
+    """Whether a file begins like a picture that ``decode`` reads."""
+    return _MAGIC.match(data) is not None
 
 
 def colour_mode(data: bytes) -> str:

@@ -1,7 +1,6 @@
 """What all sets made from files share: information, bad data, source, interruption."""
 
 import errno
-import hashlib
 import json
 import os
 import pathlib
@@ -117,10 +116,10 @@ def test_every_bad_caption_file(bad, prepared, rows, caplog):
     assert reasons == expected | {"train/images/empty_file.jpg": "no caption"}
     found = rows(builder, "train")
     assert len(found["train/images/empty_line.jpg"]["captions"]) == 3
-    stored = (folder / "non_utf8.txt").read_bytes().decode("latin-1")
+    stored = (folder / "non_utf8.txt").read_bytes().decode("cp1252")
     assert found["train/images/non_utf8.jpg"]["captions"] == [stored.strip()]
     assert any(ord(c) > 127 for c in stored)
-    assert "non_utf8.txt is not UTF-8; it is read as Latin-1" in caplog.text
+    assert "non_utf8.txt is not UTF-8; it is read as Windows' code page 1252" in caplog.text
 
 
 def test_a_caption_file_that_is_missing_is_named(layout, prepared):
@@ -232,12 +231,19 @@ def test_a_set_that_an_earlier_version_prepared_is_used(layout, tmp_path, all_ro
     assert sets.source_fingerprint(anew) == sets.source_fingerprint(builder)
 
 
-def test_the_folder_of_a_set_without_versions_stays_the_same(layout, prepared):
+def test_data_may_move_be_copied_and_be_linked(layout, prepared, monkeypatch):
     source = layout("jsonl")
-    builder = sets.load("image_text_folder", str(source), prepared)
-    facts = json.loads((builder.data_path / "source.json").read_text())["facts"]
-    key = hashlib.sha256(json.dumps([str(source), facts]).encode()).hexdigest()[:12]
-    assert builder.data_path == pathlib.Path(prepared) / "image_text_folder" / key / "1.0.0"
+    first = sets.load("image_text_folder", str(source), prepared)
+    monkeypatch.setattr(prepare, "_prepare", lambda *_: pytest.fail("prepared again"))
+    copy = shutil.copytree(source, source.parent / "a copy")
+    (source.parent / "link").symlink_to(source)
+    moved = source.rename(source.parent / "moved")
+    (source.parent / "link").unlink()
+    (source.parent / "link").symlink_to(moved)
+    for place in (copy, moved, source.parent / "link"):
+        again = sets.load("image_text_folder", str(place), prepared)
+        assert again.data_path == first.data_path
+        assert sets.source_fingerprint(again) == sets.source_fingerprint(first)
 
 
 @pytest.mark.parametrize("failures", [2, 3])

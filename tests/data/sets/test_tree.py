@@ -5,7 +5,8 @@ import zipfile
 
 import pytest
 
-from vqd_jax.data.sets.tree import Tree, decode_text
+from vqd_jax import files
+from vqd_jax.data.sets.tree import _REFUSED, Tree
 from vqd_jax.errors import UserError
 
 
@@ -72,7 +73,7 @@ def test_a_tar_is_neither_followed_out_nor_read_without_a_bound(root):
     member = tarfile.TarInfo("huge.jpg")
     member.size = 10**12
     (root / "huge.tar").write_bytes(member.tobuf())
-    assert next(Tree(root).tar("huge.tar")) == ("huge.jpg", None)
+    assert next(Tree(root).tar("huge.tar")) == ("huge.jpg", None, _REFUSED)
     (root.parent / "outside.tar").write_bytes(member.tobuf())
     (root / "out.tar").symlink_to(root.parent / "outside.tar")
     with pytest.raises(UserError, match="out.tar: a symbolic link leads out"):
@@ -125,4 +126,4 @@ def test_facts_name_contents_and_listings(root):
     ],
 )
 def test_text_in_either_encoding(data, text):
-    assert decode_text(data, "somewhere") == text
+    assert files.decode_text(data, "somewhere") == text

@@ -79,8 +79,15 @@ def builder_class(name: str) -> "type[tfds.core.DatasetBuilder]":
 
 
 def bad_records(builder: "tfds.core.DatasetBuilder") -> list[dict[str, str]]:
-    """`file` and `reason` of everything that was left out when a set was prepared."""
-    return bad_records_lib.read(Path(builder.data_path) / bad_records_lib.FILE)
+    """`file` and `reason` of every bad record that was met when a set was prepared."""
+    found = bad_records_lib.read(Path(builder.data_path) / bad_records_lib.FILE)
+    return [entry for entry in found if bad_records_lib.LEFT_OUT not in entry]
+
+
+def left_out(builder: "tfds.core.DatasetBuilder") -> dict[str, str]:
+    """{file: reason} of the files beside the records of a set that are no part of one."""
+    found = bad_records_lib.read(Path(builder.data_path) / bad_records_lib.FILE)
+    return {e["file"]: e["reason"] for e in found if bad_records_lib.LEFT_OUT in e}
 
 
 def source_fingerprint(builder: "tfds.core.DatasetBuilder") -> str:

@@ -4,11 +4,13 @@ import json
 import re
 import struct
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from array_record.python import array_record_module
+from google.protobuf.message import DecodeError
 from tensorflow_datasets.proto import tf_example_pb2
 
-from vqd_jax.data.sets.file_set import FileSet, Item, Record, clean
+from vqd_jax.data.sets.file_set import Bad, FileSet, Item, Record, clean
 from vqd_jax.data.sets.tree import Tree
 from vqd_jax.errors import UserError
 
@@ -47,11 +49,22 @@ class CocoText(FileSet):
             return {"train": train, "validation": [s for s in shards if s not in train]}
         return {split: _read_phase(self._tree, phase) for split, phase in _PHASES.items()}
 
+    def listing(self) -> list[str]:
+        tree = self._tree
+        if _shards(tree):
+            return []
+        folders = [_images(tree, phase) for phase in _PHASES.values()]
+        return [name for folder in folders for name in tree.files(folder, recursive=False)]
+
     @staticmethod
-    def read_archive(tree: Tree, name: str) -> Iterator[Record]:
+    def read_archive(tree: Tree, name: str) -> Iterator[Record | Bad]:
         path = str(tree.path(name))
         examples = _array_records(path) if ".array_record-" in name else _tf_records(path)
-        return map(_record, examples)
+        for number, example in enumerate(examples):
+            if isinstance(example, Bad):
+                yield example
+            else:
+                yield _record(example, f"{name}#{number}")
 
 
 def _annotations(phase: str) -> str:
@@ -80,42 +93,94 @@ def _files(tree: Tree, folder: str) -> list[str]:
 
 
 def _read_phase(tree: Tree, phase: str) -> list[Item]:
+    """An item for each picture with its captions, and for each row that cannot be used."""
     name = _annotations(phase)
     try:
         content = json.loads(tree.required_text(name))
-        names = {image["id"]: image["file_name"] for image in content["images"]}
-        rows = sorted(content["annotations"], key=lambda row: row["id"])
-        captions = {image: [] for image in names}
-        problems = []
-        for row in rows:
-            if row["image_id"] not in captions:
-                reason = f"image id {row['image_id']} is not in the list of images"
-                problems.append(Item(f"{name}#{row['id']}", problem=reason))
-            elif not row["caption"].strip():
-                problems.append(Item(f"{name}#{row['id']}", problem="empty caption"))
-            else:
-                captions[row["image_id"]].append(row["caption"])
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        images, rows = list(content["images"]), list(content["annotations"])
+    except (ValueError, RecursionError, KeyError, TypeError) as error:
         raise UserError(
             f"{tree.root / name} is not a COCO caption file, or cut short: "
             f"{type(error).__name__}: {error}"
         ) from error
+    names, problems = {}, []
+    for number, image in enumerate(images):
+        try:
+            names[_whole_number(image, "id")] = _text(image, "file_name")
+        except ValueError as error:
+            problems.append(Item(f"{name}#images[{number}]", problem=str(error)))
+    captions = {image: [] for image in names}
+    for number, row in enumerate(rows):
+        place = f"{name}#annotations[{number}]"
+        try:
+            key = _whole_number(row, "id")
+            place = f"{name}#{key}"
+            image = _whole_number(row, "image_id")
+            if image not in captions:
+                raise ValueError(f"image id {image} is not in the list of images")
+            captions[image].append((key, _text(row, "caption")))
+        except ValueError as error:
+            problems.append(Item(place, problem=str(error)))
+    told = sum(map(len, captions.values())) + len(names) + len(problems)
+    if len(images) + len(rows) != told:
+        problems += _doubled(name, images, names)
     folder = _images(tree, phase)
-    items = [Item(f"{folder}/{names[i]}", tuple(texts)) for i, texts in captions.items()]
+    items = [
+        Item(f"{folder}/{names[i]}", tuple(text for _, text in sorted(found, key=lambda x: x[0])))
+        for i, found in captions.items()
+    ]
     return items + problems
 
 
-def _record(serialized: bytes) -> Record:
+def _whole_number(row: Any, key: str) -> int:
+    value = _field(row, key)
+    if isinstance(value, str) and value.isdecimal():
+        return int(value)
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ValueError(f"{key} is {value!r}, not a whole number")
+    return value
+
+
+def _text(row: Any, key: str) -> str:
+    value = _field(row, key)
+    if not isinstance(value, str):
+        raise ValueError(
+            f"{key} is {'null' if value is None else type(value).__name__}, not a text"
+        )
+    if not value.strip():
+        raise ValueError(f"empty {key}")
+    return value
+
+
+def _field(row: Any, key: str) -> Any:
+    if not isinstance(row, dict) or key not in row:
+        raise ValueError(f"no {key!r}")
+    return row[key]
+
+
+def _doubled(name: str, images: list, names: dict[int, str]) -> list[Item]:
+    """Items for the entries of the list of images whose id a later one has as well."""
+    seen, doubled = dict(names), []
+    for number, image in reversed(list(enumerate(images))):
+        if isinstance(image, dict) and seen.pop(image.get("id"), None) is None:
+            doubled.append(number)
+    return [Item(f"{name}#images[{n}]", problem="a later one has the same id") for n in doubled]
+
+
+def _record(serialized: bytes, place: str) -> Record | Bad:
     """The record of an example of `coco_captions`."""
-    feature = tf_example_pb2.Example.FromString(serialized).features.feature
-    file = feature["image/filename"].bytes_list.value[0].decode()
-    ids = feature["captions/id"].int64_list.value
-    texts = feature["captions/text"].bytes_list.value
-    in_order = sorted(zip(ids, texts, strict=True), key=lambda pair: pair[0])
-    captions = clean(text.decode() for _, text in in_order)
-    # "COCO_train2014_000000000009.jpg" lies in "train2014".
-    folder = file.split("_")[1]
-    return Record(f"{folder}/{file}", feature["image"].bytes_list.value[0], captions)
+    try:
+        feature = tf_example_pb2.Example.FromString(serialized).features.feature
+        file = feature["image/filename"].bytes_list.value[0].decode()
+        ids = feature["captions/id"].int64_list.value
+        texts = feature["captions/text"].bytes_list.value
+        in_order = sorted(zip(ids, texts, strict=True), key=lambda pair: pair[0])
+        captions = clean(text.decode() for _, text in in_order)
+        # "COCO_train2014_000000000009.jpg" lies in "train2014".
+        folder = file.split("_")[1]
+        return Record(f"{folder}/{file}", feature["image"].bytes_list.value[0], captions)
+    except (DecodeError, ValueError, IndexError) as error:
+        return Bad(place, f"not an example of coco_captions: {type(error).__name__}: {error}")
 
 
 def _array_records(path: str) -> Iterator[bytes]:

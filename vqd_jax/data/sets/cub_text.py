@@ -59,6 +59,10 @@ class CubText(FileSet):
             for split, names in read(tree, *_split_files(tree, config)).items()
         }
 
+    def listing(self) -> list[str]:
+        tree = self._tree
+        return tree.files(_images(tree)) + tree.files(_captions(tree))
+
 
 def _images(tree: Tree) -> str:
     return tree.first("CUB-200-2011 images", *(f"{root}images" for root in _ROOTS))

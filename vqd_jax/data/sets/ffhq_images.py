@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from vqd_jax.data.sets.file_set import FileSet, Item, hold_out
+from vqd_jax.data.sets.file_set import FileSet, Item
+from vqd_jax.data.sets.splits import hold_out
 from vqd_jax.data.sets.tree import Tree
 
 _FOLDERS = ("images256x256", "images1024x1024", "thumbnails128x128")
@@ -32,6 +33,9 @@ class FfhqImages(FileSet):
         if not all(splits.values()):
             return hold_out(splits["train"] + splits["validation"])
         return splits
+
+    def listing(self) -> list[str]:
+        return self._tree.files(_folder(self._tree))
 
 
 def _folder(tree: Tree) -> str:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import tensorflow_datasets as tfds
+from absl import logging
 from etils import epath
 
 from vqd_jax import files
@@ -24,7 +25,6 @@ from vqd_jax.data.sets.tree import SOURCE, Tree
 from vqd_jax.errors import UserError
 
 _ASSETS = epath.resource_path("vqd_jax.data") / "assets"
-_HOLD_OUT = 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +36,7 @@ class Item:
       captions: as published.
       caption_file: name of a text file with a caption on each line; '' if there is none.
       label: name of the class.
+      also: names of further files that belong to it and hold nothing for its record.
       problem: why no record can be made of it; '' if nothing is known against it.
     """
 
@@ -43,6 +44,7 @@ class Item:
     captions: tuple[str, ...] = ()
     caption_file: str = ""
     label: str | None = None
+    also: tuple[str, ...] = ()
     problem: str = ""
 
 
@@ -58,18 +60,32 @@ class Record:
 
 @dataclasses.dataclass(frozen=True)
 class Bad:
-    """Something of which no record can be made, and why."""
+    """Something of which no record can be made, and why.
+
+    Attributes:
+      file: its name in the data directory.
+      reason: in words.
+      counts: whether it should have been a record; other files are named, but are no bad records.
+    """
 
     file: str
     reason: str
+    counts: bool = True
+
+    def entry(self) -> dict[str, Any]:
+        """Its line in ``bad_records.jsonl``."""
+        left_out = {} if self.counts else {bad_records.LEFT_OUT: True}
+        return {"file": files.printable(self.file), "reason": self.reason} | left_out
 
 
 def clean(captions: Iterable[str]) -> list[str]:
     """Each caption on one line, without the empty ones.
 
-    Published captions hold replacement characters from earlier conversions; they become spaces.
+    Published captions hold replacement characters from earlier conversions, and texts that were cut
+    may hold half an emoji; they become spaces.
     """
-    lines = (" ".join(text.replace("\ufffd", " ").split()) for text in captions)
+    whole = (files.whole_characters(text).replace("\ufffd", " ") for text in captions)
+    lines = (" ".join(text.replace("\0", " ").split()) for text in whole)
     return [line for line in lines if line]
 
 
@@ -109,15 +125,6 @@ def check(result: Record | Bad, needs_captions: bool) -> Record | Bad:
     return result
 
 
-def hold_out(items: Sequence[Any]) -> dict[str, Sequence[Any]]:
-    """Splits of a set that has none: every 20th item validates, of fewer the last one."""
-    if len(items) < 2:
-        return {"train": items}
-    held = set(range(_HOLD_OUT - 1, len(items), _HOLD_OUT)) or {len(items) - 1}
-    train = [item for i, item in enumerate(items) if i not in held]
-    return {"train": train, "validation": [items[i] for i in sorted(held)]}
-
-
 def _in_threads(function: Callable, values: Iterable) -> Iterator:
     """``map(function, values)``, in order, by a thread for each core that reads a little ahead."""
     workers = os.cpu_count() or 1
@@ -132,10 +139,11 @@ def _in_threads(function: Callable, values: Iterable) -> Iterator:
 
 
 def _example(record: Record) -> tuple[str, dict]:
-    example = {"image": record.image, "captions": record.captions, "file": record.file}
+    file = files.printable(record.file)
+    example = {"image": record.image, "captions": record.captions, "file": file}
     if record.label is not None:
         example["label"] = record.label
-    return record.file, example
+    return file, example
 
 
 class FileSet(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -165,6 +173,9 @@ class FileSet(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         self._max_bad_share = max_bad_share
         self._beam = beam
         self._bad: list[Bad] = []
+        self._left_out: list[Bad] = []
+        # Results of every split.
+        self._told: dict[str, int] = {}
         super().__init__(**kwargs)
 
     def __init_subclass__(cls, **kwargs):
@@ -192,6 +203,14 @@ class FileSet(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     def read_archive(tree: Tree, name: str) -> Iterator[Record | Bad]:
         """The records of an archive that ``items`` names."""
         raise NotImplementedError
+
+    def listing(self) -> Sequence[str]:
+        """Names of the files that are looked over; those that no item names are left out."""
+        return ()
+
+    def why_left_out(self, names: Sequence[str]) -> Iterable[str]:
+        """The reason for each of these files of ``listing`` that no item names."""
+        return ["the lists of the data set do not name it"] * len(names)
 
     def labels(self) -> Sequence[str] | None:
         """Names of the classes, in the order of their numbers; None in a set without classes."""
@@ -221,17 +240,23 @@ class FileSet(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         results = (
             result for item in items for result in read_item(self._tree, item, self.read_archive)
         )
-        good = 0
+        good = bad = 0
         check_one = functools.partial(check, needs_captions=self.NEEDS_CAPTIONS)
         for result in _in_threads(check_one, results):
-            if isinstance(result, Bad):
-                self._bad.append(result)
-                self._stop_if_hopeless()
-            else:
+            if isinstance(result, Record):
                 good += 1
                 yield _example(result)
+                continue
+            self._note(result)
+            bad += result.counts
+            if result.counts:
+                self._stop_if_hopeless()
         if not good:
             raise UserError(f"{self.info.full_name}: no record of the split {split!r} can be used")
+        self._told[split] = good + bad
+
+    def _note(self, bad: Bad) -> None:
+        (self._bad if bad.counts else self._left_out).append(bad)
 
     def _beam_examples(self, split: str, items: Sequence[Any]):
         import apache_beam as beam
@@ -262,6 +287,7 @@ class FileSet(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         config = self.builder_config.name if self.builder_config else ""
         facts = self.facts(self._tree, config)
         self._items = self.items()
+        self._left_out = self._unnamed()
         self._tell_progress_bars()
         try:
             super()._download_and_prepare(dl_manager, download_config)
@@ -276,9 +302,11 @@ class FileSet(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         if self._beam:
             for split in self._items:
                 path = folder / f"bad-{split}"
-                self._bad += [Bad(**entry) for entry in bad_records.read(path)]
+                for entry in bad_records.read(path):
+                    self._note(Bad(**entry))
                 path.unlink()
         good = sum(split.num_examples for split in self.info.splits.values())
+        self._require_sums(good)
         self._check_share(good)
         source = {"facts": facts, "good": good, "bad": len(self._bad)}
         # `source_fingerprint` is a hash of these bytes, and caches of codes name it.
@@ -290,14 +318,47 @@ class FileSet(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         splits = [
             tfds.core.SplitInfo(name=split, shard_lengths=[len(items)], num_bytes=0)
             for split, items in self._items.items()
-            if isinstance(items[0], Item)
+            if items and isinstance(items[0], Item)
         ]
         self.info.set_splits(tfds.core.SplitDict(splits))
 
     def bad_records(self) -> str:
         """Lines of JSON with `file` and `reason` of the bad records so far, sorted by file."""
-        found = sorted(self._bad, key=lambda bad: (bad.file, bad.reason))
-        return bad_records.to_lines(map(dataclasses.asdict, found))
+        found = sorted(self._bad + self._left_out, key=lambda bad: (bad.file, bad.reason))
+        return bad_records.to_lines(bad.entry() for bad in found)
+
+    def _unnamed(self) -> list[Bad]:
+        """The files of ``listing`` that no item names."""
+        named = set()
+        for item in (item for items in self._items.values() for item in items):
+            named |= {item} if isinstance(item, str) else {item.file, item.caption_file, *item.also}
+        left = [name for name in self.listing() if name not in named]
+        reasons = self.why_left_out(left)
+        return [Bad(*pair, counts=False) for pair in zip(left, reasons, strict=True)]
+
+    def _require_sums(self, good: int) -> None:
+        """Logs what became of everything, and refuses a set in which something was lost."""
+        bad, left = len(self._bad), len(self._left_out)
+        logging.info(
+            "%s: %d records and %d bad records of %d items; %d further files and members are "
+            "left out%s",
+            self.info.full_name, good, bad, sum(map(len, self._items.values())), left,
+            f", the first is {self._left_out[0].file} ({self._left_out[0].reason})" if left else "",
+        )  # fmt: skip
+        # Archives count their members themselves.
+        sums = [
+            (split, len(items), self._told.get(split, len(items)))
+            for split, items in self._items.items()
+            if all(isinstance(item, Item) for item in items)
+        ]
+        if len(sums) == len(self._items):
+            sums.append(("of all splits", sum(n for _, n, _ in sums), good + bad))
+        for split, wanted, told in sums:
+            if wanted != told:
+                raise RuntimeError(
+                    f"{self.info.full_name}: {wanted} items of the split {split} gave {told} "
+                    "records and bad records: a fault of this program"
+                )
 
     def _stop_if_hopeless(self) -> None:
         """Stops as soon as the share is exceeded even if all other records are good."""

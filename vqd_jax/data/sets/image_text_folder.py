@@ -1,37 +1,26 @@
 """A folder of the user's own images and texts, in one of three layouts.
 
 * Hugging Face imagefolder: `metadata.jsonl` or `metadata.csv` with `file_name` and `text` (or
-  `caption`, `captions`), beside the images or beside the folders that hold them.
+  `caption`, `captions`), beside the images or beside the folders that hold them; see ``metadata``.
 * Pairs: `name.jpg` and `name.txt`, which has a caption on each line.
 * Tars of img2dataset or webdataset, which are streamed: samples of `key.jpg` and `key.txt`, or
-  `key.json` with `caption`.
+  `key.json` with `caption`; see ``tar_samples``.
 
-The folders `train`, `validation` (`val`, `valid`, `dev`) and `test` at the top are the splits.
-Without them, every 20th image or tar is for validation.
+Folders called `train`, `validation` (`val`, `valid`, `dev`) or `test`, at any depth, in any case,
+are the splits; see ``splits``. Without them, every 20th image or tar is for validation.
 """
 
-import csv
-import io
-import json
 from collections.abc import Iterator, Sequence
 
 import tensorflow_datasets as tfds
 
-from vqd_jax.data.sets.file_set import Bad, FileSet, Item, Record, clean, hold_out
-from vqd_jax.data.sets.tree import Tree, decode_text
+from vqd_jax.data import images
+from vqd_jax.data.sets import metadata, splits, tar_samples
+from vqd_jax.data.sets.file_set import Bad, FileSet, Item, Record, check, read_item
+from vqd_jax.data.sets.tree import Tree, canonical
 from vqd_jax.errors import UserError
 
-_SPLITS = {
-    "train": "train",
-    "validation": "validation",
-    "val": "validation",
-    "valid": "validation",
-    "dev": "validation",
-    "test": "test",
-}
-_IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
-_METADATA = ("metadata.jsonl", "metadata.csv")
-_CAPTION_KEYS = ("text", "caption", "captions")
+_TEXT = ".txt"
 
 
 class ImageTextFolder(FileSet):
@@ -49,62 +38,90 @@ class ImageTextFolder(FileSet):
     @classmethod
     def facts(cls, tree: Tree, config: str) -> dict[str, str]:
         files = tree.files()
-        metadata, tars = _of_layout(tree, files)
+        tables, tars = _of_layout(tree, files)
         if tars:
             return {name: tree.listing_fact([name], sizes=True) for name in tars}
-        facts = {name: tree.content_fact(name) for name in metadata}
-        facts["images"] = tree.listing_fact([n for n in files if _is_image(n)])
-        texts = [] if metadata else [n for n in files if n.endswith(".txt")]
+        facts = {name: tree.content_fact(name) for name in tables}
+        facts["images"] = tree.listing_fact(_pictures(tree, files), sizes=True)
+        texts = [] if tables else [n for n in files if n.lower().endswith(_TEXT)]
         return facts | {"texts": tree.listing_fact(texts, sizes=True)}
 
     def items(self) -> dict[str, Sequence[Item | str]]:
         tree = self._tree
         files = tree.files()
-        metadata, tars = _of_layout(tree, files)
+        tables, tars = _of_layout(tree, files)
         if tars:
-            items = {name: [name] for name in tars}
-        elif metadata:
-            items = {name: _from_metadata(tree, name) for name in metadata}
+            items = tars
+        elif tables:
+            items = metadata.items(tree, tables, files)
         else:
-            items = {name: [_pair(name)] for name in files if _is_image(name)}
-        splits = {}
-        for name, found in items.items():
-            top = name.split("/")[0] if "/" in name else ""
-            splits.setdefault(_SPLITS.get(top, ""), []).extend(found)
-        rest = splits.pop("", [])
-        if "train" not in splits:
-            return hold_out(rest) | splits if rest else _without_train(tree)
-        # Images outside of the folders that name a split are for training.
-        splits["train"] = rest + splits["train"]
-        return splits
+            items = _pairs(files, set(_pictures(tree, files)))
+        names = {item: item if isinstance(item, str) else item.file for item in items}
+        divided = splits.divided(names, archives=bool(tars))
+        found = splits.with_training(divided, "tar" if tars else "picture", self._is_usable)
+        if found is None:
+            raise UserError(
+                f"{tree.root} has folders for validation or test, but no images to train on"
+            )
+        return found
+
+    def _is_usable(self, item: Item | str) -> bool:
+        results = read_item(self._tree, item, self.read_archive)
+        return any(isinstance(check(r, self.NEEDS_CAPTIONS), Record) for r in results)
+
+    def listing(self) -> list[str]:
+        files = self._tree.files()
+        tables, _ = _of_layout(self._tree, files)
+        return [name for name in files if name not in tables]
+
+    def why_left_out(self, names: Sequence[str]) -> Iterator[str]:
+        tables, tars = _of_layout(self._tree, self._tree.files())
+        for name in names:
+            if tables and images.has_picture_name(name):
+                yield "no row of the metadata names it"
+            elif tables or tars:
+                yield f"not read: the captions are in {(tables or tars)[0]}"
+            elif name.lower().endswith(_TEXT):
+                yield "a text without an image"
+            else:
+                yield "neither a picture that this program reads nor a text"
 
     @staticmethod
     def read_archive(tree: Tree, name: str) -> Iterator[Record | Bad]:
-        return _read_tar(tree, name)
+        return tar_samples.read(tree, name)
 
 
-def _without_train(tree: Tree) -> dict:
-    raise UserError(f"{tree.root} has a folder for validation or test, but no images to train on")
+def _pictures(tree: Tree, files: list[str]) -> list[str]:
+    """The files that are pictures by their names or, where a name tells nothing, their content."""
+    return [
+        name
+        for name in files
+        if images.has_picture_name(name)
+        or (_is_unknown(name) and images.has_picture_bytes(tree.beginning(name)))
+    ]
 
 
-def _is_image(name: str) -> bool:
-    return name.lower().endswith(_IMAGES)
+def _is_unknown(name: str) -> bool:
+    return not name.lower().endswith((_TEXT, ".json", ".jsonl", ".csv", ".tsv", ".tar", ".zip"))
 
 
 def _of_layout(tree: Tree, files: list[str]) -> tuple[list[str], list[str]]:
     """(metadata files, tars), of which one is empty; both are if the layout is pairs."""
-    metadata = [n for n in files if n.rsplit("/", 1)[-1] in _METADATA]
-    tars = [n for n in files if n.endswith(".tar")]
-    if metadata:
-        return metadata, []
+    tables = [n for n in files if n.rsplit("/", 1)[-1].lower() in metadata.NAMES]
+    tars = [n for n in files if n.lower().endswith(".tar")]
+    if tables:
+        return tables, []
     if tars:
         for name in tars:
             tree.check_tar(name)
         return [], tars
-    stems = {_stem(n) for n in files if n.endswith(".txt")}
-    if not any(_is_image(n) for n in files):
-        raise UserError(f"{tree.root} holds no images ({', '.join(_IMAGES)}) and no .tar files")
-    if not any(_is_image(n) and _stem(n) in stems for n in files):
+    pictures = _pictures(tree, files)
+    stems = {_stem(n) for n in files if n.lower().endswith(_TEXT)}
+    if not pictures:
+        raise UserError(
+            f"{tree.root} holds no images ({', '.join(images.SUFFIXES)}) and no .tar files"
+        )
+    if not any(_stem(n) in stems for n in pictures):
         raise UserError(
             f"{tree.root} holds images but no captions: give them in metadata.jsonl or "
             "metadata.csv (file_name, text), or in a .txt beside each image"
@@ -113,105 +130,24 @@ def _of_layout(tree: Tree, files: list[str]) -> tuple[list[str], list[str]]:
 
 
 def _stem(name: str) -> str:
-    return name.rsplit(".", 1)[0]
+    return canonical(name.rsplit(".", 1)[0])
 
 
-def _pair(name: str) -> Item:
-    return Item(name, caption_file=f"{_stem(name)}.txt")
-
-
-def _from_metadata(tree: Tree, name: str) -> list[Item]:
-    """Items of a metadata file; the rows of an image become one item."""
-    prefix = name[: name.rfind("/") + 1]
-    captions: dict[str, list[str]] = {}
-    problems = []
-    for line, row in _rows(tree, name):
-        try:
-            if isinstance(row, json.JSONDecodeError):
-                raise row
-            file, texts = row["file_name"], _captions_of(row)
-            if not isinstance(file, str) or not file:
-                raise ValueError("file_name is empty")
-        except KeyError as error:
-            problems.append(Item(f"{name}#{line}", problem=f"no {error}"))
-        except (TypeError, ValueError) as error:
-            problems.append(Item(f"{name}#{line}", problem=str(error)))
-        else:
-            captions.setdefault(prefix + file, []).extend(texts)
-    if not captions:
-        raise UserError(
-            f"{tree.root / name} has no row with file_name and one of {', '.join(_CAPTION_KEYS)}"
-        )
-    return [Item(file, tuple(texts)) for file, texts in captions.items()] + problems
-
-
-def _rows(tree: Tree, name: str) -> Iterator[tuple[int, dict | json.JSONDecodeError]]:
-    text = tree.required_text(name)
-    if name.endswith(".csv"):
-        reader = csv.DictReader(io.StringIO(text))
-        for row in reader:
-            yield reader.line_num, row
-        return
-    # `splitlines` would also cut at separators inside of texts.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            try:
-                yield number, json.loads(line)
-            except json.JSONDecodeError as error:
-                yield number, error
-
-
-def _captions_of(row: dict) -> list[str]:
-    for key in _CAPTION_KEYS:
-        if row.get(key) is not None:
-            value = row[key]
-            texts = [value] if isinstance(value, str) else value
-            if not isinstance(texts, list) or not all(isinstance(t, str) for t in texts):
-                raise ValueError(f"{key} is neither a text nor a list of texts")
-            return texts
-    raise ValueError(f"none of {', '.join(_CAPTION_KEYS)}")
-
-
-def _read_tar(tree: Tree, tar: str) -> Iterator[Record | Bad]:
-    """The samples of a tar: members in a row whose names are equal up to the first dot."""
-    seen = set()
-    key, parts = "", {}
-    for name, data in tree.tar(tar):
-        folder, _, base = name.rpartition("/")
-        stem, _, extension = base.partition(".")
-        if data is None:
-            yield Bad(
-                f"{tar}/{name}", "a link, a device, over 1 GiB or a name that leads out: refused"
-            )
-            continue
-        new_key = f"{folder}/{stem}" if folder else stem
-        if new_key != key:
-            yield from _sample(tar, key, parts, seen)
-            key, parts = new_key, {}
-        parts[extension.lower()] = data
-    yield from _sample(tar, key, parts, seen)
-
-
-def _sample(tar: str, key: str, parts: dict[str, bytes], seen: set[str]) -> Iterator[Record | Bad]:
-    extension = next((e for e in parts if f".{e}" in _IMAGES), None)
-    if not parts or (extension is None and not parts.keys() & {"txt", "json"}):
-        return
-    file = f"{tar}/{key}.{extension}" if extension else f"{tar}/{key}"
-    if extension is None:
-        yield Bad(file, "a text without an image")
-    elif key in seen:
-        yield Bad(file, "an earlier sample of this tar has the same key")
-    else:
-        seen.add(key)
-        try:
-            yield Record(file, parts[extension], clean(_sample_captions(file, parts)))
-        except (ValueError, AttributeError) as error:
-            yield Bad(file, f"captions: {error}")
-
-
-def _sample_captions(file: str, parts: dict[str, bytes]) -> list[str]:
-    if "txt" in parts:
-        return decode_text(parts["txt"], file).split("\n")
-    if "json" in parts:
-        return _captions_of(json.loads(decode_text(parts["json"], file)))
-    return []
+def _pairs(files: list[str], pictures: set[str]) -> list[Item]:
+    """An item for each picture, and for each text beside a file that is no picture."""
+    groups: dict[str, list[str]] = {}
+    for name in files:
+        groups.setdefault(_stem(name), []).append(name)
+    items = []
+    for names in groups.values():
+        found = [name for name in names if name in pictures]
+        texts = [name for name in names if name.lower().endswith(_TEXT)]
+        also = tuple(name for name in names if name not in found and name not in texts[:1])
+        if texts and also and not found:
+            problem = "not a picture that this program reads"
+            items.append(Item(also[0], caption_file=texts[0], also=also[1:], problem=problem))
+        for name in found:
+            # A missing text is named as it should be called.
+            text = texts[0] if texts else f"{name.rsplit('.', 1)[0]}{_TEXT}"
+            items.append(Item(name, caption_file=text, also=also))
+    return items

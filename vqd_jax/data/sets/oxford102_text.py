@@ -74,6 +74,10 @@ class Oxford102Text(FileSet):
             for split, key in _SPLITS.items()
         }
 
+    def listing(self) -> list[str]:
+        tree = self._tree
+        return tree.files(_images(tree)) + tree.files(_captions(tree))
+
 
 def class_names() -> list[str]:
     """The 102 classes, in the order of the data set."""

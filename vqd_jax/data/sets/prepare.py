@@ -23,6 +23,9 @@ from vqd_jax.data.sets.image_text_folder import ImageTextFolder
 from vqd_jax.data.sets.tree import SOURCE, ReadError, Tree
 from vqd_jax.errors import UserError
 
+# Another number is another way to make records of the same folder of one's own.
+_READER = 2
+
 
 def made_here(
     cls: type[tfds.core.DatasetBuilder], config: str, data_dir: str
@@ -56,8 +59,8 @@ def from_files(
         return _open(path, (SOURCE,))
     builder_config = config or None
     if cls is ImageTextFolder:
-        # A folder of one's own has no version: another folder or content is another set.
-        key = json.dumps([str(tree.root), facts]).encode()
+        # A folder of one's own has no version: another content is another set, wherever it lies.
+        key = json.dumps([_READER, facts]).encode()
         builder_config = tfds.core.BuilderConfig(name=hashlib.sha256(key).hexdigest()[:12])
         parts = _parts(cls, builder_config.name)
     home = _home(data_dir, prepared_dir, parts)
@@ -179,10 +182,11 @@ def _once(name: str, path: epath.Path, prepare: Callable[[], None]) -> None:
         # A process that does not see this one's lock may have prepared the set meanwhile.
         if not path.exists():
             reason = getattr(error, "strerror", None) or error
-            message = (
-                f"cannot prepare {name}: {reason}; make the directory writable, make room, or "
-                "choose another data_dir (or TFDS_DATA_DIR)"
-            )
+            remedies = [files.advice(error), "choose another data_dir (or TFDS_DATA_DIR)"]
+            # Errors that are not the system's say themselves what is wrong.
+            of_system = isinstance(error, OSError) or remedies[0]
+            told = f"; {' or '.join(filter(None, remedies))}" if of_system else ""
+            message = f"cannot prepare {name}: {reason}{told}"
             if (number := getattr(error, "errno", None)) is None:
                 raise OSError(f"{message}: {path}") from error
             # OSError picks the subclass by the number.

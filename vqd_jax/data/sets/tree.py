@@ -3,15 +3,19 @@
 Names of files and folders are relative to the directory, with "/" between the parts.
 """
 
+import fnmatch
 import hashlib
 import os
 import pickle
+import posixpath
 import tarfile
+import unicodedata
 import zipfile
 import zlib
 from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path, PurePosixPath
+from typing import BinaryIO, NamedTuple
 
 from absl import logging
 
@@ -21,7 +25,26 @@ from vqd_jax.errors import UserError
 # In a prepared set, the file that says what it was made from.
 SOURCE = "source.json"
 _END_OF_TAR = bytes(1024)
+_BLOCK = 512  # bytes of a tar's header, and what its members are padded to
 _MAX_MEMBER_BYTES = 2**30
+_REFUSED = "a link, a device, over 1 GiB or a name that leads out: refused"
+# A folder with all files of a row was written by this program (or by TFDS for it): prepared sets,
+# the folders of runs and models, and folders of pictures that a model made.
+_OURS = (
+    ("dataset_info.json", "features.json"),
+    ("config.json", ".lock"),
+    ("config.json", "*.safetensors"),
+    ("manifest.json", "prompts.txt"),
+    ("grid_seed*.png",),
+)
+
+
+class Member(NamedTuple):
+    """A member of a tar: its bytes, or why it has none that can be used."""
+
+    name: str
+    data: bytes | None
+    problem: str = ""
 
 
 class ReadError(OSError):
@@ -44,6 +67,8 @@ class Tree:
         if not self.root.is_dir():
             raise UserError(f"there is no directory {self.root}; config.data.dir must name one")
         self._real_root = os.path.realpath(self.root)
+        self._listings: dict[tuple[str, bool], list[str]] = {}
+        self._left_out: set[str] = set()
         self._zip_names = tuple(name for name in zips if (self.root / name).is_file())
         self._open_zips()
 
@@ -118,6 +143,16 @@ class Tree:
             reason = f"{error.strerror}, three times; run again when it can be read"
             raise ReadError(error.errno, reason, str(path)) from error
 
+    def beginning(self, name: str) -> bytes:
+        """The first bytes of a file, which tell what it is; none if it cannot be read."""
+        try:
+            path = self._path(name)
+            opened = self._members[name].open(name) if name in self._members else open(path, "rb")
+            with opened as file:
+                return file.read(64)
+        except (OSError, ValueError, RuntimeError, zipfile.BadZipFile):
+            return b""
+
     def required(self, name: str) -> bytes:
         """As ``read``, of a file without which no set can be made.
 
@@ -130,12 +165,12 @@ class Tree:
             raise UserError(f"{self.root / name}: {error}") from error
 
     def text(self, name: str) -> str:
-        """As ``read``, decoded by ``decode_text``."""
-        return decode_text(self.read(name), str(self.root / name))
+        """As ``read``, decoded by ``files.decode_text``."""
+        return files.decode_text(self.read(name), str(self.root / name))
 
     def required_text(self, name: str) -> str:
-        """As ``required``, decoded by ``decode_text``."""
-        return decode_text(self.required(name), str(self.root / name))
+        """As ``required``, decoded by ``files.decode_text``."""
+        return files.decode_text(self.required(name), str(self.root / name))
 
     def strings(self, name: str) -> list[str]:
         """The list of str in a pickle. No code that the pickle names is run.
@@ -157,11 +192,18 @@ class Tree:
         return value
 
     def files(self, folder: str = "", recursive: bool = True) -> list[str]:
-        """Sorted names of the files in a folder, without hidden ones and those of prepared sets.
+        """Sorted names of the files in a folder, without hidden ones and what this program wrote.
+
+        The folder is read once; later calls give the same list.
 
         Raises:
           UserError: the folder is a symbolic link out of the directory.
         """
+        if (folder, recursive) not in self._listings:
+            self._listings[folder, recursive] = self._files(folder, recursive)
+        return list(self._listings[folder, recursive])
+
+    def _files(self, folder: str, recursive: bool) -> list[str]:
         prefix = f"{folder}/" if folder else ""
         names = [
             name
@@ -173,16 +215,23 @@ class Tree:
         return sorted(set(names))
 
     def _walk(self, path: Path, prefix: str, recursive: bool) -> Iterator[str]:
-        with os.scandir(path) as entries:
-            for entry in entries:
-                name = prefix + entry.name
-                if entry.name.startswith("."):
-                    continue
-                # Linked folders are not entered: they may lead out, or round in a circle.
-                if not entry.is_dir(follow_symlinks=False):
-                    yield name
-                elif recursive and not _is_prepared(entry.name):
-                    yield from self._walk(Path(entry.path), f"{name}/", recursive)
+        with os.scandir(path) as scanned:
+            entries = list(scanned)
+        # The data directory itself may hold a model or a run beside the pictures.
+        if prefix and _is_ours([entry.name for entry in entries]):
+            if prefix not in self._left_out:
+                logging.info("%s is left out: this program wrote it", path)
+                self._left_out.add(prefix)
+            return
+        for entry in entries:
+            name = prefix + entry.name
+            if entry.name.startswith("."):
+                continue
+            # Linked folders are not entered: they may lead out, or round in a circle.
+            if not entry.is_dir(follow_symlinks=False):
+                yield name
+            elif recursive and not _is_prepared(entry.name):
+                yield from self._walk(Path(entry.path), f"{name}/", recursive)
 
     def folders(self, folder: str) -> list[str]:
         """Sorted names of the folders in ``folder`` that hold files, relative to it."""
@@ -190,8 +239,8 @@ class Tree:
         inner = {n[len(prefix) :] for n in self.files(folder)}
         return sorted({name.split("/")[0] for name in inner if "/" in name})
 
-    def tar(self, name: str) -> Iterator[tuple[str, bytes | None]]:
-        """The members of a tar in order: (name, bytes), or (name, None) of a refused one.
+    def tar(self, name: str) -> Iterator[Member]:
+        """The members of a tar in order, also of one whose headers are damaged in places.
 
         Refused are links, devices, names that lead out of the archive, and more than 1 GiB.
 
@@ -200,14 +249,28 @@ class Tree:
         """
         path = self.path(name)
         try:
-            with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r|") as tar:
-                for member in tar:
+            with (
+                open(path, "rb") as file,
+                # Blocks that are no header are passed over, up to the next that is one.
+                tarfile.open(fileobj=file, mode="r:", ignore_zeros=True) as tar,
+            ):
+                due = 0
+                while (member := tar.next()) is not None:
+                    yield from _damage(file, due, member.offset)
+                    due = tar.offset
+                    # The library keeps the headers of all members, which nobody needs.
+                    tar.members.clear()
                     if member.isdir():
                         continue
                     # A sparse member may claim any size.
                     small = member.size <= _MAX_MEMBER_BYTES
-                    safe = small and member.isfile() and not _leads_out(member.name)
-                    yield member.name, tar.extractfile(member).read() if safe else None
+                    if small and member.isfile() and not _leads_out(member.name):
+                        yield Member(member.name, tar.extractfile(member).read())
+                    else:
+                        yield Member(member.name, None, _REFUSED)
+                if not due:
+                    raise ValueError("it holds no member of a tar")
+                yield from _damage(file, due, file.seek(0, os.SEEK_END))
         except (tarfile.TarError, EOFError, OSError, ValueError) as error:
             raise UserError(f"{self.root / name} cannot be read: {error}") from error
 
@@ -271,17 +334,41 @@ def _is_prepared(folder: str) -> bool:
     return folder == "image_text_folder" or folder.startswith("incomplete.")
 
 
+def _is_ours(names: list[str]) -> bool:
+    return any(all(fnmatch.filter(names, pattern) for pattern in patterns) for patterns in _OURS)
+
+
+def _damage(file: BinaryIO, begin: int, end: int) -> Iterator[Member]:
+    """A member that stands for what is no part of a tar between two places of it, if anything."""
+    start = begin
+    while begin < end:
+        file.seek(begin)
+        block = file.read(_BLOCK)
+        begin += _BLOCK
+        # Zeros end a tar, and stand between tars that were joined.
+        if not block.strip(b"\0"):
+            continue
+        try:
+            header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+        except tarfile.HeaderError:
+            header = None
+        if header is None or header.type != tarfile.XGLTYPE:
+            yield Member(f"byte {start}", None, "damaged: the header of a member is missing")
+            return
+        # A header for all members, such as git writes, belongs to none.
+        begin += -(-header.size // _BLOCK) * _BLOCK
+
+
 def _digest(data: bytes) -> str:
     return f"sha256 {hashlib.sha256(data).hexdigest()[:16]}"
 
 
-def decode_text(data: bytes, path: str) -> str:
-    """Text in UTF-8 (with or without a byte-order mark); other bytes as Latin-1, with a warning."""
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        logging.warning("%s is not UTF-8; it is read as Latin-1", path)
-        return data.decode("latin-1")
+def canonical(name: str) -> str:
+    """One spelling of a name for all: "/" between its parts, no "./", composed letters.
+
+    Windows writes another separator, and macOS takes letters with accents apart.
+    """
+    return unicodedata.normalize("NFC", posixpath.normpath(name.replace("\\", "/")))
 
 
 class _ListsOfStrings(pickle.Unpickler):
