@@ -1,6 +1,7 @@
 """Files that appear whole, locks, reads that are tried again, and fingerprints."""
 
 import errno
+import fcntl
 import json
 import os
 import signal
@@ -205,3 +206,58 @@ def test_flatten_and_differences():
     new = {**old, "a.b": 2, "f": "x"}
     assert files.differences(old, new) == ["a.b: 1 -> 2", "f: None -> 'x'"]
     assert files.differences(old, json.loads(json.dumps(old))) == []
+
+
+def test_a_file_system_without_locks_is_worked_on_with_a_warning(tmp_path, monkeypatch, caplog):
+    def refuse(number):
+        def flock(file, how):
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr(fcntl, "flock", flock)
+        caplog.clear()
+
+    for number in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+        refuse(number)
+        with files.lock(tmp_path / "lock", busy="another run is at work"):
+            assert f"the file system of {tmp_path / 'lock'} has no locks" in caplog.text
+    refuse(errno.EIO)
+    with pytest.raises(OSError, match="Input/output"), files.lock(tmp_path / "lock"):
+        pass
+
+
+def test_advice_fits_the_cause():
+    found = {n: files.advice(OSError(n, "")) for n in (errno.ENOSPC, errno.EACCES, errno.ENOSYS)}
+    assert found == {
+        errno.ENOSPC: "make room", errno.EACCES: "make the directory writable", errno.ENOSYS: "",
+    }  # fmt: skip
+    assert files.advice(RuntimeError("INTERNAL: No space left on device")) == "make room"
+    assert files.advice(UnicodeEncodeError("utf-8", "\ud83c", 0, 1, "surrogates")) == ""
+
+
+def test_paths_are_expanded(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/somebody")
+    monkeypatch.setenv("RUN", "seven")
+    assert files.expanded("~/runs/$RUN/${RUN}") == "/home/somebody/runs/seven/seven"
+    assert files.expanded("a~/gs://x/$NOT_THERE") == "a~/gs://x/$NOT_THERE"
+
+
+@pytest.mark.parametrize(
+    ("data", "text"),
+    [
+        ("caf\u00e9 \u4e2d".encode("utf-16"), "caf\u00e9 \u4e2d"),
+        ("caf\u00e9 one".encode("utf-16-le"), "caf\u00e9 one"),
+        ("caf\u00e9 one".encode("utf-16-be"), "caf\u00e9 one"),
+        ("caf\u00e9".encode("utf-32"), "caf\u00e9"),
+        (b"\xef\xbb\xbfplain", "plain"),
+        (b"\x93caf\xe9\x94", "\u201ccaf\u00e9\u201d"),
+        (b"", ""),
+    ],
+)
+def test_text_as_programs_write_it(data, text):
+    assert files.decode_text(data, "somewhere") == text
+
+
+def test_half_characters_and_names_of_other_bytes_can_be_stored():
+    assert files.whole_characters("a\ud83c") == "a\ufffd"
+    assert files.whole_characters("\ud83d\ude00") == "\U0001f600"
+    assert files.printable("caf\udce9.png") == "caf\\udce9.png"

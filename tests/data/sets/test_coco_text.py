@@ -116,6 +116,42 @@ def test_a_damaged_annotation_file_is_named(layout, prepared, damage):
         sets.load("coco_text", str(source), prepared)
 
 
+def test_a_fault_of_one_row_is_one_bad_record(layout, prepared, rows):
+    source = layout("coco")
+    path = source / "annotations/captions_train2014.json"
+    content = annotations(source, "train")
+    whole = rows(sets.load("coco_text", str(source), str(prepared) + "_whole"), "train")
+    first, second, *_ = content["annotations"]
+    [images, notes] = content["images"], content["annotations"]
+    notes += [
+        {"id": 1, "image_id": images[0]["id"], "caption": None},
+        {"id": 2, "image_id": images[0]["id"]},
+        {"id": "x", "image_id": images[0]["id"], "caption": "a"},
+        {"id": 3, "image_id": [], "caption": "a"},
+        {"id": 4, "image_id": images[0]["id"], "caption": "half \ud83c"},
+        None,
+    ]
+    images += [{"id": 5}, {"file_name": "a.jpg"}, "b.jpg", images[0]]
+    path.write_text(json.dumps(content))
+    builder = sets.load("coco_text", str(source), prepared, max_bad_share=0.9)
+    reasons = {b["file"].split("#")[1]: b["reason"] for b in sets.bad_records(builder)}
+    assert reasons == {
+        "1": "caption is null, not a text",
+        "2": "no 'caption'",
+        f"annotations[{len(notes) - 4}]": "id is 'x', not a whole number",
+        "3": "image_id is [], not a whole number",
+        f"annotations[{len(notes) - 1}]": "no 'id'",
+        f"images[{len(images) - 4}]": "no 'file_name'",
+        f"images[{len(images) - 3}]": "no 'id'",
+        f"images[{len(images) - 2}]": "no 'id'",
+        f"images[{len(images) - 1}]": "an earlier one has the same id",
+    }
+    found = rows(builder, "train")
+    name = f"train2014/{images[0]['file_name']}"
+    assert found.pop(name)["captions"] == ["half", *whole.pop(name)["captions"]]
+    assert found == whole
+
+
 def test_a_name_that_leads_out_is_refused(layout, prepared):
     source = layout("coco")
     # It could be read.

@@ -276,3 +276,54 @@ def test_linked_folders_are_not_entered(layout, prepared):
     os.symlink("/", source / "train/out")
     builder = sets.load(NAME, str(source), prepared)
     assert builder.info.splits["train"].num_examples == 12
+
+
+def test_what_this_program_wrote_into_the_data_is_left_out(layout, prepared, rows):
+    source = layout("jsonl")
+    first = sets.load(NAME, str(source), prepared)
+    picture = source / "train/0000.jpg"
+    for folder, names in {
+        "run": ("config.json", ".lock", "samples.png"),
+        "a/model": ("config.json", "model-00001-of-00001.safetensors"),
+        "many": ("manifest.json", "prompts.txt", "00000000.png"),
+        "samples": ("grid_seed0.png", "000_a_seed0_00.png"),
+        "emoji_text/1.0.0": ("dataset_info.json", "features.json"),
+    }.items():
+        (source / folder).mkdir(parents=True)
+        for name in names:
+            shutil.copy(picture, source / folder / name)
+    again = sets.load(NAME, str(source), prepared)
+    assert sets.source_fingerprint(again) == sets.source_fingerprint(first)
+    assert sets.left_out(again) == {}
+
+
+def test_every_file_is_a_record_a_part_or_named(layout, prepared, rows):
+    source = layout("jsonl")
+    to_pairs(source / "train")
+    shutil.rmtree(source / "validation")
+    folder = source / "train"
+    (folder / "0000.jpg").rename(folder / "0000.jfif")
+    (folder / "0001.jpg").rename(folder / "0001")
+    (folder / "0001.txt").rename(folder / "0001.TXT")
+    (folder / "0002.jpg").write_bytes(b"\0\0\0\x18ftypheic")
+    (folder / "0002.jpg").rename(folder / "0002.heic")
+    (folder / "0004.json").write_text("{}")
+    (source / "LICENSE").write_text("mine")
+    (source / "README.txt").write_text("hello")
+    builder = sets.load(NAME, str(source), prepared, max_bad_share=0.1)
+    assert [b["file"] for b in sets.bad_records(builder)] == ["train/0002.heic"]
+    assert sets.left_out(builder) == {
+        "LICENSE": "neither a picture that this program reads nor a text",
+        "README.txt": "a text without an image",
+    }
+    found = rows(builder, "train")
+    assert len(found) == 11 and {"train/0000.jfif", "train/0001"} <= set(found)
+
+
+def test_a_name_that_is_not_utf_8_is_a_record(layout, prepared, rows):
+    source = layout("jsonl") / "train"
+    to_pairs(source)
+    for suffix in ("jpg", "txt"):
+        os.rename(source / f"0000.{suffix}", os.fsencode(source) + b"/caf\xe9." + suffix.encode())
+    # Its name is the last, and the last picture is held out.
+    assert list(rows(sets.load(NAME, str(source), prepared), "validation")) == ["caf\\udce9.jpg"]

@@ -106,7 +106,10 @@ def _read_phase(tree: Tree, phase: str) -> list[Item]:
     names, problems = {}, []
     for number, image in enumerate(images):
         try:
-            names[_whole_number(image, "id")] = _text(image, "file_name")
+            key, file = _whole_number(image, "id"), _text(image, "file_name")
+            if key in names:
+                raise ValueError("an earlier one has the same id")
+            names[key] = file
         except ValueError as error:
             problems.append(Item(f"{name}#images[{number}]", problem=str(error)))
     captions = {image: [] for image in names}
@@ -123,7 +126,7 @@ def _read_phase(tree: Tree, phase: str) -> list[Item]:
             problems.append(Item(place, problem=str(error)))
     told = sum(map(len, captions.values())) + len(names) + len(problems)
     if len(images) + len(rows) != told:
-        problems += _doubled(name, images, names)
+        raise RuntimeError(f"{name}: its rows do not add up: a fault of this program")
     folder = _images(tree, phase)
     items = [
         Item(f"{folder}/{names[i]}", tuple(text for _, text in sorted(found, key=lambda x: x[0])))
@@ -156,15 +159,6 @@ def _field(row: Any, key: str) -> Any:
     if not isinstance(row, dict) or key not in row:
         raise ValueError(f"no {key!r}")
     return row[key]
-
-
-def _doubled(name: str, images: list, names: dict[int, str]) -> list[Item]:
-    """Items for the entries of the list of images whose id a later one has as well."""
-    seen, doubled = dict(names), []
-    for number, image in reversed(list(enumerate(images))):
-        if isinstance(image, dict) and seen.pop(image.get("id"), None) is None:
-            doubled.append(number)
-    return [Item(f"{name}#images[{n}]", problem="a later one has the same id") for n in doubled]
 
 
 def _record(serialized: bytes, place: str) -> Record | Bad:

@@ -214,11 +214,11 @@ class Tree:
             names += self._walk(path, prefix, recursive)
         return sorted(set(names))
 
-    def _walk(self, path: Path, prefix: str, recursive: bool) -> Iterator[str]:
+    def _walk(self, path: Path, prefix: str, recursive: bool, first: bool = True) -> Iterator[str]:
         with os.scandir(path) as scanned:
             entries = list(scanned)
-        # The data directory itself may hold a model or a run beside the pictures.
-        if prefix and _is_ours([entry.name for entry in entries]):
+        # Not asked of the folder that was named: it may hold a model or a run beside the pictures.
+        if not first and _is_ours([entry.name for entry in entries]):
             if prefix not in self._left_out:
                 logging.info("%s is left out: this program wrote it", path)
                 self._left_out.add(prefix)
@@ -231,7 +231,7 @@ class Tree:
             if not entry.is_dir(follow_symlinks=False):
                 yield name
             elif recursive and not _is_prepared(entry.name):
-                yield from self._walk(Path(entry.path), f"{name}/", recursive)
+                yield from self._walk(Path(entry.path), f"{name}/", recursive, first=False)
 
     def folders(self, folder: str) -> list[str]:
         """Sorted names of the folders in ``folder`` that hold files, relative to it."""
