@@ -6,12 +6,12 @@ which no tensor tells.
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from vqd_jax.errors import UserError
-from vqd_jax.interop import tables, tensors, torch_file
+from vqd_jax.interop import folder, tables, tensors, torch_file
 from vqd_jax.interop.tables import Row
 from vqd_jax.models import clip, text_encoder
 from vqd_jax.models.clip import ClipConfig, ImageEncoderConfig
@@ -25,67 +25,52 @@ IGNORED = (
 )
 
 
-# The layers of both towers in OpenAI's files, whose queries, keys and values are packed.
-_OPENAI_BLOCKS = [
-    Row(f"blocks.attention.{ours}.{kind}", f"transformer.resblocks.{{i}}.attn.in_proj_{theirs}",
-        layout, (index, 3))
+# Our module, its kind, its name in OpenAI's files and in those of Hugging Face: of a layer, of the
+# text tower and of the image tower.
+_BLOCK = (
+    ("norm_attention", "norm", "ln_1", "layer_norm1"),
+    ("norm_mlp", "norm", "ln_2", "layer_norm2"),
+    ("mlp_in", "linear", "mlp.c_fc", "mlp.fc1"),
+    ("mlp_out", "linear", "mlp.c_proj", "mlp.fc2"),
+)
+_TEXT = (
+    ("token_embedding", "embedding", "token_embedding", "embeddings.token_embedding"),
+    ("position_embedding", "array", "positional_embedding", "embeddings.position_embedding.weight"),
+    ("norm_out", "norm", "ln_final", "final_layer_norm"),
+)
+_IMAGE = (
+    ("patch_embedding", "plain_conv", "conv1", "embeddings.patch_embedding"),
+    ("class_embedding", "array", "class_embedding", "embeddings.class_embedding"),
+    ("position_embedding", "array", "positional_embedding", "embeddings.position_embedding.weight"),
+    ("norm_in", "norm", "ln_pre", "pre_layrnorm"),  # Their spelling.
+    ("norm_out", "norm", "ln_post", "post_layernorm"),
+)
+_OPENAI_LAYERS, _HUGGINGFACE_LAYERS = "transformer.resblocks.", "encoder.layers."
+# OpenAI packs queries, keys and values.
+_PACKED = [
+    Row(f"attention.{ours}.{kind}", f"attn.in_proj_{theirs}", layout, (index, 3))
     for index, ours in enumerate(("query", "key", "value"))
     for kind, theirs, layout in (("kernel", "weight", "linear"), ("bias", "bias", "same"))
-] + tables.modules(
-    ("blocks.norm_attention", "transformer.resblocks.{i}.ln_1", "norm"),
-    ("blocks.attention.proj", "transformer.resblocks.{i}.attn.out_proj", "linear"),
-    ("blocks.norm_mlp", "transformer.resblocks.{i}.ln_2", "norm"),
-    ("blocks.mlp_in", "transformer.resblocks.{i}.mlp.c_fc", "linear"),
-    ("blocks.mlp_out", "transformer.resblocks.{i}.mlp.c_proj", "linear"),
-)  # fmt: skip
-_HUGGINGFACE_BLOCKS = tables.modules(
-    ("blocks.norm_attention", "encoder.layers.{i}.layer_norm1", "norm"),
-    ("blocks.attention.query", "encoder.layers.{i}.self_attn.q_proj", "linear"),
-    ("blocks.attention.key", "encoder.layers.{i}.self_attn.k_proj", "linear"),
-    ("blocks.attention.value", "encoder.layers.{i}.self_attn.v_proj", "linear"),
-    ("blocks.attention.proj", "encoder.layers.{i}.self_attn.out_proj", "linear"),
-    ("blocks.norm_mlp", "encoder.layers.{i}.layer_norm2", "norm"),
-    ("blocks.mlp_in", "encoder.layers.{i}.mlp.fc1", "linear"),
-    ("blocks.mlp_out", "encoder.layers.{i}.mlp.fc2", "linear"),
+] + tables.modules(("attention.proj", "attn.out_proj", "linear"))
+_APART = tables.modules(
+    *tables.attention("attention", "self_attn", "q_proj k_proj v_proj out_proj")
 )
+
+
+def _openai(tower: Sequence[tuple[str, str, str, str]]) -> list[Row]:
+    block = tables.modules(*((ours, name, kind) for ours, kind, name, _ in _BLOCK)) + _PACKED
+    rest = tables.modules(*((ours, name, kind) for ours, kind, name, _ in tower))
+    return rest + tables.prefixed(block, "blocks.", _OPENAI_LAYERS + "{i}.")
+
+
+def _huggingface(tower: Sequence[tuple[str, str, str, str]]) -> list[Row]:
+    block = tables.modules(*((ours, name, kind) for ours, kind, _, name in _BLOCK)) + _APART
+    rest = tables.modules(*((ours, name, kind) for ours, kind, _, name in tower))
+    return rest + tables.prefixed(block, "blocks.", _HUGGINGFACE_LAYERS + "{i}.")
+
+
 # The text tower alone, which published VQ-Diffusion files hold too.
-OPENAI_TEXT = [
-    *tables.modules(
-        ("token_embedding", "token_embedding", "embedding"),
-        ("position_embedding", "positional_embedding", "array"),
-        ("norm_out", "ln_final", "norm"),
-    ),
-    *_OPENAI_BLOCKS,
-]
-HUGGINGFACE_TEXT = [
-    *tables.modules(
-        ("token_embedding", "embeddings.token_embedding", "embedding"),
-        ("position_embedding", "embeddings.position_embedding.weight", "array"),
-        ("norm_out", "final_layer_norm", "norm"),
-    ),
-    *_HUGGINGFACE_BLOCKS,
-]
-_OPENAI_IMAGE = [
-    Row("patch_embedding.kernel", "conv1.weight", "conv"),
-    *tables.modules(
-        ("class_embedding", "class_embedding", "array"),
-        ("position_embedding", "positional_embedding", "array"),
-        ("norm_in", "ln_pre", "norm"),
-        ("norm_out", "ln_post", "norm"),
-    ),
-    *_OPENAI_BLOCKS,
-]
-_HUGGINGFACE_IMAGE = [
-    Row("patch_embedding.kernel", "embeddings.patch_embedding.weight", "conv"),
-    *tables.modules(
-        ("class_embedding", "embeddings.class_embedding", "array"),
-        ("position_embedding", "embeddings.position_embedding.weight", "array"),
-        # Their spelling.
-        ("norm_in", "pre_layrnorm", "norm"),
-        ("norm_out", "post_layernorm", "norm"),
-    ),
-    *_HUGGINGFACE_BLOCKS,
-]
+OPENAI_TEXT, HUGGINGFACE_TEXT = _openai(_TEXT), _huggingface(_TEXT)
 
 
 class _Layout(NamedTuple):
@@ -102,9 +87,9 @@ class _Layout(NamedTuple):
 _OPENAI = _Layout(
     "",
     OPENAI_TEXT,
-    "transformer.resblocks.",
+    _OPENAI_LAYERS,
     "visual.",
-    _OPENAI_IMAGE,
+    _openai(_IMAGE),
     [Row("text_projection", "text_projection"), Row("image_projection", "visual.proj")],
 )
 # In open_clip the text tower is a module of its own.
@@ -115,9 +100,9 @@ _OPEN_CLIP = _OPENAI._replace(
 _HUGGINGFACE = _Layout(
     "text_model.",
     HUGGINGFACE_TEXT,
-    "encoder.layers.",
+    _HUGGINGFACE_LAYERS,
     "vision_model.",
-    _HUGGINGFACE_IMAGE,
+    _huggingface(_IMAGE),
     [
         Row("text_projection", "text_projection.weight", "linear"),
         Row("image_projection", "visual_projection.weight", "linear"),
@@ -151,24 +136,12 @@ def open_weights(path: str | Path) -> dict[str, tensors.Tensor]:
     """The tensors by name of a file or folder that ``load`` takes; their values stay there."""
     path = Path(path)
     if path.is_dir():
-        names = ("model.safetensors", "pytorch_model.bin")
-        files = [path / name for name in names if (path / name).exists()]
-        if not files:
-            raise UserError(f"{path} has neither {names[0]} nor {names[1]}")
-        path = files[0]
+        return folder.read_weights(path, "model", "pytorch_model.bin")
     if path.suffix == ".safetensors":
         return tensors.read_safetensors(path)
-    loaded = torch_file.load(path)
-    if isinstance(loaded, Mapping) and isinstance(loaded.get("state_dict"), Mapping):
-        loaded = loaded["state_dict"]
-    if not isinstance(loaded, Mapping):
-        raise UserError(f"{path} does not hold a dictionary of tensors")
+    found = torch_file.named_tensors(torch_file.load(path), "state_dict")
     # Training on several devices leaves this prefix.
-    return {
-        name.removeprefix("module."): value
-        for name, value in loaded.items()
-        if isinstance(value, tensors.Tensor)
-    }
+    return {name.removeprefix("module."): value for name, value in found.items()}
 
 
 def _heads(path: Path) -> dict[str, int]:
@@ -177,8 +150,7 @@ def _heads(path: Path) -> dict[str, int]:
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
         towers = {"text": config["text_config"], "image": config["vision_config"]}
         for tower in towers.values():
-            if tower.get("hidden_act", "quick_gelu") != "quick_gelu":
-                raise UserError(f"{path} has the activation {tower['hidden_act']}, not quick_gelu")
+            require_quick_gelu(tower, path)
         return {
             f"{name}_heads": tower["num_attention_heads"]
             for name, tower in towers.items()
@@ -188,6 +160,12 @@ def _heads(path: Path) -> dict[str, int]:
         return {}
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise UserError(f"{path}/config.json is not that of a CLIP: {error!r}") from error
+
+
+def require_quick_gelu(described: Mapping[str, Any], source: str | Path) -> None:
+    """Raises ``UserError`` if a tower's config asks for another activation than OpenAI's."""
+    if (found := described.get("hidden_act", "quick_gelu")) != "quick_gelu":
+        raise UserError(f"{source} has the activation {found}, not quick_gelu")
 
 
 def read_text_encoder(

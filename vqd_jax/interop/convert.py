@@ -190,9 +190,7 @@ def _write_model(target, parts, tokenizer, dtype) -> None:
         )
     config = model_config(parts)
     _print_table(parts)
-    names = {"text_encoder": "text_encoder", "null_text": "null_text", "denoiser": "denoiser"}
-    params = {name: parts[part].params for part, name in names.items() if part in parts}
-    params["autoencoder"] = parts["autoencoder"].params
+    params = {name: part.params for name, part in parts.items()}
     tokenizer = tokenizer or ClipTokenizer(config.text_encoder.context_length)
     files = tokenizer.files("tokenizer") if config.denoiser.condition == "text" else {}
     described = {"kind": config_lib.MODEL_KIND, **config.to_dict()}

@@ -17,6 +17,10 @@ from vqd_jax.models.denoiser import Denoiser, DenoiserConfig
 # Buffers of the published cross-attention, whose causal mask was never applied.
 IGNORED = (r"blocks\.\d+\.attn\d?\.mask",)
 
+# The projections of an attention.
+_PUBLISHED = "query key value proj"
+_DIFFUSERS = "to_q to_k to_v to_out.0"
+
 abstract_params = functools.partial(functional.abstract, Denoiser)
 
 
@@ -31,19 +35,13 @@ def published_rows(config: DenoiserConfig) -> list[Row]:
         ("to_logits", "to_logits.1", "linear"),
         ("blocks.norm_self.embedding", "blocks.{i}.ln1.emb", "embedding"),
         ("blocks.norm_self.linear", "blocks.{i}.ln1.linear", "linear"),
-        ("blocks.self_attention.query", f"blocks.{{i}}.{attention}.query", "linear"),
-        ("blocks.self_attention.key", f"blocks.{{i}}.{attention}.key", "linear"),
-        ("blocks.self_attention.value", f"blocks.{{i}}.{attention}.value", "linear"),
-        ("blocks.self_attention.proj", f"blocks.{{i}}.{attention}.proj", "linear"),
+        *tables.attention("blocks.self_attention", f"blocks.{{i}}.{attention}", _PUBLISHED),
     )
     if config.condition == "text":
         rows += tables.modules(
             ("blocks.norm_cross.embedding", "blocks.{i}.ln1_1.emb", "embedding"),
             ("blocks.norm_cross.linear", "blocks.{i}.ln1_1.linear", "linear"),
-            ("blocks.cross_attention.query", "blocks.{i}.attn2.query", "linear"),
-            ("blocks.cross_attention.key", "blocks.{i}.attn2.key", "linear"),
-            ("blocks.cross_attention.value", "blocks.{i}.attn2.value", "linear"),
-            ("blocks.cross_attention.proj", "blocks.{i}.attn2.proj", "linear"),
+            *tables.attention("blocks.cross_attention", "blocks.{i}.attn2", _PUBLISHED),
         )
     if config.condition == "class":
         rows += tables.modules(
@@ -83,16 +81,10 @@ def diffusers_rows(config: DenoiserConfig) -> list[Row]:
         ("to_logits", "out", "linear"),
         ("blocks.norm_self.embedding", f"{block}.norm1.emb", "embedding"),
         ("blocks.norm_self.linear", f"{block}.norm1.linear", "linear"),
-        ("blocks.self_attention.query", f"{block}.attn1.to_q", "linear"),
-        ("blocks.self_attention.key", f"{block}.attn1.to_k", "linear"),
-        ("blocks.self_attention.value", f"{block}.attn1.to_v", "linear"),
-        ("blocks.self_attention.proj", f"{block}.attn1.to_out.0", "linear"),
+        *tables.attention("blocks.self_attention", f"{block}.attn1", _DIFFUSERS),
         ("blocks.norm_cross.embedding", f"{block}.norm2.emb", "embedding"),
         ("blocks.norm_cross.linear", f"{block}.norm2.linear", "linear"),
-        ("blocks.cross_attention.query", f"{block}.attn2.to_q", "linear"),
-        ("blocks.cross_attention.key", f"{block}.attn2.to_k", "linear"),
-        ("blocks.cross_attention.value", f"{block}.attn2.to_v", "linear"),
-        ("blocks.cross_attention.proj", f"{block}.attn2.to_out.0", "linear"),
+        *tables.attention("blocks.cross_attention", f"{block}.attn2", _DIFFUSERS),
         ("blocks.norm_mlp", f"{block}.norm3", "norm"),
         ("blocks.mlp_in", f"{block}.ff.net.0.proj", "linear"),
         ("blocks.mlp_out", f"{block}.ff.net.2", "linear"),

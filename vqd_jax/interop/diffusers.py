@@ -18,8 +18,6 @@ from vqd_jax.interop import (
     folder,
     tables,
     taming,
-    tensors,
-    torch_file,
 )
 from vqd_jax.interop.tables import Part
 from vqd_jax.models.denoiser import DenoiserConfig
@@ -53,16 +51,13 @@ def read(directory: str) -> tuple[dict[str, Part], ClipTokenizer]:
         raise UserError(f"{root} is a {kind}; only a VQDiffusionPipeline can be converted")
     parts = {}
 
-    source = str(root / "transformer")
-    found = _tensors(root / "transformer", _STEM)
-    described = folder.read_json(root / "transformer" / "config.json")
+    described, found, source = _component(root / "transformer")
     config = denoiser_tables.diffusers_config(described, source)
-    null = folder.read_json(root / _NULL / "config.json")
-    if null.get("learnable"):
-        embeddings = _tensors(root / _NULL, _STEM)
-        array = tables.read_array(embeddings, "embeddings", str(root / _NULL))
-        tables.require_all_used(embeddings, {"embeddings"}, (), str(root / _NULL))
-        parts["null_text"] = Part(None, array, str(root / _NULL))
+    if folder.read_json(root / _NULL / "config.json").get("learnable"):
+        _, embeddings, place = _component(root / _NULL)
+        array = tables.read_array(embeddings, "embeddings", place)
+        tables.require_all_used(embeddings, {"embeddings"}, (), place)
+        parts["null_text"] = Part(None, array, place)
         config = dataclasses.replace(config, learned_null=True)
     rows, abstract = denoiser_tables.diffusers_rows(config), denoiser_tables.abstract_params(config)
     params, used = tables.read(rows, found, abstract, source)
@@ -70,19 +65,14 @@ def read(directory: str) -> tuple[dict[str, Part], ClipTokenizer]:
     parts["denoiser"] = Part(config, params, source)
     _require_released_schedule(root / "scheduler" / "scheduler_config.json", config)
 
-    source = str(root / "text_encoder")
-    found = _tensors(root / "text_encoder", _TEXT_STEM, "pytorch_model")
-    described = folder.read_json(root / "text_encoder" / "config.json")
-    if described.get("hidden_act", "quick_gelu") != "quick_gelu":
-        raise UserError(f"{source} has the activation {described['hidden_act']}, not quick_gelu")
+    described, found, source = _component(root / "text_encoder", _TEXT_STEM, "pytorch_model.bin")
+    clip_files.require_quick_gelu(described, source)
     heads = described.get("num_attention_heads")
     config, params, used = clip_files.read_text_encoder(found, source, num_heads=heads)
     tables.require_all_used(found, used, clip_files.IGNORED, source)
     parts["text_encoder"] = Part(config, params, source)
 
-    source = str(root / "vqvae")
-    found = _tensors(root / "vqvae", _STEM)
-    described = folder.read_json(root / "vqvae" / "config.json")
+    described, found, source = _component(root / "vqvae")
     config, params, used = taming.read_diffusers(
         found, described, source, grid_size=parts["denoiser"].config.grid[0]
     )
@@ -90,6 +80,12 @@ def read(directory: str) -> tuple[dict[str, Part], ClipTokenizer]:
     parts["autoencoder"] = Part(config, params, source)
     length = parts["text_encoder"].config.context_length
     return parts, ClipTokenizer.from_folder(root / "tokenizer", length)
+
+
+def _component(path: Path, stem: str = _STEM, old: str = f"{_STEM}.bin") -> tuple[dict, dict, str]:
+    """The config of a component, its tensors by name, and where it is."""
+    described = folder.read_json(path / "config.json")
+    return described, folder.read_weights(path, stem, old), str(path)
 
 
 def write(directory: str, config: ConfigDict, params: Any, tokenizer: ClipTokenizer) -> None:
@@ -212,19 +208,6 @@ def _text(c: TextEncoderConfig) -> dict:
         "projection_dim": c.width,
         "vocab_size": c.vocab_size,
     }
-
-
-def _tensors(component: Path, *stems: str) -> dict[str, tensors.Tensor]:
-    """Tensors of a component: of its safetensors files, or else of its .bin file."""
-    for stem in stems:
-        for name in (f"{stem}.safetensors", f"{stem}.safetensors.index.json"):
-            if (component / name).exists():
-                return folder.read_shards(component, stem)
-        if (component / f"{stem}.bin").exists():
-            loaded = torch_file.load(component / f"{stem}.bin")
-            return {name: value for name, value in loaded.items() if hasattr(value, "shape")}
-    names = " nor ".join(f"{stem}.safetensors or .bin" for stem in stems)
-    raise UserError(f"{component} has no {names}")
 
 
 def _require_released_schedule(path: Path, config) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 
 from vqd_jax import files as file_lib
 from vqd_jax.errors import UserError
-from vqd_jax.interop import tensors
+from vqd_jax.interop import tensors, torch_file
 
 MAX_SHARD_BYTES = 5 * 10**9
 STORED_DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
@@ -168,6 +168,20 @@ def read_shards(directory: Path, stem: str) -> dict[str, tensors.Tensor]:
             raise UserError(f"{index} names {file!r}: a path that leads out of the folder")
         found |= tensors.read_safetensors(directory / file)
     return found
+
+
+def read_weights(directory: Path, stem: str, old: str) -> dict[str, tensors.Tensor]:
+    """Tensors of ``stem.safetensors``, in one file or several, or else of the PyTorch file ``old``.
+
+    Raises:
+      UserError: there is neither, or a file cannot be read.
+    """
+    for name in (f"{stem}.safetensors", f"{stem}.safetensors.index.json"):
+        if (directory / name).exists():
+            return read_shards(directory, stem)
+    if not (directory / old).exists():
+        raise UserError(f"{directory} has neither {stem}.safetensors nor {old}")
+    return torch_file.named_tensors(torch_file.load(directory / old))
 
 
 def load_params(

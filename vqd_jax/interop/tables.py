@@ -39,6 +39,7 @@ _MODULES = {
     "norm": [(".scale", ".weight", "same"), (".bias", ".bias", "same")],
     "linear": [(".kernel", ".weight", "linear"), (".bias", ".bias", "same")],
     "conv": [(".kernel", ".weight", "conv"), (".bias", ".bias", "same")],
+    "plain_conv": [(".kernel", ".weight", "conv")],
 }
 
 
@@ -84,13 +85,25 @@ def modules(*table: tuple[str, str, str]) -> list[Row]:
 
     Args:
       table: (our path, their name, kind) of every module. A kind is ``norm``, ``linear``, ``conv``
-        (each with a bias), ``embedding``, or ``array`` for a parameter on its own.
+        (each with a bias), ``plain_conv`` (without one), ``embedding``, or ``array`` for a
+        parameter on its own.
     """
     return [
         Row(ours + our_end, theirs + their_end, layout)
         for ours, theirs, kind in table
         for our_end, their_end, layout in _MODULES[kind]
     ]
+
+
+def attention(ours: str, theirs: str, projections: str) -> list[tuple[str, str, str]]:
+    """What ``modules`` takes for an attention.
+
+    Args:
+      ours, theirs: path and name of the attention.
+      projections: their names of query, key, value and output, with spaces between them.
+    """
+    names = zip(("query", "key", "value", "proj"), projections.split(), strict=True)
+    return [(f"{ours}.{our}", f"{theirs}.{their}", "linear") for our, their in names]
 
 
 def prefixed(rows: Iterable[Row], ours: str = "", theirs: str = "") -> list[Row]:

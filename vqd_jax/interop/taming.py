@@ -15,7 +15,7 @@ import numpy as np
 
 from vqd_jax import files
 from vqd_jax.errors import UserError
-from vqd_jax.interop import tables
+from vqd_jax.interop import tables, torch_file
 from vqd_jax.interop.tables import Row
 from vqd_jax.interop.tensors import Tensor
 from vqd_jax.models import autoencoder, quantizer
@@ -287,13 +287,7 @@ def _remapped(
 
 def _state_dict(loaded: Any) -> dict[str, Tensor]:
     """The tokenizer's tensors, wherever they are in the file."""
-    for key in ("state_dict", "model"):
-        if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
-            loaded = loaded[key]
-            break
-    if not isinstance(loaded, Mapping):
-        return {}
-    found = {n: x for n, x in loaded.items() if isinstance(n, str) and hasattr(x, "shape")}
+    found = torch_file.named_tensors(loaded, "state_dict", "model")
     return tables.under(found, _INSIDE_TRANSFORMER) or found
 
 

@@ -13,7 +13,7 @@ import collections
 import pickle
 import sys
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, BinaryIO, NamedTuple
 
@@ -73,6 +73,19 @@ def load(path: str | Path) -> Any:
     # In a damaged pickle names and values are mixed up, which raises nearly any exception.
     except Exception as error:
         raise UserError(f"{path} is damaged: {error!r}") from error
+
+
+def named_tensors(loaded: Any, *inside: str) -> dict[str, Tensor]:
+    """The tensors of a state dict by name; {} of anything else.
+
+    Args:
+      loaded: what ``load`` returned.
+      inside: keys under the first of which the state dict may stand.
+    """
+    if not isinstance(loaded, Mapping):
+        return {}
+    found = next((loaded[key] for key in inside if isinstance(loaded.get(key), Mapping)), loaded)
+    return {n: x for n, x in found.items() if isinstance(n, str) and isinstance(x, Tensor)}
 
 
 class _Archive:
