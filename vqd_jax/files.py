@@ -213,20 +213,24 @@ def lock(path: str | os.PathLike, *, busy: str | None = None) -> Iterator[None]:
         yield
 
 
-def read_again(read: Callable[[], T], *, attempts: int = 3, seconds: float = 0.2) -> T:
+def read_again(read: Callable[[], T], *, seconds: float = 0.4) -> T:
     """``read()``, tried again after an OSError that may pass: a network file system has such.
+
+    Args:
+      read: what to try, three times at most.
+      seconds: before the second attempt; before the third, twice as long.
 
     Raises:
       OSError: the last attempt failed, or the error is of a kind that lasts.
     """
-    for attempt in range(1, attempts + 1):
+    for pause in (seconds, 2 * seconds):
         try:
             return read()
         except OSError as error:
-            if is_lasting(error) or attempt == attempts:
+            if is_lasting(error):
                 raise
-            time.sleep(seconds * 2**attempt)
-    raise AssertionError("unreachable")
+            time.sleep(pause)
+    return read()
 
 
 def is_lasting(error: OSError) -> bool:

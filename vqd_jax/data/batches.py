@@ -265,13 +265,7 @@ def choose(elements: np.ndarray, sources: Sequence, seed: int, null_text_rate: f
 def _gather(sources: list[CodesSource], choice: Choice, with_ids: bool) -> dict[str, np.ndarray]:
     layout, size = sources[0], len(choice.rows)
     batch = {"codes": np.empty((size, layout.num_tokens), np.int32)}
-    if layout.context_length:
-        batch["text_ids"] = np.empty((size, layout.context_length), np.int32)
-    if layout.feature_width:
-        shape = (size, layout.context_length, layout.feature_width)
-        batch["text_features"] = np.empty(shape, np.float16)
-    if layout.num_classes:
-        batch["label"] = np.empty(size, np.int32)
+    batch |= {key: np.empty((size, *x.shape), x.dtype) for key, x in layout.null.items()}
     if with_ids:
         batch |= {key: np.empty(size, np.int64) for key in ("id", "crop", "caption")}
         batch["set"] = choice.sets
@@ -281,15 +275,6 @@ def _gather(sources: list[CodesSource], choice: Choice, with_ids: bool) -> dict[
             found = source.take(choice.rows[mine], choice.crop[mine], choice.caption[mine])
             for key in batch.keys() & found.keys():
                 batch[key][mine] = found[key]
-    _empty(batch, choice.null, layout)
+    for key, value in layout.null.items():
+        batch[key][choice.null] = value
     return batch
-
-
-def _empty(batch: dict[str, np.ndarray], null: np.ndarray, layout: CodesSource) -> None:
-    """Replaces the conditions of the rows ``null``, bool [B], by those of no condition."""
-    if layout.context_length:
-        batch["text_ids"][null] = layout.null_text_ids
-    if layout.feature_width:
-        batch["text_features"][null] = layout.null_features
-    if layout.num_classes:
-        batch["label"][null] = layout.num_classes

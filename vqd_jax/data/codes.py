@@ -126,6 +126,10 @@ class CodesSource:
     Args:
       folder: of the split.
       manifest: what its ``manifest.json`` holds.
+
+    Attributes:
+      null: the conditions that its records have, by name, and what stands for none: ``text_ids``
+        int32 [L], ``text_features`` float16 [L, D], ``label`` int32 [].
     """
 
     def __init__(self, folder: Path, manifest: Mapping[str, Any]):
@@ -137,10 +141,15 @@ class CodesSource:
         self.context_length: int = layout["context_length"]
         self.feature_width: int = layout["feature_width"]
         self.num_classes: int = layout["num_classes"]
-        self.null_text_ids = np.array(layout["null_text_ids"], np.int32)
         self._readers = [_open(folder / shard["file"]) for shard in manifest["shards"]]
         self._ends = np.cumsum([shard["records"] for shard in manifest["shards"]])
-        self.null_features = np.load(folder / NULL_FEATURES) if self.feature_width else None
+        self.null: dict[str, np.ndarray] = {}
+        if self.context_length:
+            self.null["text_ids"] = np.array(layout["null_text_ids"], np.int32)
+        if self.feature_width:
+            self.null["text_features"] = np.load(folder / NULL_FEATURES)
+        if self.num_classes:
+            self.null["label"] = np.array(self.num_classes, np.int32)
 
     def __len__(self) -> int:
         return int(self._ends[-1])

@@ -178,7 +178,7 @@ def load(path: str | os.PathLike) -> Image.Image:
 
 def _require_rgb(image: np.ndarray) -> None:
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
-        raise ValueError(f"image is {image.dtype} {image.shape}; it must be uint8 [H, W, 3]")
+        raise UserError(f"a picture must be uint8 [H, W, 3], this is {image.dtype} {image.shape}")
 
 
 def center_crop(image: np.ndarray, size: int) -> np.ndarray:
@@ -195,7 +195,7 @@ def center_crop(image: np.ndarray, size: int) -> np.ndarray:
       uint8 [S, S, 3]; ``image`` itself if it has that shape.
 
     Raises:
-      ValueError: ``image`` has another dtype or shape.
+      UserError: ``image`` has another dtype or shape.
     """
     _require_rgb(image)
     height, width, _ = image.shape
@@ -230,7 +230,8 @@ def random_crop(image: np.ndarray, size: int, uniforms: Sequence[float]) -> np.n
       uint8 [S, S, 3].
 
     Raises:
-      ValueError: ``image`` has another dtype or shape, or the uniforms are others.
+      UserError: ``image`` has another dtype or shape.
+      ValueError: the uniforms are others.
     """
     if len(uniforms) != NUM_UNIFORMS or not all(0 <= u < 1 for u in uniforms):
         raise ValueError(f"uniforms are {uniforms}; {NUM_UNIFORMS} numbers in [0, 1) are needed")
@@ -304,12 +305,7 @@ def square(image: Picture, side: int) -> np.ndarray:
     Raises:
       UserError: it is neither, or cannot be read.
     """
-    pixels = _pixels(image)
-    if pixels.ndim != 3 or pixels.shape[-1] != 3 or pixels.dtype != np.uint8:
-        raise UserError(
-            f"a picture must be uint8 [H, W, 3], this one is {pixels.dtype} {list(pixels.shape)}"
-        )
-    return center_crop(pixels, side)
+    return center_crop(_pixels(image), side)
 
 
 def _pixels(image: Picture) -> np.ndarray:

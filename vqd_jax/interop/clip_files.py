@@ -4,6 +4,7 @@ The weights must be OpenAI's, whatever the file. Networks of others may have ano
 which no tensor tells.
 """
 
+import functools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -57,18 +58,17 @@ _APART = tables.modules(
 )
 
 
-def _openai(tower: Sequence[tuple[str, str, str, str]]) -> list[Row]:
-    block = tables.modules(*((ours, name, kind) for ours, kind, name, _ in _BLOCK)) + _PACKED
-    rest = tables.modules(*((ours, name, kind) for ours, kind, name, _ in tower))
-    return rest + tables.prefixed(block, "blocks.", _OPENAI_LAYERS + "{i}.")
+def _rows(tower: Sequence[tuple], column: int, layers: str, attention: list[Row]) -> list[Row]:
+    """The rows of a tower; their names are in this column of the tables."""
+    rest, block = (
+        tables.modules(*((module[0], module[column], module[1]) for module in table))
+        for table in (tower, _BLOCK)
+    )
+    return rest + tables.prefixed(block + attention, "blocks.", layers + "{i}.")
 
 
-def _huggingface(tower: Sequence[tuple[str, str, str, str]]) -> list[Row]:
-    block = tables.modules(*((ours, name, kind) for ours, kind, _, name in _BLOCK)) + _APART
-    rest = tables.modules(*((ours, name, kind) for ours, kind, _, name in tower))
-    return rest + tables.prefixed(block, "blocks.", _HUGGINGFACE_LAYERS + "{i}.")
-
-
+_openai = functools.partial(_rows, column=2, layers=_OPENAI_LAYERS, attention=_PACKED)
+_huggingface = functools.partial(_rows, column=3, layers=_HUGGINGFACE_LAYERS, attention=_APART)
 # The text tower alone, which published VQ-Diffusion files hold too.
 OPENAI_TEXT, HUGGINGFACE_TEXT = _openai(_TEXT), _huggingface(_TEXT)
 

@@ -253,42 +253,29 @@ def _next_batches(iterator, mesh: Mesh, count: int) -> Any:
     return sharding.put_batch(jax.tree.map(lambda *x: np.stack(x), *batches), mesh, leading=1)
 
 
-class _Profiler:
+class _Profiler(contextlib.ExitStack):
     """Traces some calls of the step, for TensorBoard's profiler or Perfetto."""
 
     # The first calls compile, and fill what runs ahead.
     _WARM_UP = 3
 
     def __init__(self, directory: str, schedule: Schedule):
+        super().__init__()
         self._directory = f"{directory}/profile"
         self._num_calls = -(-schedule.profile_steps // schedule.steps_per_call)
         self._calls = 0
-        self._tracing = False
 
     def after_call(self, metrics: Any) -> None:
         """To be called after every call of the step."""
-        if not self._num_calls:
-            return
         self._calls += 1
-        if self._calls == self._WARM_UP:
+        first, last = self._WARM_UP, self._WARM_UP + self._num_calls
+        if self._num_calls and self._calls in (first, last):
             jax.block_until_ready(metrics)
-            jax.profiler.start_trace(self._directory)
-            self._tracing = True
-        elif self._calls == self._WARM_UP + self._num_calls:
-            jax.block_until_ready(metrics)
-            self._stop()
-
-    def _stop(self) -> None:
-        if self._tracing:
-            jax.profiler.stop_trace()
-            self._tracing = False
-            logging.info("the trace of %d calls is in %s", self._num_calls, self._directory)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self._stop()
+            self.close()
+            if self._calls == first:
+                told = "the trace of %d calls is in %s"
+                self.callback(logging.info, told, self._num_calls, self._directory)
+                self.enter_context(jax.profiler.trace(self._directory))
 
 
 class _Speed:
