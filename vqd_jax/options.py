@@ -9,7 +9,7 @@ import math
 from typing import Any
 
 from vqd_jax.diffusion import schedule
-from vqd_jax.errors import require_at_least
+from vqd_jax.errors import require_at_least, require_choice
 
 DATA_SETS = (
     "emoji_text",
@@ -57,7 +57,7 @@ class DataOptions:
     def __post_init__(self):
         require_at_least(self, image_size=1, num_crops=1)
         _require_shares(self, "max_bad_share")
-        _require_choice("name", self.name, DATA_SETS)
+        require_choice(self, name=DATA_SETS)
         if self.weights and len(self.weights) != 1 + len(self.more_codes):
             raise ValueError(
                 f"weights={self.weights}: must have one share for the set of the config and one "
@@ -105,7 +105,7 @@ class DiffusionOptions:
 
     def __post_init__(self):
         require_at_least(self, num_steps=1)
-        _require_choice("schedule", self.schedule, SCHEDULES)
+        require_choice(self, schedule=SCHEDULES)
         for name in ("keep", "mask"):
             points = getattr(self, name)
             if points and (len(points) != 2 or self.schedule == "cosine"):
@@ -223,8 +223,3 @@ def _require_decays(options: Any, *names: str) -> None:
     for name in names:
         if not 0 <= getattr(options, name) < 1:
             raise ValueError(f"{name}={getattr(options, name)}: must be at least 0 and below 1")
-
-
-def _require_choice(name: str, value: str, choices: Any) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}={value!r}: must be one of {', '.join(choices)}")

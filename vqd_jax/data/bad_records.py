@@ -34,12 +34,9 @@ def to_lines(entries: Iterable[Mapping[str, Any]]) -> str:
 def append(path: str | os.PathLike, entry: Mapping[str, Any]) -> None:
     """Adds an entry to a file of bad records, which several processes may share."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    # A single write in append mode: lines of several processes do not mix.
-    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    try:
-        os.write(file, to_lines([entry]).encode())
-    finally:
-        os.close(file)
+    # A single unbuffered write in append mode: lines of several processes do not mix.
+    with open(path, "ab", buffering=0) as file:
+        file.write(to_lines([entry]).encode())
 
 
 def read(path: str | os.PathLike) -> list[dict[str, Any]]:

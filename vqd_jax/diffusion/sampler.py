@@ -81,10 +81,6 @@ class Settings(struct.PyTreeNode):
             raise ValueError(f"start='schedule': {name} takes no noise back, so it needs 'masked'")
 
 
-def _is_positive(x):
-    return (0 < x) & (x < np.inf)
-
-
 def _is_share(x):
     return (0 < x) & (x <= 1)
 
@@ -94,7 +90,7 @@ _POSSIBLE = {
     "guidance": (lambda x: (0 <= x) & (x < np.inf), "be finite and at least 0"),
     "truncation": (_is_share, "lie above 0 and up to 1"),
     "top_k": (lambda x: x >= 1, "be at least 1"),
-    "temperature": (_is_positive, "be positive and finite"),
+    "temperature": (lambda x: (0 < x) & (x < np.inf), "be positive and finite"),
     "strength": (_is_share, "lie above 0 and up to 1"),
 }
 

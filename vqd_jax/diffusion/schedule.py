@@ -74,10 +74,9 @@ def linear(
     """
     if num_steps < 1:
         raise ValueError(f"a schedule needs num_steps >= 1, got {num_steps}")
-    clean = np.array([1.0]), np.array([0.0])
     return from_tables(
-        np.concatenate([clean[0], np.linspace(*keep, num_steps, dtype=np.float64)]),
-        np.concatenate([clean[1], np.linspace(*mask, num_steps, dtype=np.float64)]),
+        np.append(1.0, np.linspace(*keep, num_steps)),
+        np.append(0.0, np.linspace(*mask, num_steps)),
         num_codes,
     )
 

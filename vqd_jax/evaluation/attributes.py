@@ -37,16 +37,11 @@ def read_background(image: np.ndarray) -> str:
     return _nearest(_background_colour(image.astype(float)), shapes_text.BACKGROUNDS)
 
 
-def _unit_areas(size: int = 64, radius: float = 20.0) -> dict[str, float]:
-    """Area of every shape in units of its squared radius."""
-    middle = size / 2
-    return {
-        shape: shapes_text.coverage(shape, middle, middle, radius, size).sum() / radius**2
-        for shape in shapes_text.SHAPES
-    }
-
-
-_AREAS = _unit_areas()
+# Area of every shape in units of its squared radius, measured in a drawing of 64 x 64 pixels.
+_AREAS = {
+    shape: shapes_text.coverage(shape, 32.0, 32.0, 20.0, 64).sum() / 20.0**2
+    for shape in shapes_text.SHAPES
+}
 
 
 def _fit_shape(alpha: np.ndarray) -> tuple[str, float, float, float]:

@@ -113,12 +113,7 @@ class Bound:
 
         def bits(params, key_data, codes, conditions):
             model = conditioned.bind(sizes, params, placement=sharding.placement(mesh))
-            context = model.context(conditions)
-
-            def predict(tokens, time):
-                return model.denoiser.denoise(tokens, model.denoiser.modulations(time), context)
-
-            key = jax.random.wrap_key_data(key_data)
+            key, predict = jax.random.wrap_key_data(key_data), model.predictor(conditions)
             return objective.likelihood(key, predict, codes, schedule, draws)
 
         self._bits = jax.jit(bits, out_shardings=sharding.replicated(mesh))

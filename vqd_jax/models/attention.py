@@ -38,6 +38,9 @@ REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
+# Compute dtypes, by the name used in configs.
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
 # Above this many bytes of scores, a CPU computes one head at a time, which stays in its cache.
 _MOST_SCORES = 2**24
 
@@ -268,4 +271,4 @@ def map_layers(layers: nnx.Module, method: Callable, placement: Placement = ONE_
 
 def float_dtype(name: str) -> jnp.dtype:
     """The compute dtype that a config names."""
-    return jnp.dtype({"float32": jnp.float32, "bfloat16": jnp.bfloat16}[name])
+    return jnp.dtype(DTYPES[name])

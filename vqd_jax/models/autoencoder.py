@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from vqd_jax.errors import require_at_least
+from vqd_jax.errors import require_at_least, require_choice
 from vqd_jax.models import functional, quantizer
 
 QUANTIZERS = ("nearest", "gumbel")
@@ -81,8 +81,7 @@ class AutoencoderConfig:
             raise ValueError(
                 f"channels={self.channels}: must be a multiple of norm_groups={self.norm_groups}"
             )
-        if self.quantizer not in QUANTIZERS:
-            raise ValueError(f"quantizer={self.quantizer!r}: must be one of {QUANTIZERS}")
+        require_choice(self, quantizer=QUANTIZERS)
         if self.num_entries < self.num_codes:
             raise ValueError(
                 f"codebook_size={self.codebook_size}: must be at least num_codes={self.num_codes}"
@@ -204,11 +203,7 @@ class Upsample(nnx.Module):
         self.conv = _conv3(channels, channels, rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        batch, height, width, channels = x.shape
-        x = jnp.broadcast_to(
-            x[:, :, None, :, None, :], (batch, height, 2, width, 2, channels)
-        ).reshape(batch, 2 * height, 2 * width, channels)
-        return self.conv(x)
+        return self.conv(x.repeat(2, axis=1).repeat(2, axis=2))
 
 
 class _Level(nnx.Module):

@@ -16,6 +16,7 @@ import numpy as np
 from flax import nnx
 from PIL import Image
 
+from vqd_jax.errors import require_divisible
 from vqd_jax.models import attention, functional
 from vqd_jax.models.text_encoder import EncoderBlock, TextEncoder, TextEncoderConfig
 
@@ -43,16 +44,7 @@ class ImageEncoderConfig:
     dtype: str = "float32"
 
     def __post_init__(self):
-        if self.width % self.num_heads:
-            raise ValueError(
-                f"image_encoder.width={self.width} is not divisible by "
-                f"image_encoder.num_heads={self.num_heads}"
-            )
-        if self.image_size % self.patch_size:
-            raise ValueError(
-                f"image_encoder.image_size={self.image_size} is not divisible by "
-                f"image_encoder.patch_size={self.patch_size}"
-            )
+        require_divisible(self, "image_encoder.", width="num_heads", image_size="patch_size")
 
 
 class ImageEncoder(nnx.Module):

@@ -7,6 +7,7 @@ Letters: B batch, N image tokens, L text positions, K codes.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -101,23 +102,24 @@ class ConditionedDenoiser(nnx.Module):
             condition = self.text_features(condition, encoded)
         return self.denoiser.context(condition)
 
-    def log_x0(
-        self,
-        tokens: jax.Array,
-        time: jax.Array,
-        condition: jax.Array | None,
-        encoded: jax.Array | None = None,
-    ) -> jax.Array:
-        """Normalised log p0, float32 [B, N, K].
+    def predictor(
+        self, condition: jax.Array | None, encoded: jax.Array | None = None
+    ) -> Callable[[jax.Array, jax.Array], jax.Array]:
+        """(tokens int32 [B, N] in 0..K, times int32 [B] in 1..T) -> logits float32 [B, N, K].
 
         Args:
-          tokens: int32 [B, N] in 0..K.
-          time: int32 [B] in 1..T.
           condition, encoded: as for ``context``.
         """
-        modulations = self.denoiser.modulations(time)
-        logits = self.denoiser.denoise(tokens, modulations, self.context(condition, encoded))
-        return jax.nn.log_softmax(logits)
+        context = self.context(condition, encoded)
+
+        def predict(tokens, time):
+            return self.denoiser.denoise(tokens, self.denoiser.modulations(time), context)
+
+        return predict
+
+    def log_x0(self, tokens: jax.Array, time: jax.Array, condition: jax.Array | None) -> jax.Array:
+        """Normalised log p0, float32 [B, N, K]; arguments as for ``predictor``."""
+        return jax.nn.log_softmax(self.predictor(condition)(tokens, time))
 
 
 init_params = functools.partial(functional.init, ConditionedDenoiser)

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from vqd_jax.errors import require_at_least
+from vqd_jax.errors import require_at_least, require_choice, require_divisible
 from vqd_jax.models import attention
 from vqd_jax.models.attention import ONE_DEVICE, Placement
 
@@ -77,21 +77,10 @@ class DenoiserConfig:
         require_at_least(self, "denoiser.", **sizes, num_classes=0)
         if not 0 < self.init_std < math.inf:
             raise ValueError(f"denoiser.init_std={self.init_std}: must be positive")
-        if self.width % self.num_heads:
-            raise ValueError(
-                f"denoiser.width={self.width} is not divisible by "
-                f"denoiser.num_heads={self.num_heads}"
-            )
-        for name, choices in (
-            ("condition", CONDITIONS),
-            ("mlp", ("fc", "conv")),
-            ("remat", attention.REMAT_POLICIES),
-            ("dtype", ("float32", "bfloat16")),
-        ):
-            if getattr(self, name) not in choices:
-                raise ValueError(
-                    f"denoiser.{name}={getattr(self, name)!r}: must be one of {', '.join(choices)}"
-                )
+        require_divisible(self, "denoiser.", width="num_heads")
+        of_model = {"condition": CONDITIONS, "mlp": ("fc", "conv")}
+        of_program = {"remat": attention.REMAT_POLICIES, "dtype": attention.DTYPES}
+        require_choice(self, "denoiser.", **of_model, **of_program)
         if self.condition == "text" and self.text_width < 1:
             raise ValueError(f"denoiser.text_width={self.text_width}: must be positive")
         if (self.condition == "class") != (self.num_classes > 0):

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from vqd_jax.errors import require_at_least
+from vqd_jax.errors import require_at_least, require_divisible
 from vqd_jax.models import attention, functional
 from vqd_jax.models.attention import ONE_DEVICE, Placement
 
@@ -44,11 +44,7 @@ class TextEncoderConfig:
     def __post_init__(self):
         sizes = dict.fromkeys(("width", "num_layers", "num_heads"), 1)
         require_at_least(self, "text_encoder.", **sizes, vocab_size=3, context_length=3)
-        if self.width % self.num_heads:
-            raise ValueError(
-                f"text_encoder.width={self.width} is not divisible by "
-                f"text_encoder.num_heads={self.num_heads}"
-            )
+        require_divisible(self, "text_encoder.", width="num_heads")
 
 
 class EncoderBlock(nnx.Module):

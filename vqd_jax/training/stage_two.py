@@ -161,12 +161,7 @@ def _gradients(params, statistics, key, batch, *, config, placement):
 
     def loss_fn(params):
         model = conditioned.bind(model_config, params, placement=placement)
-        context = model.context(condition, batch.get("text_features"))
-
-        def predict(tokens, time):
-            # The objective normalises the logits.
-            return model.denoiser.denoise(tokens, model.denoiser.modulations(time), context)
-
+        predict = model.predictor(condition, batch.get("text_features"))
         return objective.variational_bound(
             key,
             predict,

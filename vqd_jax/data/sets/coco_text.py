@@ -83,13 +83,9 @@ def _shards(tree: Tree) -> list[str]:
         return []
     places = ("", "coco_captions/2014/1.1.0")
     for place in places:
-        if shards := [s for s in _files(tree, place) if _SHARD.search(s)]:
+        if shards := [s for s in tree.files(place, recursive=False) if _SHARD.search(s)]:
             return shards
     return []
-
-
-def _files(tree: Tree, folder: str) -> list[str]:
-    return tree.files(folder, recursive=False) if not folder or tree.has(folder) else []
 
 
 def _read_phase(tree: Tree, phase: str) -> list[Item]:

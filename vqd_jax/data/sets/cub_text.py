@@ -75,8 +75,8 @@ def _captions(tree: Tree) -> str:
 def _split_files(tree: Tree, config: str) -> list[str]:
     if config == "published":
         return [
-            tree.first(f"list of {split} images", *(f"{p}{split}/filenames.pickle" for p in places))
-            for split, places in (("train", ("", "birds/")), ("test", ("", "birds/")))
+            tree.first(f"list of {s} images", *(f"{p}{s}/filenames.pickle" for p in ("", "birds/")))
+            for s in ("train", "test")
         ]
     return [
         tree.first("CUB-200-2011 split", *(f"{root}{name}" for root in _ROOTS))
