@@ -13,9 +13,11 @@ leaves out programs that the file has already.
 import argparse
 import importlib.util
 import json
+import math
 import os
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -199,9 +201,7 @@ def measure(kind: str, config, mesh, rows: int, hlo_path: str | None = None) -> 
     found = program.collectives(hlo)
     grid = config_lib.model_config(config).denoiser.grid
     stream = grid[0] * grid[1] * config.denoiser.width
-    gathered = program.gathered_activations(
-        found, [x.shape for x in jax.tree.leaves(state.params)], stream
-    )
+    gathered = gathered_activations(found, [x.shape for x in jax.tree.leaves(state.params)], stream)
     return {
         **program.memory(compiled)._asdict(),
         "exchanged": program.by_kind(found),
@@ -210,6 +210,26 @@ def measure(kind: str, config, mesh, rows: int, hlo_path: str | None = None) -> 
         "trace_seconds": lowered_at - start,
         "compile_seconds": seconds,
     }
+
+
+def gathered_activations(
+    found: Iterable[program.Collective], parameter_shapes: Iterable[tuple[int, ...]], stream: int
+) -> list[program.Collective]:
+    """All-gathers of activations: of arrays of the size of a stream, but not of a parameter.
+
+    Args:
+      found: of ``program.collectives``.
+      parameter_shapes: of all parameters; a stack of layers, or one of them, may be gathered.
+      stream: elements [N, D] of the stream of one image. An array gathered from G devices is one
+        of activations if it holds at least G streams. Vectors, such as those of times, are smaller.
+    """
+    sizes = {math.prod(part) for shape in parameter_shapes for part in (shape, shape[1:])}
+    return [
+        c
+        for c in found
+        if c.kind == "all-gather"
+        and any(math.prod(s) >= c.group * stream and math.prod(s) not in sizes for s in c.shapes)
+    ]
 
 
 def row(result: dict) -> str:

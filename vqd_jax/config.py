@@ -115,12 +115,7 @@ def load(path: str) -> ConfigDict:
     Raises:
       UserError: it is not such a file, or holds impossible values; the message names the file.
     """
-    try:
-        with open(path, encoding="utf-8") as file:
-            stored = json.load(file)
-    except ValueError as error:
-        raise UserError(f"{path} is not a config that this program wrote: {error}") from error
-    return from_dict(stored, path)
+    return from_dict(files.read_json(path, "it is not a config that this program wrote"), path)
 
 
 def from_dict(stored: dict, source: str) -> ConfigDict:

@@ -1,6 +1,9 @@
 # ruff: noqa: E501
 """What programs take: texts of the TPU compiler checked by hand, and the step of a small model."""
 
+import runpy
+from pathlib import Path
+
 import jax
 import numpy as np
 import pytest
@@ -12,6 +15,8 @@ from vqd_jax.parallel import program, sharding
 from vqd_jax.training import stage_two, task
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+ROOT = Path(__file__).parents[2]
 
 TEXT = """HloModule jit_step
 
@@ -61,13 +66,14 @@ def test_collectives_are_counted_by_turns_and_channels():
 
 
 def test_a_gathered_parameter_is_no_activation():
-    found = program.collectives(TEXT)
-    assert program.gathered_activations(found, [(19, 16, 16)], stream=64) == []
-    (gathered,) = program.gathered_activations(found, [(19, 16, 8)], stream=64)
+    script = runpy.run_path(str(ROOT / "benchmarks" / "tpu_compile.py"))
+    found, of_activations = program.collectives(TEXT), script["gathered_activations"]
+    assert of_activations(found, [(19, 16, 16)], stream=64) == []
+    (gathered,) = of_activations(found, [(19, 16, 8)], stream=64)
     assert gathered.shapes == ((16, 16),)
     assert gathered.times == 19
     # Of four devices, less than a stream of each.
-    assert program.gathered_activations(found, [(19, 16, 8)], stream=65) == []
+    assert of_activations(found, [(19, 16, 8)], stream=65) == []
 
 
 @pytest.fixture(scope="module")

@@ -45,7 +45,6 @@ class Codec:
     Args:
       sizes: of the autoencoder.
       params: its parameters.
-      devices: None is all of this process.
 
     Attributes:
       num_codes: K.
@@ -53,10 +52,8 @@ class Codec:
       batch_size: images in a call that fills the devices.
     """
 
-    def __init__(
-        self, sizes: AutoencoderConfig, params: Any, devices: Sequence[jax.Device] | None = None
-    ):
-        devices = jax.local_devices() if devices is None else devices
+    def __init__(self, sizes: AutoencoderConfig, params: Any):
+        devices = jax.local_devices()
         mesh = jax.make_mesh((len(devices),), ("data",), (AxisType.Auto,), devices=devices)
         self.num_codes, self.num_tokens = sizes.num_codes, sizes.num_tokens
         self.batch_size = BATCH_PER_DEVICE * len(devices)

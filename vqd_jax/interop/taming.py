@@ -232,10 +232,7 @@ def config_from_dict(described: Mapping[str, Any], source: str) -> AutoencoderCo
     Raises:
       UserError: a key is unknown or missing, or a value impossible.
     """
-    try:
-        return AutoencoderConfig(**described)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{source}/config.json is not that of an autoencoder: {error}") from error
+    return _config(f"{source}/config.json is not that of an autoencoder", **described)
 
 
 def published_remap(codebook_size: int, num_codes: int) -> np.ndarray | None:
@@ -318,7 +315,7 @@ def _infer(found: Mapping[str, Any], source: str, image_size: int) -> Autoencode
         raise UserError(f"{source}: a level of {uneven[0]} channels is no multiple of {channels}")
     attends = [level for level in levels if f"encoder.down.{level}.attn.0.norm.weight" in found]
     return _config(
-        source,
+        f"{source} has sizes that do not go together",
         image_size=image_size,
         channels=channels,
         channel_multipliers=tuple(width // channels for width in widths),
@@ -348,7 +345,7 @@ def _from_diffusers_config(
         if any(width % widths[0] for width in widths):
             raise UserError(f"{source}: block_out_channels={widths}: no multiples of the first")
         return _config(
-            source,
+            f"{source} has sizes that do not go together",
             image_size=image_size,
             channels=widths[0],
             channel_multipliers=tuple(width // widths[0] for width in widths),
@@ -365,11 +362,11 @@ def _from_diffusers_config(
         raise UserError(f"{source}/config.json is not that of a VQModel: {error!r}") from error
 
 
-def _config(source: str, **sizes: Any) -> AutoencoderConfig:
+def _config(complaint: str, **sizes: Any) -> AutoencoderConfig:
     try:
         return AutoencoderConfig(**sizes)
-    except ValueError as error:
-        raise UserError(f"{source} has sizes that do not go together: {error}") from error
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{complaint}: {error}") from error
 
 
 def _count(found: Mapping[str, Any], prefix: str) -> int:

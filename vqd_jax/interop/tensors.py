@@ -20,19 +20,21 @@ from tqdm import tqdm
 
 from vqd_jax.errors import UserError
 
-_SAFETENSORS_TYPES = {
-    "F64": np.float64,
-    "F32": np.float32,
-    "F16": np.float16,
-    "BF16": ml_dtypes.bfloat16,
-    "I64": np.int64,
-    "I32": np.int32,
-    "I16": np.int16,
-    "I8": np.int8,
-    "U8": np.uint8,
-    "BOOL": np.bool_,
-}
-_SAFETENSORS_NAMES = {np.dtype(kind): name for name, kind in _SAFETENSORS_TYPES.items()}
+# Types of numbers, by their names in safetensors files and in PyTorch's.
+NUMBER_TYPES = (
+    ("F64", "Double", np.float64),
+    ("F32", "Float", np.float32),
+    ("F16", "Half", np.float16),
+    ("BF16", "BFloat16", ml_dtypes.bfloat16),
+    ("I64", "Long", np.int64),
+    ("I32", "Int", np.int32),
+    ("I16", "Short", np.int16),
+    ("I8", "Char", np.int8),
+    ("U8", "Byte", np.uint8),
+    ("BOOL", "Bool", np.bool_),
+)
+_BY_NAME = {name: np.dtype(kind) for name, _, kind in NUMBER_TYPES}
+_NAMES = {kind: name for name, kind in _BY_NAME.items()}
 _ALIGNMENT = 64  # bytes
 _LONGEST_HEADER = 100_000_000  # bytes; the limit of the format's own library
 
@@ -247,8 +249,7 @@ def _entry(
     source: FileBytes, data: int, dtype: str, shape: list[int], data_offsets: list[int]
 ) -> Tensor:
     begin, end = data_offsets
-    kind = np.dtype(_SAFETENSORS_TYPES[dtype])
-    tensor = Tensor(source, data + begin, kind, tuple(shape))
+    tensor = Tensor(source, data + begin, _BY_NAME[dtype], tuple(shape))
     if min(begin, *shape, 0) < 0 or end - begin != tensor.nbytes:
         raise ValueError(f"{shape} of {dtype} in bytes {begin} to {end}")
     return tensor
@@ -277,7 +278,7 @@ def write_safetensors(
         dtype, begin = np.dtype(dtypes[name]), end
         end += arrays[name].size * dtype.itemsize
         header[name] = {
-            "dtype": _SAFETENSORS_NAMES[dtype],
+            "dtype": _NAMES[dtype],
             "shape": list(arrays[name].shape),
             "data_offsets": [begin, end],
         }

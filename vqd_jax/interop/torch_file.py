@@ -10,6 +10,7 @@ code is never looked at.
 """
 
 import collections
+import dataclasses
 import pickle
 import sys
 import zipfile
@@ -17,24 +18,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, BinaryIO, NamedTuple
 
-import ml_dtypes
 import numpy as np
 
 from vqd_jax.errors import UserError
-from vqd_jax.interop.tensors import FileBytes, Tensor
+from vqd_jax.interop.tensors import NUMBER_TYPES, FileBytes, Tensor
 
-_STORAGES = {
-    "FloatStorage": np.float32,
-    "DoubleStorage": np.float64,
-    "HalfStorage": np.float16,
-    "BFloat16Storage": ml_dtypes.bfloat16,
-    "LongStorage": np.int64,
-    "IntStorage": np.int32,
-    "ShortStorage": np.int16,
-    "CharStorage": np.int8,
-    "ByteStorage": np.uint8,
-    "BoolStorage": np.bool_,
-}
 # The magic number of the format before PyTorch 1.6, pickled.
 _OLD_START = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 # Published autoencoder files have these classes as keys of a dictionary, and use them for no more.
@@ -179,14 +167,6 @@ class _Old:
         return self._offsets.get(key, 0)
 
 
-class _Storage(NamedTuple):
-    source: FileBytes
-    offset: int
-    dtype: np.dtype
-    size: int
-    swapped: bool
-
-
 class _ScriptModule:
     """A module of a TorchScript archive: its attributes."""
 
@@ -204,8 +184,8 @@ def _state_dict(module: _ScriptModule, prefix: str = "") -> dict[str, Tensor]:
     return tensors
 
 
-def _rebuild_tensor(storage, offset, shape, strides, requires_grad, hooks, metadata=None) -> Tensor:
-    """A tensor that views ``storage``; what autograd needs is dropped."""
+def _rebuild_tensor(storage: Tensor, offset, shape, strides, *_of_autograd) -> Tensor:
+    """A tensor that views ``storage``, which has one axis."""
     shape, strides = tuple(map(int, shape)), tuple(map(int, strides))
     if len(shape) != len(strides) or min(offset, 0, *shape, *strides) < 0:
         raise ValueError(f"tensor of shape {shape}, strides {strides}, offset {offset}")
@@ -216,11 +196,7 @@ def _rebuild_tensor(storage, offset, shape, strides, requires_grad, hooks, metad
     start = storage.offset + offset * storage.dtype.itemsize
     if strides == _row_major(shape):
         strides = None
-    return Tensor(storage.source, start, storage.dtype, shape, strides, storage.swapped)
-
-
-def _rebuild_old_tensor(storage, offset, shape, strides) -> Tensor:
-    return _rebuild_tensor(storage, offset, shape, strides, False, None)
+    return dataclasses.replace(storage, offset=start, shape=shape, strides=strides)
 
 
 def _row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -281,10 +257,6 @@ def _encode(text, encoding):
     return text.encode("latin1")
 
 
-def _as_list(values):
-    return list(values)
-
-
 class _StorageType(NamedTuple):
     """Stands for a class like ``torch.FloatStorage``."""
 
@@ -302,15 +274,15 @@ class _Function(NamedTuple):
 
 _FUNCTIONS = {
     "collections.OrderedDict": collections.OrderedDict,
-    "torch._utils._rebuild_tensor": _rebuild_old_tensor,
+    "torch._utils._rebuild_tensor": _rebuild_tensor,
     "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
     "torch._utils._rebuild_parameter": _rebuild_parameter,
     "torch.Size": tuple,
     "torch.device": str,
-    "torch.jit._pickle.build_intlist": _as_list,
-    "torch.jit._pickle.build_doublelist": _as_list,
-    "torch.jit._pickle.build_boollist": _as_list,
-    "torch.jit._pickle.build_tensorlist": _as_list,
+    "torch.jit._pickle.build_intlist": list,
+    "torch.jit._pickle.build_doublelist": list,
+    "torch.jit._pickle.build_boollist": list,
+    "torch.jit._pickle.build_tensorlist": list,
     "numpy.dtype": _ScalarType,
     "numpy.core.multiarray.scalar": _scalar,
     "numpy._core.multiarray.scalar": _scalar,
@@ -318,7 +290,7 @@ _FUNCTIONS = {
 }
 _KNOWN = {
     **{name: _Function(function) for name, function in _FUNCTIONS.items()},
-    **{f"torch.{name}": _StorageType(np.dtype(kind)) for name, kind in _STORAGES.items()},
+    **{f"torch.{name}Storage": _StorageType(np.dtype(x)) for _, name, x in NUMBER_TYPES},
     **{name: name for name in _NAMES_ONLY},
 }
 
@@ -347,7 +319,7 @@ class _Unpickler(pickle.Unpickler):
             "files of plain tensors are read. If the file is yours, save its state dict instead."
         )
 
-    def persistent_load(self, pid: Any) -> _Storage:
+    def persistent_load(self, pid: Any) -> Tensor:
         kind, storage_type, key, _location, size, *view = pid
         if kind != "storage" or not isinstance(storage_type, _StorageType) or size < 0:
             raise ValueError(f"unknown storage {pid!r}")
@@ -356,4 +328,4 @@ class _Unpickler(pickle.Unpickler):
             raise ValueError(f"storage {key} is a view of another one")
         archive, dtype = self._archive, storage_type.dtype
         offset = archive.storage(str(key), int(size), dtype.itemsize)
-        return _Storage(archive.source, offset, dtype, size, archive.swapped)
+        return Tensor(archive.source, offset, dtype, (int(size),), swapped=archive.swapped)

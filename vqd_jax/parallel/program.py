@@ -300,26 +300,6 @@ def by_kind(found: Iterable[Collective]) -> dict[str, tuple[int, int]]:
     return {kind: (table[0][kind], table[1][kind]) for kind in KINDS if table[0][kind]}
 
 
-def gathered_activations(
-    found: Iterable[Collective], parameter_shapes: Iterable[tuple[int, ...]], stream: int
-) -> list[Collective]:
-    """All-gathers of activations: of arrays of the size of a stream, but not of a parameter.
-
-    Args:
-      found: of ``collectives``.
-      parameter_shapes: of all parameters; a stack of layers, or one of them, may be gathered.
-      stream: elements [N, D] of the stream of one image. An array gathered from G devices is one
-        of activations if it holds at least G streams. Vectors, such as those of times, are smaller.
-    """
-    sizes = {math.prod(part) for shape in parameter_shapes for part in (shape, shape[1:])}
-    return [
-        c
-        for c in found
-        if c.kind == "all-gather"
-        and any(math.prod(s) >= c.group * stream and math.prod(s) not in sizes for s in c.shapes)
-    ]
-
-
 def _computations(hlo: str) -> tuple[dict[str, list[str]], str]:
     bodies, entry, current = {}, "", None
     for line in hlo.splitlines():

@@ -177,7 +177,7 @@ class _Run(contextlib.ExitStack):
         self._sigterm = self.enter_context(_SigtermFlag())
         self._bar = self.enter_context(progress_bar(task.name, schedule.num_steps, step))
         self._profiler = self.enter_context(_Profiler(place.directory, schedule))
-        self._speed = _Speed(schedule.batch_size)
+        self._speed = _Speed(schedule.batch_size, step)
 
     def finish(self, state: Any, iterator: grain.DatasetIterator) -> Any:
         """The state after the last step."""
@@ -196,7 +196,6 @@ class _Run(contextlib.ExitStack):
             last = self._step, metrics
             if log or evaluate or save:
                 _require_finite(last, self._saved)
-            self._speed.count(schedule.steps_per_call)
             if log:
                 self._log(metrics)
             self._bar.update(schedule.steps_per_call)
@@ -216,7 +215,7 @@ class _Run(contextlib.ExitStack):
 
     def _log(self, metrics: dict[str, jax.Array]) -> None:
         values = {key: float(np.ravel(value)[-1]) for key, value in jax.device_get(metrics).items()}
-        values["images_per_second"] = self._speed.read()
+        values["images_per_second"] = self._speed.read(self._step)
         named = {f"{self._task.prefix}/{key}": value for key, value in values.items()}
         self._writer.write(self._step, named)
         shown = "loss {loss:.3f}, {images_per_second:.0f} images/s".format(**values)
@@ -281,17 +280,14 @@ class _Profiler(contextlib.ExitStack):
 class _Speed:
     """Images a second since the last reading, pauses left out."""
 
-    def __init__(self, batch_size: int):
+    def __init__(self, batch_size: int, step: int):
         self._batch_size = batch_size
-        self._start, self._steps = time.perf_counter(), 0
+        self._start, self._step = time.perf_counter(), step
 
-    def count(self, steps: int) -> None:
-        self._steps += steps
-
-    def read(self) -> float:
+    def read(self, step: int) -> float:
         now = time.perf_counter()
-        speed = self._steps * self._batch_size / (now - self._start)
-        self._start, self._steps = now, 0
+        speed = (step - self._step) * self._batch_size / (now - self._start)
+        self._start, self._step = now, step
         return speed
 
     @contextlib.contextmanager
