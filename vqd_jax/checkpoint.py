@@ -47,7 +47,7 @@ def claim(config: ConfigDict, workdir: str) -> None:
         try:
             stored = json.loads((path / str(step) / "config" / "metadata").read_text())
         except (OSError, ValueError):
-            # Damaged; what can be read decides.
+            # This one is damaged. One that can be read decides.
             continue
         except Exception as error:  # A bucket's client raises many kinds.
             raise UserError(f"{name} cannot be read: {_reason(error)}") from error
@@ -167,7 +167,7 @@ class Checkpoints:
         return found.state
 
     def _put_aside(self, steps: list[int]) -> None:
-        """What follows is saved under these steps again."""
+        """Renames damaged checkpoints, because the run saves these steps again."""
         if processes.is_writer():
             for step in steps:
                 (self.directory / str(step)).rename(self.directory / f"{step}.damaged")
@@ -238,13 +238,13 @@ def _steps(path: epath.Path) -> list[int]:
         raise UserError(f"checkpoints of {path} cannot be listed: {_reason(error)}") from error
 
 
-# What keeps a checkpoint from being used; among several processes, the largest counts.
+# Why a checkpoint cannot be used. If processes have different reasons, the largest counts.
 _NOTHING, _DAMAGE, _OTHER_MODEL, _NO_ANSWER = range(4)
 # TensorStore reports errors of the storage as ValueErrors.
 _PASSING = re.compile(
     r"UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|Input/output error|Stale file handle|timed out"
 )
-# Before another attempt, after an error that may pass.
+# Seconds to wait before another attempt, after an error that may pass.
 _PAUSES = (0.5, 1.0)
 
 
@@ -321,7 +321,7 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
     return {
         sharding.dotted(path): tuple(leaf.shape)
         for path, leaf in leaves
-        # What is stored of a PRNG key is its data.
+        # A PRNG key is stored as its data, which have another shape.
         if hasattr(leaf, "shape") and sharding.dotted(path) != "key"
     }
 

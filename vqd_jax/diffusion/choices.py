@@ -46,8 +46,8 @@ def settings(
     Args:
       schedule: of the model.
       grid: rows and columns of the tokens.
-      num_steps: S, 1..T; 0 is T. What begins later than at T, because codes are known or noised in
-        part, calls the network once for each time that is left, if these are fewer.
+      num_steps: S, 1..T; 0 is T. An image begins later than at T if some of its codes are known, or
+        if ``strength`` is below 1; it calls the network at most once for every time that is left.
       times: S + 1 times from 0 to at most T, increasing, instead of ``num_steps``.
       published_fast: speed of the published "fast inference", 2..T, instead of ``num_steps`` and
         ``rule``.

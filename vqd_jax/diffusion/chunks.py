@@ -1,8 +1,8 @@
 """A function of tokens, applied to a sixteenth of them at a time.
 
-What a function of [B, N, K] arrays stores in between has their size, several times over. Done in
-chunks it has a sixteenth of it, and on a CPU stays in the cache. The chunks divide the token axis,
-never the batch, which may be spread over devices.
+A function of [B, N, K] arrays stores several intermediate results of that size. In chunks they take
+a sixteenth of the memory, and on a CPU they stay in the cache. The chunks divide the token axis and
+never the batch, because the batch may be spread over devices.
 
 Letters: B batch, N tokens, K codes.
 """

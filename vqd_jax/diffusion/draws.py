@@ -1,13 +1,14 @@
 """Exact draws from categorical distributions, with few random bits.
 
-A draw is a race between exponential clocks: category i rings at E_i / p_i with E_i ~ Exp(1), and
-the first to ring is i with probability p_i / sum_j p_j. (Gumbel-max is the same race on a
-logarithmic scale.) An exponential is made of 64 random bits, so that a category 40 nats below the
-best still gets its due; JAX's default Gumbel noise ends near 16 nats.
+A draw is a race between exponential clocks. The clock of category i rings at E_i / p_i with
+E_i ~ Exp(1), and it is the first to ring with probability p_i / sum_j p_j. (Gumbel-max is the same
+race on a logarithmic scale.) An exponential is made of 64 random bits, so that even a category 40
+nats below the best is drawn with its own probability. JAX's default Gumbel noise ends near 16 nats.
 
-A race between K codes needs 2 K random words a token, which costs more than all else in a sampling
-step. So the codes stand in about sqrt(K) blocks of sqrt(K) codes: one race between the blocks, one
-between the codes of the block that won. That is 4 sqrt(K) words, and the law is the same.
+A race between K codes needs 2 K random words for every token, which costs more than all else in a
+sampling step. The codes are therefore divided into about sqrt(K) blocks of sqrt(K) codes. One race
+chooses the block and a second one the code in it. Together they need 4 sqrt(K) words, and the
+distribution is the same.
 
 Letters: K number of codes.
 """
@@ -34,7 +35,7 @@ def race(words: jax.Array, p: jax.Array) -> jax.Array:
 
 
 def block_shape(num_codes: int) -> tuple[int, int]:
-    """(blocks, codes a block) that ``code`` draws from."""
+    """(number of blocks, codes in each) that ``code`` draws from."""
     width = math.isqrt(num_codes - 1) + 1
     return -(-num_codes // width), width
 

@@ -1,9 +1,9 @@
 """Training objective and likelihood (VQ-Diffusion, section 4.1 and algorithm 1).
 
 The variational bound of an image is a sum over t = 1..T of KL(q(x_{t-1}|x_t,x_0) || p(x_{t-1}|x_t))
-(at t = 1 that is -log p0[x_0], since the posterior at time 0 is p0 itself). One t is drawn an image
-and its term divided by the probability p_t of drawing it. Beside it stands the x_0 term
--log p0[x_0] of every token (equation 9 of the paper), weighted and largest at small t.
+(at t = 1 that is -log p0[x_0], since the posterior at time 0 is p0 itself). One t is drawn for each
+image, and its term is divided by the probability p_t of drawing it. The x_0 term, -log p0[x_0] of
+every token (equation 9 of the paper), is added with a weight that falls with t.
 
 Letters: B batch, N image tokens, K codes, T steps.
 """
@@ -22,16 +22,16 @@ from vqd_jax.diffusion.schedule import Schedule
 PredictX0 = Callable[[jax.Array, jax.Array], jax.Array]
 
 # How strongly one visit moves the running mean of squared losses, and how many visits every time
-# needs before they are trusted (both as in the published code).
+# needs before the means are used (both as in the published code).
 HISTORY_RATE = 0.1
 MIN_VISITS = 10
 
 
 class TimeStatistics(struct.PyTreeNode):
-    """What importance sampling of t knows: per time 1..T (entry t-1).
+    """What importance sampling of t has learnt of each time 1..T (entry t-1).
 
     Attributes:
-      squared_loss: float32 [T], running mean of the squared bound term, nats^2 an image.
+      squared_loss: float32 [T], running mean of the squared bound term of an image, nats^2.
       visits: float32 [T], how many images were drawn at that time.
     """
 
@@ -63,7 +63,8 @@ def sample_times(key: jax.Array, probabilities: jax.Array, batch: int) -> jax.Ar
 
     The draws are stratified: one uniform offset, B equally spaced points of the inverse cumulative
     distribution. That keeps every marginal and lowers the variance of the batch mean. Their order
-    is random: data sets that are mixed stand in fixed rows, and each must meet every time.
+    is random, because mixed data sets have fixed rows in a batch and each of them must meet every
+    time.
     """
     points = (jnp.arange(batch) + jax.random.uniform(key)) / batch
     cumulative = jnp.cumsum(probabilities)
@@ -285,8 +286,8 @@ def likelihood(
 ) -> jax.Array:
     """Bound on -log2 p(x0) in bits a token, without its prior term: float32 [B].
 
-    The bound is a sum over t. A network that has not yet learnt to copy what it sees has by far its
-    largest term at t = 1, so that one is always computed. The others are estimated from
+    The bound is a sum over t. Its largest term by far, in a network that has not yet learnt to copy
+    visible tokens, is that at t = 1, which is always computed. The others are estimated from
     ``num_draws - 1`` times (at least one), stratified over 2..T and the same for every image of the
     call. With num_draws = T every time is visited once. Two calls with the same key meet the same
     noise, so their difference is a paired one.

@@ -3,9 +3,9 @@
 A rule is called for one image as ``rule(key, log_x0, tokens, step, schedule)`` and returns the
 tokens at time s; ``sampler.sample`` lifts it over the batch and runs it in one scan. ``Ancestral``
 is the reverse process itself, for any s < t. ``PublishedFast`` is the published shortcut, kept for
-comparison. ``Remask`` hides some tokens again. The others reveal a budget of masked tokens a step
-and differ in which: at random (``HighQuality``), where the network is sure (``Purity``,
-``Confidence``), or far apart from each other (``Halton``).
+comparison. ``Remask`` hides some tokens again. The others reveal a given number of masked tokens in
+every step. They differ in the choice: at random (``HighQuality``), where the network is sure
+(``Purity``, ``Confidence``), or far apart from each other (``Halton``).
 
 The attribute ``start`` of a rule says how its chains begin unless the settings say otherwise: from
 the law of the schedule at time T ("schedule"), or with every token masked ("masked").
@@ -54,10 +54,10 @@ class Ancestral(struct.PyTreeNode):
 class PublishedFast(struct.PyTreeNode):
     """The published "fast inference": one step's worth of unmasking, ``skip`` times too late.
 
-    p0 is predicted at t, but the posterior drawn from is the one of the single step that ends at
-    t - skip - 1 (at t <= skip + 1: at t - 1), as if x_t were the tokens at time t - skip. The masks
-    lag behind their nominal share and the last calls reveal the rest at once. Use it with
-    ``sampler.published_fast``.
+    p0 is predicted at t. The posterior, however, is that of the single step that ends at
+    t - skip - 1 (at t <= skip + 1: at t - 1), as if x_t were the tokens at time t - skip. Fewer
+    tokens are revealed than the schedule says, and the last calls reveal the rest at once. Use it
+    with ``sampler.published_fast``.
 
     Attributes:
       skip: times left out between two calls.
@@ -78,8 +78,8 @@ class PublishedFast(struct.PyTreeNode):
 class Remask(struct.PyTreeNode):
     """Hides a share of the visible tokens again, to correct them (ReMDM, arXiv:2503.00307).
 
-    The share is ``strength`` times the largest one that leaves the marginals of every time as they
-    are; as many more tokens are revealed. 0 is ``Ancestral``.
+    The share is ``strength`` times the largest one that keeps the marginals of every time. Equally
+    many more tokens are revealed. With strength 0 it is ``Ancestral``.
 
     Attributes:
       strength: 0..1 ("rescale" in the paper).
@@ -123,7 +123,7 @@ def remasking_bridge(
 
 
 class Reveal(struct.PyTreeNode):
-    """Reveals a budget of masked tokens a step; base of the four rules that do.
+    """Reveals a given number of masked tokens in every step; the base of four rules.
 
     A revealed token stays as it is. A subclass says which tokens come first (``priority``) and may
     sharpen the distribution that their codes are drawn from (``sharpened``).
@@ -133,7 +133,7 @@ class Reveal(struct.PyTreeNode):
       is_random: the order is drawn, so the key is split between codes and order.
     """
 
-    # A visible token is never looked at again, so one of pure noise would stay.
+    # Visible tokens are never changed, so one that began as noise would stay.
     start: ClassVar[str] = "masked"
     redraws_last: ClassVar[bool] = False
     is_random: ClassVar[bool] = True
@@ -237,7 +237,7 @@ def halton_rank(rows: int, columns: int) -> np.ndarray:
 
 
 def num_to_reveal(tokens: jax.Array, step: Step, schedule: Schedule) -> jax.Array:
-    """How many masked tokens [] a step reveals: so many that num_masked C_s / C_start stay masked.
+    """How many masked tokens [] a step reveals; num_masked C_s / C_start of them stay masked.
 
     The steps of a chain sum to ``num_masked`` for any N and any list of times.
     """

@@ -55,11 +55,11 @@ def truncate(log_x0: jax.Array, rate: jax.Array) -> jax.Array:
       float32 [..., K], normalised.
     """
     p = jnp.exp(log_x0)
-    # The last code that stays and those below it hold 1 - rate at least, so it has its K-th part.
+    # The last code that stays and all below it hold at least 1 - rate, so it holds a K-th of that.
     lowest = jnp.log((1 - rate) / p.shape[-1]) - 1.0
 
     def above(threshold):
-        # Probabilities are compared as well as added, so that they alone are read.
+        # The probabilities are added, too. Comparing log p would read a second array.
         return p > jnp.exp(threshold)
 
     return _keep(log_x0, lowest, above, p, rate)
@@ -79,7 +79,7 @@ def _keep(log_x0, lowest, above, weight, amount):
     top = log_x0.max(-1, keepdims=True)
     # Nothing is drawn 60 nats below the best code.
     low = bisect(too_low, jnp.maximum(lowest, top - 60.0), top)
-    # The best stays, however the last bit of an exponential falls.
+    # The best code stays even if rounding puts it below the threshold.
     return jax.nn.log_softmax(jnp.where(above(low) | (log_x0 >= top), log_x0, transition.LOG_ZERO))
 
 

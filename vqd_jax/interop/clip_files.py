@@ -1,6 +1,6 @@
 """CLIP from its published files: OpenAI's archives, Hugging Face's folders, open_clip's files.
 
-The weights must be OpenAI's, whatever the file. Networks of others may have another activation,
+The weights must be OpenAI's in any of these formats. Other networks may have another activation,
 which no tensor tells.
 """
 
@@ -18,7 +18,7 @@ from vqd_jax.models import clip, text_encoder
 from vqd_jax.models.clip import ClipConfig, ImageEncoderConfig
 from vqd_jax.models.text_encoder import TextEncoderConfig
 
-# Constants of the network, which its code knows: sizes, masks, positions.
+# Tensors that are constants of the network: sizes, masks, positions.
 IGNORED = (
     r"input_resolution|context_length|vocab_size",
     r"(.*\.)?attn_mask",

@@ -87,7 +87,7 @@ def read(
     config = denoiser_tables.published_config(
         names,
         num_heads=num_heads,
-        # Neither a tokenizer nor a text tells it: published tokens cover 16 pixels.
+        # Without a tokenizer and a text nothing tells it. Published tokens cover 16 pixels.
         image_grid=grid or (image_size or taming.DEFAULT_IMAGE_SIZE) // 16,
         null_label=IMAGENET_NULL,
         learned_null="null_text" in parts,

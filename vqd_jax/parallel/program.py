@@ -1,4 +1,4 @@
-"""What a program takes of every device, found out without running it: memory, and exchanges.
+"""How much memory a program takes on a device, and what devices exchange, without running it.
 
 A program is compiled from shapes alone, so that nothing is allocated. Its devices may be those of
 this machine, virtual ones (``XLA_FLAGS=--xla_force_host_platform_device_count=8``), or a TPU slice
@@ -20,8 +20,8 @@ from vqd_jax.errors import UserError
 from vqd_jax.parallel import sharding
 
 GIB = 2**30
-# Memory of one device, GiB, by the beginning of its kind. Of a GPU, it is the three quarters that
-# JAX takes.
+# GiB of memory of one device, by the beginning of its kind. Of a GPU only three quarters count,
+# because JAX takes no more.
 HBM_GIB = {
     "TPU v4": 32,
     "TPU v5 lite": 16,
@@ -53,7 +53,7 @@ _UNTRIED = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
-# Bytes of one number, by the types that programs have.
+# Bytes of one number, by its type in the text of a program.
 BYTES = {
     **dict.fromkeys(("pred", "s8", "u8"), 1),
     **dict.fromkeys(("s16", "u16", "bf16", "f16"), 2),
@@ -272,7 +272,7 @@ def memory(compiled: Any) -> Memory:
 
 
 def collectives(hlo: str) -> list[Collective]:
-    """The exchanges of a compiled program, ``compiled.as_text()``; loops count their turns."""
+    """The exchanges of a program, ``compiled.as_text()``; one in a loop counts in every turn."""
     bodies, entry = _computations(hlo)
     times = _times(bodies, entry)
     found = {}

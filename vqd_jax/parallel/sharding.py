@@ -28,12 +28,12 @@ AXES = ("data", "fsdp", "tensor")
 # The axes that the rows of a batch are spread over.
 BATCH_AXES = ("data", "fsdp")
 
-# A rule must name every leaf of this many elements; smaller ones (biases, norms) are replicated.
+# A leaf of at least this many elements needs a rule. Smaller ones (biases, norms) are replicated.
 LARGE = 2**20
 
-# A spec is that of the last axes of an array, so one rule serves a layer, a stack of layers and a
+# A spec divides the last axes of an array, so one rule serves a layer, a stack of layers and a
 # convolution. The first rule that matches counts. Patterns match the end of paths such as
-# 'denoiser.blocks.mlp_in.kernel'; averages and moments have the same ends.
+# 'denoiser.blocks.mlp_in.kernel'; the paths of averages and moments end in the same way.
 RULES = (
     (r"\.(query|key|value|mlp_in)\.kernel$", PartitionSpec("fsdp", "tensor")),
     (r"\.(query|key|value|mlp_in)\.bias$", PartitionSpec("tensor")),
@@ -42,7 +42,7 @@ RULES = (
     (r"\.linear\.kernel$", PartitionSpec("fsdp", None)),
     # The number of codes (2887) has no useful divisor.
     (r"\.to_logits\.kernel$", PartitionSpec("fsdp", None)),
-    # Rows read from a table that is divided by width are divided by width, too; the layer after it
+    # If a table were divided by width, so would be the rows that are read from it. The next layer
     # would then exchange rows instead of its kernel.
     (r"\.norm_\w+\.embedding\.embedding$", PartitionSpec()),
     (r"embedding$", PartitionSpec("fsdp")),
@@ -53,9 +53,9 @@ def make_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -
     """The mesh of ``config.mesh`` over all devices of all processes.
 
     Args:
-      config: ``data``, ``fsdp`` and ``tensor`` of ``config.mesh`` are sizes; one may be -1 and is
-        then what the others leave.
-      devices: use these instead, such as those of a topology to compile for.
+      config: ``config.mesh`` gives the sizes of ``data``, ``fsdp`` and ``tensor``. One of them may
+        be -1: it takes what the others leave.
+      devices: the devices to use instead, such as those of a topology to compile for.
 
     Raises:
       UserError: the sizes do not multiply to the number of devices.
@@ -90,7 +90,7 @@ def require_divisible(key: str, batch_size: int, mesh: Mesh, accumulation: int =
       key: field of the config, for the message.
       batch_size: rows of a batch of all processes.
       mesh: what they are spread over.
-      accumulation: number of parts that a batch is processed in, one after the other.
+      accumulation: number of parts of a batch, which are processed one after the other.
     """
     shards = num_row_shards(mesh)
     if batch_size % (shards * accumulation):
@@ -230,7 +230,7 @@ def put_batch(batch: Any, mesh: Mesh, leading: int = 0) -> Any:
       leading: axes before that of the rows.
     """
     placed = batch_sharding(mesh, leading)
-    # This is the one transfer of a step that is meant; a guard may forbid all others.
+    # This transfer is intended. A guard may forbid all others in a step.
     with jax.transfer_guard_host_to_device("allow"):
         return jax.tree.map(lambda x: jax.make_array_from_process_local_data(placed, x), batch)
 
