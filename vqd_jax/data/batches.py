@@ -45,8 +45,7 @@ def _decode(stored: dict) -> dict:
 
 
 def _texts(stored: dict) -> dict:
-    record = {key: _to_text(value) for key, value in stored.items() if key != "image"}
-    return {**record, "image": stored["image"]}
+    return {key: x if key == "image" else _to_text(x) for key, x in stored.items()}
 
 
 def records(builder: tfds.core.DatasetBuilder, split: str, decode: bool = True) -> grain.MapDataset:
