@@ -8,6 +8,7 @@ import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
+import jax
 import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
@@ -207,7 +208,7 @@ def _write_clip(source: str, target: str, dtype: str) -> None:
 def _print_table(parts: Mapping[str, Part]) -> None:
     """Logs what was found."""
     for name, part in parts.items():
-        size = f"{part.num_parameters:,}".rjust(13)
+        size = f"{sum(map(np.size, jax.tree.leaves(part.params))):13,}"
         logging.info("%-13s%s parameters  %s  from %s", name, size, _summary(part), part.source)
 
 

@@ -56,10 +56,6 @@ class Part(NamedTuple):
     params: Any
     source: str
 
-    @property
-    def num_parameters(self) -> int:
-        return sum(np.size(x) for x in jax.tree.leaves(self.params))
-
 
 class Row(NamedTuple):
     """One parameter in both worlds.

@@ -93,10 +93,9 @@ def _captions(tree: Tree) -> str:
 
 
 def _table(tree: Tree, name: str, key: str) -> np.ndarray:
+    data = BytesIO(tree.required(name))
     try:
-        return scipy.io.loadmat(BytesIO(tree.required(name)), variable_names=[key])[key].ravel()
-    except UserError:
-        raise
+        return scipy.io.loadmat(data, variable_names=[key])[key].ravel()
     # scipy reports damage in many ways, and a missing key as KeyError.
     except Exception as error:
         raise UserError(f"{tree.root / name} has no table {key!r}: {error}") from error

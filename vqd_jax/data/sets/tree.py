@@ -178,17 +178,16 @@ class Tree:
         Raises:
           UserError: the file holds something else.
         """
+        data = BytesIO(self.required(name))
         try:
-            value = _ListsOfStrings(BytesIO(self.required(name)), encoding="latin1").load()
-        except UserError:
-            raise
+            value = _ListsOfStrings(data, encoding="latin1").load()
+            if not isinstance(value, list) or not all(isinstance(s, str) for s in value):
+                raise ValueError("it holds something else")
         # A damaged or hostile pickle fails in many ways.
         except Exception as error:
             raise UserError(
                 f"{self.root / name} is not a pickled list of names: {error}"
             ) from error
-        if not isinstance(value, list) or not all(isinstance(s, str) for s in value):
-            raise UserError(f"{self.root / name} is not a pickled list of names")
         return value
 
     def files(self, folder: str = "", recursive: bool = True) -> list[str]:
