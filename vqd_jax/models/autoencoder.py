@@ -203,7 +203,11 @@ class Upsample(nnx.Module):
         self.conv = _conv3(channels, channels, rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.conv(x.repeat(2, axis=1).repeat(2, axis=2))
+        batch, height, width, channels = x.shape
+        x = jnp.broadcast_to(
+            x[:, :, None, :, None, :], (batch, height, 2, width, 2, channels)
+        ).reshape(batch, 2 * height, 2 * width, channels)
+        return self.conv(x)
 
 
 class _Level(nnx.Module):
