@@ -217,6 +217,9 @@ class Tensor:
             array[...] = np.asarray(self)
         return array
 
+    def __getitem__(self, index: Any) -> Any:
+        return np.asarray(self)[index]
+
     def __repr__(self) -> str:
         return f"Tensor({self.dtype}, {self.shape}, {self.source.path.name})"
 
