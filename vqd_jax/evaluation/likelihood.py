@@ -87,11 +87,15 @@ def chosen(source: CodesSource, num_images: int, condition: str) -> tuple[np.nda
       The codes of the first crops, int32 [R, N], and the conditions: the ids of the first captions,
       int32 [R, L], or the labels, int32 [R], or zeros.
     """
-    numbers = np.sort(np.random.default_rng(0).permutation(len(source))[:num_images])
-    first = np.zeros(len(numbers))
-    found = source.take(numbers, first, first) | {"none": first}
-    given = found[{"text": "text_ids", "class": "label", "none": "none"}[condition]]
-    return found["codes"].astype(np.int32), given.astype(np.int32)
+    count = min(num_images, len(source))
+    records = source.read(np.sort(np.random.default_rng(0).permutation(len(source))[:count]))
+    given = {
+        "text": lambda record: record.text_ids[0],
+        "class": lambda record: record.label,
+        "none": lambda record: 0,
+    }[condition]
+    codes = np.stack([record.codes[0] for record in records])
+    return codes.astype(np.int32), np.stack(list(map(given, records))).astype(np.int32)
 
 
 class Bound:
