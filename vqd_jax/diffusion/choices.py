@@ -65,6 +65,7 @@ def settings(
       ValueError: a value is impossible; the message begins with its name.
       TypeError: there is no such choice.
     """
+    _require(0 < strength <= 1, f"strength={strength}: must lie above 0 and up to 1")
     _require(truncation > 0, f"truncation={truncation}: must be positive")
     begun = {"known": known, "initial": initial, "strength": float(strength)}
     steps = _steps(schedule, num_steps, times, published_fast)

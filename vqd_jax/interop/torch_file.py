@@ -73,7 +73,7 @@ def named_tensors(loaded: Any, *inside: str) -> dict[str, Tensor]:
     if not isinstance(loaded, Mapping):
         return {}
     found = next((loaded[key] for key in inside if isinstance(loaded.get(key), Mapping)), loaded)
-    return {n: x for n, x in found.items() if isinstance(n, str) and isinstance(x, Tensor)}
+    return {n: x for n, x in found.items() if isinstance(n, str) and hasattr(x, "shape")}
 
 
 class _Archive:
