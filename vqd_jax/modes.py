@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from vqd_jax import config as config_lib
 from vqd_jax import files
-from vqd_jax.data import batches, codes, images, report
+from vqd_jax.data import batches, codes, images, masks, report
 from vqd_jax.data import encode as encode_lib
 from vqd_jax.errors import UserError
 from vqd_jax.interop import pretrained
@@ -205,7 +205,7 @@ def _drawn(model, prompts, image, mask, options) -> Generation:
     picture = images.load(image)
     if mask is None:
         return model.edit(picture, prompts[0], **options)
-    return model.inpaint(picture, images.load(mask), prompts[0], **options)
+    return model.inpaint(picture, masks.load(mask), prompts[0], **options)
 
 
 def sample_file(

@@ -20,7 +20,8 @@ from PIL import Image
 
 from vqd_jax import config as config_lib
 from vqd_jax import files
-from vqd_jax.data.images import Picture, square, token_mask
+from vqd_jax.data import masks
+from vqd_jax.data.images import Picture, square
 from vqd_jax.data.text import ClipTokenizer
 from vqd_jax.diffusion import choices, sampler
 from vqd_jax.diffusion.choices import RULES  # noqa: F401
@@ -253,7 +254,7 @@ class VQDiffusion:
           **options: of ``generate``.
         """
         codes = self.encode_images([image])[0]
-        painted = token_mask(mask, image, self._sizes.denoiser.grid)
+        painted = masks.of_tokens(mask, image, self._sizes.denoiser.grid)
         _require(painted.any(), "the mask is empty: nothing is to be painted")
         options["known"] = np.where(painted, self._num_codes, codes).astype(np.int32)
         if strength is not None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from vqd_jax.data import images
+from vqd_jax.data import images, masks
 from vqd_jax.errors import UserError
 
 BAD = pathlib.Path(__file__).parent / "layouts" / "bad" / "images"
@@ -324,15 +324,10 @@ def test_a_picture_of_pillow_is_read_as_its_file_is(name, tmp_path):
     side = min(loaded.size)
     with Image.open(path) as opened:
         np.testing.assert_array_equal(images.square(opened, side), images.square(loaded, side))
-        painted = images.token_mask(opened, opened, (8, 8))
-    np.testing.assert_array_equal(painted, images.token_mask(loaded, loaded, (8, 8)))
-    if name == "transparent.png":
-        # Black where it is opaque, else white.
-        np.testing.assert_array_equal(painted, [True] * 32 + [False] * 32)
 
 
 def test_a_picture_of_an_unknown_range_is_refused():
-    for read in (lambda image: images.square(image, 1), lambda i: images.token_mask(i, i, (1, 1))):
+    for read in (lambda image: images.square(image, 1), masks.read):
         with pytest.raises(UserError, match="white is unknown"):
             read(Image.fromarray(np.float32([[0.5]])))
 

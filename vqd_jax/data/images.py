@@ -1,4 +1,4 @@
-"""Pictures and masks come in here, and pictures to look at go out.
+"""Pictures come in here (masks in ``masks``), and pictures to look at go out.
 
 Reading: encoded bytes, files, and what a user gives become uint8 pixels. Cutting: the published
 crops, as pure functions of the random numbers that they are given. Showing: grids and animations.
@@ -7,6 +7,7 @@ Letters: H, W height and width of an image in pixels, S side of a square image, 
 P prompts, J images of each prompt.
 """
 
+import contextlib
 import io
 import os
 import re
@@ -19,13 +20,14 @@ import simplejpeg
 from PIL import Image, ImageDraw, ImageFont
 
 from vqd_jax import files
+from vqd_jax.data import encoded
 from vqd_jax.errors import UserError
 
 # What a user may give as a picture: a Pillow image, or uint8 [H, W, 3].
 Picture = Image.Image | np.ndarray
 
 # The formats of data sets. Pillow knows others, such as EPS, for which it runs an interpreter.
-_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 SUFFIXES = (
     ".jpg", ".jpeg", ".jfif", ".jpe", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif",
     ".ppm", ".pgm",
@@ -68,8 +70,8 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 def decode(data: bytes, min_side: int = 0) -> np.ndarray:
     """The upright RGB pixels of an encoded image of any colour mode.
 
-    The EXIF orientation is applied, 16-bit pixels are scaled to 8 bits, transparency is composited
-    on white, and the first of several frames is taken.
+    The EXIF orientation is applied, 16-bit pixels are scaled to 8 bits, colours of another profile
+    become sRGB, transparency is composited on white, and the first of several frames is taken.
 
     Args:
       data: the bytes of a JPEG, PNG, WebP, GIF, BMP, TIFF, PPM or AVIF file.
@@ -86,23 +88,35 @@ def decode(data: bytes, min_side: int = 0) -> np.ndarray:
     if not data:
         raise ValueError("the file is empty")
     try:
-        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise ValueError(
-                    f"{image.width} x {image.height} pixels, more than the {MAX_PIXELS:,} allowed"
-                )
-            pixels = _jpeg_pixels(data, image, min_side)
-            if pixels is None:
-                if min_side:
-                    image.draft(None, (min_side, min_side))
-                image.load()
-                pixels = np.asarray(_to_rgb(image))
-            return _upright(pixels, image)
+        encoded.require_sound(data)
+        return _decoded(data, min_side)
     except Image.UnidentifiedImageError:
-        raise ValueError("not an image of a known format") from None
+        problem = ValueError("not an image of a known format")
     # Pillow reports damage as OSError, SyntaxError, struct.error, EOFError, ...
     except Exception as error:
-        raise ValueError(str(error) or type(error).__name__) from error
+        problem = ValueError(str(error) or type(error).__name__)
+        problem.__cause__ = error
+    # What is damaged may stand beside the pixels.
+    if (bare := encoded.bare(data)) is not None:
+        with contextlib.suppress(Exception):
+            encoded.require_sound(data)
+            return _decoded(bare, min_side)
+    raise problem
+
+
+def _decoded(data: bytes, min_side: int) -> np.ndarray:
+    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        if image.width * image.height > MAX_PIXELS:
+            raise ValueError(
+                f"{image.width} x {image.height} pixels, more than the {MAX_PIXELS:,} allowed"
+            )
+        found = _jpeg_pixels(data, image, min_side)
+        if found is None:
+            if min_side:
+                image.draft(None, (min_side, min_side))
+            image.load()
+            found = np.asarray(_to_rgb(image))
+        return upright(found, image)
 
 
 def has_picture_name(name: str) -> bool:
@@ -117,7 +131,7 @@ def has_picture_bytes(data: bytes) -> bool:
 
 def colour_mode(data: bytes) -> str:
     """Pillow's name of the colour mode in which an encoded image is stored, such as "RGB"."""
-    with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
         return image.mode
 
 
@@ -130,13 +144,16 @@ def _jpeg_pixels(data: bytes, image: Image.Image, min_side: int) -> np.ndarray |
     # simplejpeg knows further divisors, which take longer.
     height, width = (-(-side // divisor) if divisor > 1 else 0 for side in image.size[::-1])
     try:
-        return simplejpeg.decode_jpeg(data, "RGB", min_height=height, min_width=width)
+        found = simplejpeg.decode_jpeg(data, "RGB", min_height=height, min_width=width)
     # Pillow decides which damage is tolerated, and names the rest.
     except ValueError:
         return None
+    if profile := image.info.get("icc_profile"):
+        return np.asarray(encoded.to_srgb(Image.fromarray(found), profile))
+    return found
 
 
-def _upright(pixels: np.ndarray, image: Image.Image) -> np.ndarray:
+def upright(pixels: np.ndarray, image: Image.Image) -> np.ndarray:
     """``pixels`` turned as the EXIF orientation of ``image`` says."""
     try:
         turn = _TURNS.get(image.getexif().get(_ORIENTATION))
@@ -147,21 +164,34 @@ def _upright(pixels: np.ndarray, image: Image.Image) -> np.ndarray:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "RGB" and "transparency" not in image.info:
-        return image
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        return Image.fromarray(_from_16_bits(np.asarray(image))).convert("RGB")
+    profile = image.info.get("icc_profile")
+    if is_deep(image):
+        return Image.fromarray(from_16_bits(image)).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, image).convert("RGB")
-    return image.convert("RGB")
+        colours = encoded.to_srgb(image.convert("RGB"), profile)
+        ground = Image.new("RGB", image.size, "white")
+        return Image.composite(colours, ground, image.getchannel("A"))
+    if image.mode not in ("RGB", "L", "CMYK"):
+        image = image.convert("RGB")
+    return encoded.to_srgb(image, profile)
 
 
-def _from_16_bits(pixels: np.ndarray) -> np.ndarray:
-    if pixels.dtype.kind == "f" or pixels.min() < 0 or pixels.max() > 65535:
-        raise ValueError(f"pixels are {pixels.dtype} outside 0..65535, so their white is unknown")
-    return ((pixels.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
+def is_deep(image: Image.Image) -> bool:
+    """Whether an image has more than 8 bits a pixel and channel."""
+    return image.mode in ("I", "F") or image.mode.startswith("I;16")
+
+
+def from_16_bits(image: Image.Image | np.ndarray) -> np.ndarray:
+    """Pixels of 16 bits as uint8.
+
+    Raises:
+      ValueError: they are floats, or outside 0..65535.
+    """
+    deep = np.asarray(image)
+    if deep.dtype.kind == "f" or deep.min() < 0 or deep.max() > 65535:
+        raise ValueError(f"pixels are {deep.dtype} outside 0..65535, so their white is unknown")
+    return ((deep.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
 
 
 def load(path: str | os.PathLike) -> Image.Image:
@@ -296,64 +326,54 @@ def square(image: Picture, side: int) -> np.ndarray:
     """What the autoencoder sees of a user's picture: the crop for evaluation.
 
     Args:
-      image: a Pillow image, or uint8 [H, W, 3].
+      image: see ``pixels``.
       side: S.
 
     Returns:
       uint8 [S, S, 3].
 
     Raises:
+      UserError: it is no picture, or cannot be read.
+    """
+    return center_crop(pixels(image), side)
+
+
+def pixels(image: Picture) -> np.ndarray:
+    """A user's picture as uint8 [H, W, 3], by the rules of ``decode``.
+
+    Args:
+      image: a Pillow image; or uint8 or uint16 [H, W] or [H, W, channels], where 1 channel is grey,
+        2 are grey and opacity, 3 are RGB, and 4 are RGB and opacity.
+
+    Raises:
       UserError: it is neither, or cannot be read.
     """
-    return center_crop(_pixels(image), side)
-
-
-def _pixels(image: Picture) -> np.ndarray:
-    """A user's array as it is, or what ``decode`` gives of the file of a Pillow image."""
-    if isinstance(image, str | os.PathLike):
-        raise UserError(f"{image} is a path: open the picture first, PIL.Image.open(...)")
+    require_no_path(image)
     if not isinstance(image, Image.Image):
-        return np.asarray(image)
+        image = _from_array(np.asarray(image))
     try:
-        return _upright(np.asarray(_to_rgb(image)), image)
-    except (OSError, ValueError) as error:
+        return upright(np.asarray(_to_rgb(image)), image)
+    except (OSError, ValueError, SyntaxError) as error:
         raise UserError(f"the picture cannot be read: {error}") from error
 
 
-def token_mask(mask: Picture, image: Picture, grid: tuple[int, int]) -> np.ndarray:
-    """The tokens that have a masked pixel, after the crop of ``square``.
+def require_no_path(image: object) -> None:
+    """Raises ``UserError`` if somebody gives a path for a picture."""
+    if isinstance(image, str | os.PathLike):
+        raise UserError(f"{image} is a path: open the picture first, PIL.Image.open(...)")
 
-    Args:
-      mask: [H, W] or [H, W, channels], masked where a channel is true, above 0.5 (of floats up to
-        1) or above 127; or a Pillow image, masked where it is lighter than a medium grey.
-      image: the picture that the mask belongs to.
-      grid: rows and columns of the tokens.
 
-    Returns:
-      bool [N].
-
-    Raises:
-      UserError: the two are of different sizes.
-    """
-    is_pillow = isinstance(mask, Image.Image)
-    mask, size = _pixels(mask), _pixels(image).shape[:2]
-    if is_pillow:
-        mask = np.asarray(Image.fromarray(mask).convert("L"))
-    if mask.ndim not in (2, 3) or mask.shape[:2] != tuple(size):
+def _from_array(array: np.ndarray) -> Image.Image:
+    is_grey = array.ndim == 2 or (array.ndim == 3 and array.shape[-1] == 1)
+    if array.dtype not in (np.uint8, np.uint16) or not (
+        is_grey or (array.ndim == 3 and array.shape[-1] in (2, 3, 4))
+    ):
         raise UserError(
-            f"the mask is {list(mask.shape)}, the picture {list(size)}: they must be of one size"
+            f"a picture must be uint8 [H, W, 3], this one is {array.dtype} {list(array.shape)}"
         )
-    mask = mask if mask.ndim == 2 else mask.max(axis=-1)
-    half = 0.5 if mask.dtype.kind == "f" and mask.max(initial=0) <= 1 else 127
-    paint = mask if mask.dtype == bool else mask > half
-    side = min(paint.shape)
-    top, left = ((length - side) // 2 for length in paint.shape)
-    paint = paint[top : top + side, left : left + side]
-    # The cell of every pixel; a square smaller than the grid has no pixel in some cells.
-    rows, columns = (np.arange(side) * cells // side for cells in grid)
-    cells = np.zeros(grid, bool)
-    np.logical_or.at(cells, (rows[:, None], columns[None]), paint)
-    return cells.reshape(-1)
+    if array.dtype == np.uint16:
+        array = from_16_bits(array)
+    return Image.fromarray(array[..., 0] if is_grey and array.ndim == 3 else array)
 
 
 def enlarge(image: np.ndarray) -> np.ndarray:
