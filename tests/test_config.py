@@ -9,7 +9,7 @@ from configs import tiny
 from vqd_jax import config as config_lib
 from vqd_jax.diffusion import schedule
 from vqd_jax.errors import UserError
-from vqd_jax.training import stage_one, stage_two
+from vqd_jax.training import stage_two, tokenizer
 
 CONFIGS = ("emoji", "shapes", "tiny")
 
@@ -19,7 +19,7 @@ def test_config_is_valid_and_its_states_can_be_built(name):
     config = importlib.import_module(f"configs.{name}").get_config()
     config_lib.validate(config)
     sizes, options = config_lib.autoencoder_config(config), config_lib.autoencoder_options(config)
-    one = jax.eval_shape(lambda: stage_one.create_state(sizes, options, jax.random.key(0)))
+    one = jax.eval_shape(lambda: tokenizer.create_state(sizes, options, jax.random.key(0)))
     two = jax.eval_shape(lambda: stage_two.create_state(config))
     assert one.codebook.codebook.shape == (sizes.num_codes, sizes.codebook_dim)
     rows = two.params["denoiser"]["code_embedding"]["embedding"].shape[0]

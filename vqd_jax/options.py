@@ -10,6 +10,8 @@ from typing import Any
 
 from vqd_jax.diffusion import schedule
 from vqd_jax.errors import require_at_least, require_choice
+from vqd_jax.models.discriminator import DiscriminatorConfig
+from vqd_jax.models.perceptual import PerceptualConfig
 
 DATA_SETS = (
     "emoji_text",
@@ -25,6 +27,8 @@ DATA_SETS = (
     "cub_text/official",
     "cub_text/published",
 )
+# Networks of the perceptual distance; "random" is squeezenet with random weights.
+PERCEPTUAL = ("squeezenet", "random", "vgg16")
 # The end points of the keep and mask probabilities; a cosine has none.
 SCHEDULES = {
     "released": (schedule.RELEASED_KEEP, schedule.RELEASED_MASK),
@@ -69,27 +73,98 @@ class DataOptions:
 
 @dataclasses.dataclass(frozen=True)
 class AutoencoderOptions:
-    """How the image tokenizer is trained, by Adam. Errors as in ``config.validate``."""
+    """How the image tokenizer is trained, by Adam. Errors as in ``config.validate``.
 
-    num_steps: int = 1000  # of a linear warm-up and a cosine down to 0
+    docs/tokenizer.md has the formulas of the losses, and says how to choose their weights.
+    """
+
+    init_from: str = ""  # a trained tokenizer to begin from: its folder or a workdir; '' is none
+    num_steps: int = 1000  # of a linear warm-up and a cosine
     batch_size: int = 8
     learning_rate: float = 2e-3  # the peak
     warmup_steps: int = 50
+    final_learning_rate: float = 0.0  # share of the peak at the end of the cosine
+    adam_b1: float = 0.9
+    adam_b2: float = 0.99
+    clip_norm: float = 1.0
+    ema_decay: float = 0.0  # of averaged weights, which are then the result; 0 averages none
     # Share s of squared error in the reconstruction loss (1 - s) mean|d| + s mean d^2, where d is
     # the error of a pixel value in [-1, 1].
     squared_weight: float = 1.0
+    perceptual_weight: float = 0.0
+    perceptual: str = "squeezenet"  # the network that sees: one of PERCEPTUAL
+    perceptual_path: str = ""  # torchvision's file of weights, for vgg16
+    adversarial_weight: float = 0.0
+    adaptive_weight: bool = False  # times the published ratio of gradients
+    adversarial_start: int = 0  # steps before the discriminator learns and counts
+    adversarial_warmup: int = 0  # steps from there until it counts in full
+    discriminator: str = "blurpool"  # one of models/discriminator.py
+    discriminator_channels: int = 64
+    discriminator_layers: int = 3
+    discriminator_learning_rate: float = 2e-4  # the peak, at adversarial_start or later
+    lecam_weight: float = 0.0  # of the regularisation that holds a discriminator back
+    lecam_decay: float = 0.999
     commitment: float = 0.25  # weight of the commitment term
     codebook_decay: float = 0.95  # of the moving average that the codebook is
     revival_threshold: float = 0.3  # a code used less than this share of the mean is seeded anew
+    # Of a Gumbel quantiser: the weight of its KL term, and the steps in which the temperature falls
+    # from 1 to 1/16.
+    kl_weight: float = 5e-4
+    temperature_steps: int = 100_000
+    dtype: str = "float32"  # of the computation; or bfloat16
+    remat: str = "none"  # or full: the backward pass computes every block again
+    gradient_accumulation: int = 1  # parts of a batch, computed one after the other
+    steps_per_call: int = 1  # steps in one program
+    profile_steps: int = 0  # steps of every start that are traced to WORKDIR/autoencoder/profile
 
     def __post_init__(self):
-        require_at_least(self, num_steps=1, batch_size=1, commitment=0)
-        _require_positive(self, "learning_rate")
+        require_at_least(
+            self, num_steps=1, batch_size=1, commitment=0, perceptual_weight=0,
+            adversarial_weight=0, adversarial_start=0, adversarial_warmup=0, lecam_weight=0,
+            kl_weight=0, temperature_steps=1, gradient_accumulation=1, steps_per_call=1,
+            profile_steps=0,
+        )  # fmt: skip
+        _require_positive(self, "learning_rate", "discriminator_learning_rate", "clip_norm")
         if not 0 <= self.warmup_steps < self.num_steps:
             under = f"must be at least 0 and under num_steps={self.num_steps}"
             raise ValueError(f"warmup_steps={self.warmup_steps}: {under}")
-        _require_decays(self, "codebook_decay", "revival_threshold")
-        _require_shares(self, "squared_weight")
+        _require_decays(
+            self, "codebook_decay", "revival_threshold", "ema_decay", "lecam_decay", "adam_b1",
+            "adam_b2",
+        )  # fmt: skip
+        _require_shares(self, "squared_weight", "final_learning_rate")
+        require_choice(
+            self,
+            perceptual=PERCEPTUAL,
+            dtype=("float32", "bfloat16"),
+            remat=("none", "full"),
+        )
+        if (self.perceptual == "vgg16") != bool(self.perceptual_path) and self.perceptual_weight:
+            raise ValueError(
+                f"perceptual_path={self.perceptual_path!r}: must be torchvision's vgg16-*.pth if "
+                f"perceptual is vgg16, and empty if not; perceptual is {self.perceptual!r}"
+            )
+        self.discriminator_config()
+
+    def discriminator_config(self) -> DiscriminatorConfig:
+        """Sizes of the discriminator."""
+        try:
+            return DiscriminatorConfig(
+                self.discriminator,
+                self.discriminator_channels,
+                self.discriminator_layers,
+                norm_groups=min(16, self.discriminator_channels),
+                dtype=self.dtype,
+            )
+        except ValueError as error:
+            field = "" if str(error).startswith("kind") else "discriminator_"
+            text = str(error).replace("kind=", "discriminator=").replace("num_layers", "layers")
+            raise ValueError(f"{field}{text}") from error
+
+    def perceptual_config(self) -> PerceptualConfig:
+        """The network of the perceptual distance."""
+        network = "vgg16" if self.perceptual == "vgg16" else "squeezenet"
+        return PerceptualConfig(network, self.dtype)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -43,6 +43,29 @@ def find_autoencoder(config: ConfigDict, workdir: str) -> str | None:
     return given or None
 
 
+def load_initial_autoencoder(config: ConfigDict) -> Any:
+    """The parameters that stage one begins from, of ``config.autoencoder.init_from``.
+
+    A remap is left out: all entries of the codebook learn.
+
+    Raises:
+      UserError: see ``load_autoencoder``.
+    """
+    given = config.autoencoder.init_from
+    if (Path(given) / "autoencoder").exists():
+        given = model_folder(given)
+    stored = folder.load_config(given)
+    stored = stored.get("autoencoder", stored)
+    if not stored.get("codebook_size"):
+        return load_autoencoder(config, given)
+    wanted = config.copy_and_resolve_references()
+    wanted.autoencoder.num_codes = stored["num_codes"]
+    wanted.autoencoder.codebook_size = config.autoencoder.num_codes
+    found = load_autoencoder(wanted, given)
+    del found["remap"]
+    return found
+
+
 def load_autoencoder(config: ConfigDict, directory: str) -> Any:
     """Parameters of the autoencoder in a model folder: a nested dict of NumPy arrays.
 

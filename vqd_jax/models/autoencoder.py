@@ -19,10 +19,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from vqd_jax.errors import require_at_least, require_choice
 from vqd_jax.models import functional, quantizer
 
+# The name of the outputs of all blocks: a backward pass may keep these alone.
+BLOCK = "block"
 QUANTIZERS = ("nearest", "gumbel")
 
 
@@ -163,7 +166,7 @@ class ResBlock(nnx.Module):
         y = self.conv2(jax.nn.swish(self.norm2(y)))
         if self.nin_shortcut is not None:
             x = self.nin_shortcut(x)
-        return x + y
+        return checkpoint_name(x + y, BLOCK)
 
 
 class AttentionBlock(nnx.Module):
@@ -182,7 +185,7 @@ class AttentionBlock(nnx.Module):
         q, k, v = (f(y).reshape(batch, height * width, channels) for f in (self.q, self.k, self.v))
         scores = jnp.einsum("bqc,bkc->bqk", q, k) * channels**-0.5
         mixed = jnp.einsum("bqk,bkc->bqc", jax.nn.softmax(scores, axis=-1), v)
-        return x + self.proj_out(mixed.reshape(x.shape))
+        return checkpoint_name(x + self.proj_out(mixed.reshape(x.shape)), BLOCK)
 
 
 class Downsample(nnx.Module):

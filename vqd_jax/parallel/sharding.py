@@ -11,7 +11,7 @@ Letters: B batch.
 import functools
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -46,6 +46,16 @@ RULES = (
     # would then exchange rows instead of its kernel.
     (r"\.norm_\w+\.embedding\.embedding$", PartitionSpec()),
     (r"embedding$", PartitionSpec("fsdp")),
+)
+
+# Those of stage one. Its networks are small beside their activations, so a device gathers all
+# parameters before a step (``gathering``). The codebook and the network of the perceptual distance
+# are whole on every device.
+AUTOENCODER_RULES = (
+    (r"^perceptual\.|(codebook|cluster_sum|embedding)$", PartitionSpec()),
+    # Three colours, or one logit, come out of these; three colours go into the others.
+    (r"\b(decoder\.conv_out|to_logits)\.kernel$", PartitionSpec("fsdp", None)),
+    (r"\.kernel$", PartitionSpec("fsdp")),
 )
 
 
@@ -196,6 +206,24 @@ def _aligned(name, shape, spec, mesh) -> PartitionSpec:
                 f"config.mesh.{axis}={mesh.shape[axis]}; choose a divisor of {size}"
             )
     return PartitionSpec(*full)
+
+
+def gathering(mesh: Mesh) -> Callable[[Any], Any]:
+    """A function of parameters, traced, that makes each of them whole on every device."""
+    if mesh.size == 1:
+        return lambda tree: tree
+    return lambda tree: jax.lax.with_sharding_constraint(tree, replicated(mesh))
+
+
+def put_like(old: Any, new: Any) -> Any:
+    """Host arrays ``new``, which every process has whole, in the places of the arrays ``old``."""
+
+    def put(array, values):
+        return jax.make_array_from_callback(
+            values.shape, array.sharding, lambda index: values[index]
+        )
+
+    return jax.tree.map(put, old, new)
 
 
 def with_shardings(abstract: Any, placed: Any) -> Any:

@@ -1,6 +1,9 @@
-"""AdamW with warm-up, cosine decay and clipping by global norm."""
+"""AdamW with warm-up, cosine decay and clipping by global norm; averaged weights."""
+
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 
@@ -12,6 +15,21 @@ def learning_rate(
     return optax.warmup_cosine_decay_schedule(
         0.0, peak, warmup_steps, num_steps, end_value=final_share * peak
     )
+
+
+def averaged(averages: Any, params: Any, decay: float, step: jax.Array) -> Any:
+    """The averages of parameters after a step: average + (1 - decay) (parameter - average).
+
+    Young averages forget their random start: the decay grows from 1/10 to its final value.
+
+    Args:
+      averages: of the step before.
+      params: after this step, with the same structure.
+      decay: the final one.
+      step: int32 [], the steps taken before this one.
+    """
+    decay = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
+    return jax.tree.map(lambda a, p: a + (1 - decay) * (p - a), averages, params)
 
 
 def adamw(

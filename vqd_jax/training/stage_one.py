@@ -1,202 +1,34 @@
 """Stage one: trains the autoencoder of a run, or takes the one that the config names.
 
 Either way it ends as the model folder ``workdir/autoencoder/model``, so that a workdir has all that
-sampling needs.
+sampling needs. ``tokenizer`` has the step and the losses.
 
-The loss is that of van den Oord et al., "Neural Discrete Representation Learning" (2017), with a
-moving-average codebook. With z the encoder's output and e the code nearest to it:
-
-    reconstruction(x, decode(z + sg(e - z))) + commitment * |z - sg(e)|^2
-
-The gradient of the decoder's input goes straight through to z. A published VQGAN adds a perceptual
-and an adversarial term; both need networks that cost many times this one.
-
-Letters: B batch, S image side in pixels, N image tokens, K codes, E codebook dimension.
+Letters: B batch, S image side in pixels, K codes, F entries of the codebook.
 """
 
 import dataclasses
-import functools
 from pathlib import Path
 from typing import Any
 
-import chex
-import flax.struct
 import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from absl import logging
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from vqd_jax import config as config_lib
-from vqd_jax.data import batches, encode, images, sets
+from vqd_jax.data import batches, encode
 from vqd_jax.data.bad_records import CheckedReader
 from vqd_jax.errors import UserError
-from vqd_jax.interop import folder, pretrained
+from vqd_jax.interop import folder, perceptual_files, pretrained
 from vqd_jax.models import autoencoder, quantizer
-from vqd_jax.options import AutoencoderOptions
-from vqd_jax.parallel import processes, sharding
-from vqd_jax.training import loop, optimizer
+from vqd_jax.parallel import processes, rows, sharding
+from vqd_jax.training import loop, tokenizer
+from vqd_jax.training.metrics import progress_bar
 from vqd_jax.training.task import Task
-
-
-@flax.struct.dataclass
-class AutoencoderState:
-    """Everything that a step changes or reads; a checkpoint of it is a complete one.
-
-    Attributes:
-        step: int32 scalar, the steps taken.
-        params: parameters without the codebook (no `quantize` entry).
-        codebook: `quantizer.CodebookState`.
-        opt_state: the optimizer's moments.
-        key: PRNG key of the run; a step uses `fold_in(key, step)`.
-    """
-
-    step: jax.Array
-    params: Any
-    codebook: quantizer.CodebookState
-    opt_state: optax.OptState
-    key: jax.Array
-
-
-def _optimizer(options: AutoencoderOptions) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    rate = optimizer.learning_rate(options.learning_rate, options.warmup_steps, options.num_steps)
-    adam = optax.adam(rate, b1=0.9, b2=0.99)
-    return optax.chain(optax.clip_by_global_norm(1.0), adam), rate
-
-
-def create_state(config, options, key):
-    """The state before the first step; wrap in `jax.jit` to build it in one compiled call.
-
-    Args:
-        config: `autoencoder.AutoencoderConfig`.
-        options: `options.AutoencoderOptions`.
-        key: PRNG key.
-
-    Returns:
-        `AutoencoderState`.
-    """
-    init_key, codebook_key, key = jax.random.split(key, 3)
-    params = autoencoder.init_params(config, init_key)
-    del params["quantize"]
-    return AutoencoderState(
-        step=jnp.zeros((), jnp.int32),
-        params=params,
-        codebook=quantizer.init_codebook(codebook_key, config.num_codes, config.codebook_dim),
-        opt_state=_optimizer(options)[0].init(params),
-        key=key,
-    )
-
-
-def with_codebook(params, codebook):
-    """Complete parameters for `autoencoder.bind`.
-
-    Args:
-        params: parameters without a codebook, as in `AutoencoderState.params`.
-        codebook: float32 [K, E].
-    """
-    return {**params, "quantize": {"embedding": codebook}}
-
-
-def _loss(params, codebook, images, config, options):
-    model = autoencoder.bind(config, with_codebook(params, codebook))
-    z = model.encode(images)
-    codes = quantizer.nearest_codes(z, codebook)
-    quantised = quantizer.lookup(codes, codebook)
-    error = model.decode_latents(z + jax.lax.stop_gradient(quantised - z)) - images
-    squared = jnp.mean(error**2)
-    weight = options.squared_weight
-    reconstruction = (1.0 - weight) * jnp.mean(jnp.abs(error)) + weight * squared
-    commitment = jnp.mean((z - jax.lax.stop_gradient(quantised)) ** 2)
-    loss = reconstruction + options.commitment * commitment
-    metrics = {
-        "loss": loss,
-        "reconstruction": reconstruction,
-        "commitment": commitment,
-        "psnr": _psnr(squared),
-    }
-    return loss, (metrics, z, codes)
-
-
-def _psnr(mean_squared_error):
-    """Decibels, for values in [-1, 1]: the peak-to-peak amplitude is 2."""
-    return 10.0 * jnp.log10(4.0 / jnp.maximum(mean_squared_error, 1e-10))
-
-
-def train_step(state, images, *, config, options):
-    """One step of Adam and of the codebook's moving average.
-
-    Args:
-        state: `AutoencoderState`.
-        images: uint8 [B, S, S, 3].
-        config: `autoencoder.AutoencoderConfig`.
-        options: `options.AutoencoderOptions`.
-
-    Returns:
-        The next state and a dict of float32 scalars: `loss`, `reconstruction`, `commitment`,
-        `psnr` (dB, of the batch before clipping to [-1, 1]), `perplexity` and `codes_used` (of
-        the batch's codes), `gradient_norm` (before clipping), `learning_rate`.
-    """
-    chex.assert_type(images, jnp.uint8)
-    pixels = autoencoder.from_pixels(images)
-    loss = functools.partial(_loss, config=config, options=options)
-    gradients, (metrics, z, codes) = jax.grad(loss, has_aux=True)(
-        state.params, state.codebook.codebook, pixels
-    )
-    transform, rate = _optimizer(options)
-    updates, opt_state = transform.update(gradients, state.opt_state, state.params)
-    codebook = quantizer.update_codebook(
-        state.codebook,
-        z,
-        codes,
-        key=jax.random.fold_in(state.key, state.step),
-        decay=options.codebook_decay,
-        revival_threshold=options.revival_threshold,
-    )
-    perplexity, codes_used = quantizer.code_usage(codes, config.num_codes)
-    metrics |= {
-        "perplexity": perplexity,
-        "codes_used": codes_used,
-        "gradient_norm": optax.tree.norm(gradients),
-        "learning_rate": rate(state.step),
-    }
-    next_state = state.replace(
-        step=state.step + 1,
-        params=optax.apply_updates(state.params, updates),
-        codebook=codebook,
-        opt_state=opt_state,
-    )
-    return next_state, metrics
-
-
-def eval_reconstruction(params, codebook, images, *, config):
-    """Images through the codes and back, with the loss of detail in numbers.
-
-    Args:
-        params: parameters without a codebook, as in `AutoencoderState.params`.
-        codebook: float32 [K, E].
-        images: uint8 [B, S, S, 3].
-        config: `autoencoder.AutoencoderConfig`.
-
-    Returns:
-        A dict: `images` uint8 [B, S, S, 3], the reconstructions; `codes` int32 [B, N]; `psnr`
-        float32 [B], in dB per picture, of the rounded pixels; `perplexity` and `codes_used`,
-        float32 scalars over the batch.
-    """
-    chex.assert_type(images, jnp.uint8)
-    model = autoencoder.bind(config, with_codebook(params, codebook))
-    codes = model.codes(autoencoder.from_pixels(images))
-    decoded = autoencoder.to_pixels(model.decode(codes))
-    error = autoencoder.from_pixels(decoded) - autoencoder.from_pixels(images)
-    perplexity, codes_used = quantizer.code_usage(codes, config.num_codes)
-    return {
-        "images": decoded,
-        "codes": codes,
-        "psnr": _psnr(jnp.mean(error**2, axis=(1, 2, 3))),
-        "perplexity": perplexity,
-        "codes_used": codes_used,
-    }
+from vqd_jax.training.validation import Validation
 
 
 class AutoencoderTask(Task):
@@ -204,24 +36,78 @@ class AutoencoderTask(Task):
 
     Args:
       config: the resolved config.
-      dataset: batches ``{'image': uint8 [B, S, S, 3]}``.
+      mesh: the devices of all processes.
+      dataset: batches ``{'image': uint8 [B, S, S, 3]}``; None if none is trained on.
+      validation: what is measured on the way; None is nothing.
     """
 
     name = prefix = "autoencoder"
 
-    def __init__(self, config: ConfigDict, dataset: grain.IterDataset):
+    def __init__(
+        self,
+        config: ConfigDict,
+        mesh: Mesh,
+        dataset: grain.IterDataset | None = None,
+        validation: Validation | None = None,
+    ):
         self.batches = dataset
-        self._seed = config.seed
+        self._config, self._mesh, self._validation = config, mesh, validation
         self._sizes = config_lib.autoencoder_config(config)
         self._options = config_lib.autoencoder_options(config)
 
     def create_state(self):
         # Another stream of random numbers than that of stage two.
-        key = jax.random.fold_in(jax.random.key(self._seed), 1)
-        return create_state(self._sizes, self._options, key)
+        key = jax.random.fold_in(jax.random.key(self._config.seed), 1)
+        return tokenizer.create_state(self._sizes, self._options, key)
 
     def train_step(self, state, batch, placement):
-        return train_step(state, batch["image"], config=self._sizes, options=self._options)
+        return tokenizer.train_step(
+            state,
+            batch["image"],
+            config=self._sizes,
+            options=self._options,
+            whole=sharding.gathering(self._mesh),
+        )
+
+    def shardings(self, abstract, mesh):
+        return sharding.shardings(abstract, mesh, sharding.AUTOENCODER_RULES)
+
+    def begin(self, state):
+        c = self._options
+        if c.perceptual_weight:
+            _, seen = perceptual_files.load(c.perceptual, c.perceptual_path, seed=self._config.seed)
+            state = state.replace(perceptual=sharding.put_like(state.perceptual, seen))
+        if c.init_from:
+            state = self._with_trained(state)
+        return state
+
+    def _with_trained(self, state):
+        found = pretrained.load_initial_autoencoder(self._config)
+        params = {name: part for name, part in found.items() if name in state.params}
+        state = state.replace(params=sharding.put_like(state.params, params))
+        if state.codebook is not None:
+            embedding = np.asarray(found["quantize"]["embedding"])
+            # As if every code had been chosen by an even share of the latents of a batch.
+            share = self._options.batch_size * self._sizes.num_tokens / len(embedding)
+            size = np.full(len(embedding), share, np.float32)
+            codebook = quantizer.CodebookState(embedding, size, embedding * np.float32(share))
+            state = state.replace(codebook=sharding.put_like(state.codebook, codebook))
+        if self._options.ema_decay:
+            state = state.replace(averaged=sharding.put_like(state.averaged, found))
+        return state
+
+    def evaluate(self, step, state, writer):
+        if self._validation:
+            is_last = step == self._options.num_steps
+            seen = getattr(state, "perceptual", None)
+            self._validation.run(step, tokenizer.result(state), seen, writer, is_last=is_last)
+
+
+def abstract_batch(config: ConfigDict, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shape, dtype and place on the mesh of one batch of pictures."""
+    side = config.data.image_size
+    shape, placed = (config.autoencoder.batch_size, side, side, 3), sharding.batch_sharding(mesh)
+    return {"image": jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=placed)}
 
 
 def check(config: ConfigDict, workdir: str) -> None:
@@ -230,11 +116,11 @@ def check(config: ConfigDict, workdir: str) -> None:
     found = pretrained.find_autoencoder(config, workdir)
     if found is not None:
         folder.load_config(found)
-    elif c.quantizer != "nearest" or c.codebook_size:
+    elif c.codebook_size:
         raise UserError(
-            f"config.autoencoder.quantizer={c.quantizer!r} with codebook_size={c.codebook_size} is "
-            "of converted autoencoders: give one with --config.autoencoder.path (docs/weights.md), "
-            "or train one with quantizer=nearest and codebook_size=0"
+            f"config.autoencoder.codebook_size={c.codebook_size} is of autoencoders with a remap: "
+            "give one with --config.autoencoder.path (docs/weights.md), or train one with "
+            f"--config.autoencoder.codebook_size=0 --config.autoencoder.num_codes={c.codebook_size}"
         )
 
 
@@ -263,7 +149,9 @@ def prepare(config: ConfigDict, workdir: str, builder) -> Any:
 
 def _train(config: ConfigDict, directory: str, builder) -> Any:
     c, mesh = config.autoencoder, sharding.make_mesh(config)
-    sharding.require_divisible("autoencoder.batch_size", c.batch_size, mesh)
+    sharding.require_divisible(
+        "autoencoder.batch_size", c.batch_size, mesh, c.gradient_accumulation
+    )
     dataset = batches.image_dataset(
         batches.records(builder, encode.TRAIN, decode=False),
         encode.crop(config, encode.TRAIN),
@@ -273,33 +161,63 @@ def _train(config: ConfigDict, directory: str, builder) -> Any:
         bad_log=f"{directory}/bad_records.jsonl",
     )
     schedule = loop.Schedule.of(
-        config, num_steps=c.num_steps, batch_size=c.batch_size, steps_per_call=1, profile_steps=0
+        config,
+        num_steps=c.num_steps,
+        batch_size=c.batch_size,
+        steps_per_call=c.steps_per_call,
+        profile_steps=c.profile_steps,
     )
     place = loop.Place(directory, f"{directory}/checkpoints", mesh, config)
-    state = loop.fit(AutoencoderTask(config, dataset), schedule, place)
-    params, codebook = jax.tree.map(np.asarray, (state.params, state.codebook.codebook))
-    if processes.is_writer():
-        _report(params, codebook, config, builder, directory)
-    return with_codebook(params, codebook)
+    task = AutoencoderTask(config, mesh, dataset, Validation(config, builder, directory, mesh))
+    state = loop.fit(task, schedule, place)
+    return sharding.fetch(tokenizer.result(state))
 
 
-def _report(params, codebook, config, builder, directory: str) -> None:
-    """Logs the PSNR on validation pictures and draws some beside their reconstructions."""
-    sizes, split = config_lib.autoencoder_config(config), sets.evaluation_split(builder)
-    read = CheckedReader(batches.records(builder, split), 1.0, needs_captions=False)
-    records = [
-        r
-        for r in map(read, range(min(64, builder.info.splits[split].num_examples)))
-        if r is not None
-    ]
-    crops = np.stack([images.center_crop(r["image"], sizes.image_size) for r in records])
-    evaluate = jax.jit(functools.partial(eval_reconstruction, config=sizes))
-    result = evaluate(params, codebook, crops)
-    psnr, used = float(result["psnr"].mean()), int(result["codes_used"])
-    path = f"{directory}/reconstructions.png"
+def remap(config: ConfigDict, workdir: str, builder) -> None:
+    """Leaves out the codes that no training picture has: ``workdir/autoencoder/model_remapped``.
+
+    A denoiser of fewer codes is easier to train. The folder is not written if all codes are used,
+    or if the autoencoder has a remap.
+
+    Args:
+      config: the resolved config.
+      workdir: of a run whose autoencoder is there.
+      builder: the prepared data set.
+    """
+    sizes = config_lib.autoencoder_config(config)
+    target = Path(workdir) / "autoencoder" / "model_remapped"
+    if not processes.is_writer() or sizes.codebook_size is not None or target.exists():
+        return
+    params = pretrained.load_autoencoder(config, pretrained.model_folder(workdir))
+    ids = quantizer.build_remap(_uses(config, sizes, params, builder))
+    if ids.max() == sizes.num_codes - 1:
+        logging.info("the training pictures use all %d codes", sizes.num_codes)
+        return
+    sizes, params = autoencoder.with_remap(sizes, params, ids)
+    folder.save(target, dataclasses.asdict(sizes), params)
     logging.info(
-        "autoencoder: %.2f dB PSNR on %d validation pictures, which use %d of %d codes; see %s",
-        psnr, len(crops), used, sizes.num_codes, path,
+        "the training pictures use %d of %d codes; %s has these alone: use it with "
+        "--config.autoencoder.path=%s --config.autoencoder.num_codes=%d "
+        "--config.autoencoder.codebook_size=%d",
+        int(np.count_nonzero(ids)), sizes.codebook_size, target, target, sizes.num_codes,
+        sizes.codebook_size,
     )  # fmt: skip
-    shown = crops[:8], np.asarray(result["images"])[:8]
-    images.save(path, images.grid(np.stack(shown), ["pictures", "from their codes"]))
+
+
+def _uses(config, sizes, params, builder) -> np.ndarray:
+    """How often the crops of the training pictures have each code, int64 [K]."""
+    codec, crop = encode.Codec(sizes, params), encode.crop(config, encode.TRAIN)
+    read = CheckedReader(
+        batches.records(builder, encode.TRAIN, decode=False), 1.0, needs_captions=False
+    )
+    count = builder.info.splits[encode.TRAIN].num_examples
+    uses, size = np.zeros(sizes.num_codes, np.int64), codec.batch_size
+    with progress_bar("counting codes", count) as bar:
+        for start in range(0, count, size):
+            numbers = range(start, min(start + size, count))
+            crops = [crop(r, config.seed, i) for i in numbers if (r := read(i)) is not None]
+            if crops:
+                codes = np.asarray(codec.encode(rows.padded(np.stack(crops), size)))[: len(crops)]
+                uses += np.bincount(codes.reshape(-1), minlength=sizes.num_codes)
+            bar.update(len(numbers))
+    return uses

@@ -140,9 +140,9 @@ def train_step(
         metrics["gradient_norm"] = optax.tree.norm(gradients)
         updates, opt_state = transform.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        # Young averages forget their random start: the decay grows from 1/10 to its final value.
-        decay = jnp.minimum(config.training.ema_decay, (1.0 + state.step) / (10.0 + state.step))
-        ema_params = jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), state.ema_params, params)
+        ema_params = optimizer.averaged(
+            state.ema_params, params, config.training.ema_decay, state.step
+        )
     return state.replace(
         step=state.step + 1,
         params=params,
@@ -211,11 +211,8 @@ class DenoiserTask(Task):
     def begin(self, state):
         found = pretrained.load_initial(self._config, state.params)
 
-        def put(old, new):
-            return jax.make_array_from_callback(new.shape, old.sharding, lambda rows: new[rows])
-
         def begun(params):
-            return params | {n: jax.tree.map(put, params[n], part) for n, part in found.items()}
+            return params | {n: sharding.put_like(params[n], part) for n, part in found.items()}
 
         # Two copies: a donated state must not hold one buffer twice.
         return state.replace(params=begun(state.params), ema_params=begun(state.ema_params))
@@ -229,7 +226,9 @@ def train_autoencoder(config: ConfigDict, workdir: str) -> None:
     """Stage one alone."""
     stage_one.check(config, workdir)
     with claim(config, workdir):
-        stage_one.prepare(config, workdir, encode.data_set(config))
+        builder = encode.data_set(config)
+        stage_one.prepare(config, workdir, builder)
+        stage_one.remap(config, workdir, builder)
 
 
 def train(config: ConfigDict, workdir: str) -> None:
