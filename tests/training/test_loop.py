@@ -127,6 +127,18 @@ def test_a_step_without_a_finite_loss_is_neither_logged_nor_evaluated(tmp_path):
     assert sorted(metrics(tmp_path)) == [2, 4, 6, 8, 10]
 
 
+def test_a_trace_has_the_calls_after_the_third(tmp_path):
+    seen = []
+    schedule = dataclasses.replace(SCHEDULE, num_steps=7, profile_steps=2)
+    traces = (tmp_path / "profile").rglob
+
+    def evaluate(*_):
+        seen.append(len(list(traces("*.xplane.pb"))))
+
+    loop.fit(Sum(evaluate, -1), schedule, place_in(tmp_path))
+    assert seen == [0, 0, 0, 0, 1, 1, 1]
+
+
 def test_sigterm_in_the_last_step_still_ends_the_run(tmp_path):
     def evaluate(step, *_):
         if step == 20:
