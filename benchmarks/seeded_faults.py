@@ -229,8 +229,8 @@ FAULTS = (
     ),
     Fault(
         "the average of the parameters stays young",
-        "vqd_jax/training/stage_two.py",
-        "(1.0 + state.step) / (10.0 + state.step)",
+        "vqd_jax/training/optimizer.py",
+        "(1.0 + step) / (10.0 + step)",
         "1.0 / 10.0",
         ("tests/training",),
     ),
