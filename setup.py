@@ -37,6 +37,7 @@ setup(
         "orbax-checkpoint>=0.12.0,<0.13",
         "pillow>=11.0,<14",
         "protobuf>=5.28,<8",
+        "pyyaml>=6,<7",
         "scipy>=1.13,<2",
         "simplejpeg>=1.8,<2",
         "tensorboardX>=2.6.4,<3",
@@ -67,7 +68,6 @@ setup(
             "gcsfs>=2026.8,<2028",
             "pytest>=8.3,<10",
             "pytest-xdist>=3.6,<4",
-            "pyyaml>=6,<7",
             "ruff>=0.17,<0.18",
             # The format's own library, which ours is compared with.
             "safetensors>=0.6,<1",

@@ -113,7 +113,7 @@ _CONVERSION = [
     _define_path("autoencoder", "convert: image tokenizer, if SOURCE has none."),
     _define_path("clip", "convert: CLIP, if SOURCE has none."),
     _define_path("remap", "convert: code remap (.npy, .pt), if not published."),
-    flags.DEFINE_integer("num_heads", 16, "convert: of the denoiser; all released ones have 16."),
+    flags.DEFINE_integer("num_heads", None, "convert: of the denoiser; config.yaml's, or 16."),
     flags.DEFINE_integer("image_size", None, "convert: side in pixels; else what SOURCE implies."),
     flags.DEFINE_enum(
         "dtype", "float32", ["float32", "bfloat16"], "convert: of the stored weights."

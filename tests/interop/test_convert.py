@@ -12,7 +12,7 @@ import pytest
 from vqd_jax import config as config_lib
 from vqd_jax.diffusion import sampler, transition
 from vqd_jax.errors import UserError
-from vqd_jax.interop import convert, published
+from vqd_jax.interop import convert, folder, published
 from vqd_jax.pipeline import VQDiffusion
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -281,3 +281,41 @@ def test_a_diffusers_folder_of_another_kind_is_refused(tmp_path):
     with pytest.raises(UserError, match="is a StableDiffusionPipeline"):
         convert.convert(str(root), str(tmp_path / "model"))
     assert not (tmp_path / "model").exists()
+
+
+def wrapped(loaded, how):
+    """The golden checkpoint as other programs save it."""
+    model, ema = loaded["model"], loaded["ema"]
+    of_all = {f"{how}transformer.{n}": x for n, x in ema.items()}
+    prefixed = {name: {how + n: x for n, x in d.items()} for name, d in (("m", model), ("e", ema))}
+    return {
+        "module.": {"model": prefixed["m"], "ema": prefixed["e"]},
+        "_orig_mod.": {"model": prefixed["m"], "model_ema": prefixed["e"]},
+        "module._orig_mod.": {"state_dict": prefixed["m"], "ema_state_dict": prefixed["e"]},
+        "": {"model_state_dict": model, "ema": {"shadow": ema}},
+        "model.": {"state_dict": prefixed["m"], "state_dict_ema": of_all},
+    }[how]  # fmt: skip
+
+
+@pytest.mark.parametrize("how", ["module.", "_orig_mod.", "module._orig_mod.", "", "model."])
+def test_wrappers_of_other_programs_are_taken_off(how, converted, tmp_path):
+    torch = pytest.importorskip("torch")
+    loaded = torch.load(source_of("uncond_model"), map_location="cpu", weights_only=True)
+    torch.save(wrapped(loaded, how), tmp_path / "wrapped.pth")
+    options = dict(OPTIONS["uncond_model"])
+    convert.convert(str(tmp_path / "wrapped.pth"), str(tmp_path / "model"), **options)
+    found = folder.read_shards(tmp_path / "model", "model")
+    wanted = folder.read_shards(pathlib.Path(converted["uncond_model"]), "model")
+    assert found.keys() == wanted.keys()
+    assert all(np.array_equal(found[name], wanted[name]) for name in found)
+    if how == "":
+        # A flat state dict has no averaged weights, and says so.
+        torch.save(loaded["model"], tmp_path / "flat.pth")
+        with pytest.raises(UserError, match="no averaged weights; use --weights=raw"):
+            convert.convert(str(tmp_path / "flat.pth"), str(tmp_path / "flat"), **options)
+        convert.convert(
+            str(tmp_path / "flat.pth"), str(tmp_path / "flat"), weights="raw", **options
+        )
+        torch.save([1, 2], tmp_path / "list.pth")
+        with pytest.raises(UserError, match="holds no weights with names: it is list"):
+            convert.convert(str(tmp_path / "list.pth"), str(tmp_path / "list"))

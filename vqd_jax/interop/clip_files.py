@@ -139,9 +139,7 @@ def open_weights(path: str | Path) -> dict[str, tensors.Tensor]:
         return folder.read_weights(path, "model", "pytorch_model.bin")
     if path.suffix == ".safetensors":
         return tensors.read_safetensors(path)
-    found = torch_file.named_tensors(torch_file.load(path), "state_dict")
-    # Training on several devices leaves this prefix.
-    return {name.removeprefix("module."): value for name, value in found.items()}
+    return torch_file.named_tensors(torch_file.load(path))
 
 
 def _heads(path: Path) -> dict[str, int]:

@@ -16,8 +16,18 @@ from ml_collections import ConfigDict
 from vqd_jax import config as config_lib
 from vqd_jax.data.text import ClipTokenizer
 from vqd_jax.errors import UserError
-from vqd_jax.interop import clip_files, diffusers, folder, published, taming, torch_file
+from vqd_jax.interop import (
+    clip_files,
+    diffusers,
+    folder,
+    published,
+    published_yaml,
+    taming,
+    torch_file,
+)
 from vqd_jax.interop.tables import Part
+
+_RELEASED_HEADS = 16
 
 
 def convert(
@@ -28,7 +38,7 @@ def convert(
     autoencoder: str | None = None,
     clip: str | None = None,
     remap: str | None = None,
-    num_heads: int = 16,
+    num_heads: int | None = None,
     image_size: int | None = None,
     dtype: str = "float32",
 ) -> None:
@@ -41,8 +51,10 @@ def convert(
       autoencoder: file with the image tokenizer; None takes the one in ``source``.
       clip: file or folder with the CLIP; None takes the one in ``source``.
       remap: .npy or .pt file with the code remap, if it is none of the published ones.
-      num_heads: heads of the denoiser, which no tensor tells; 16 in all released files.
-      image_size: side of a picture, in pixels; None takes what the file implies, or 256.
+      num_heads: heads of the denoiser, which no tensor tells; None takes those of the config.yaml
+        beside ``source``, or 16, as in all released files.
+      image_size: side of a picture, in pixels; None takes what the file or the config.yaml
+        implies, or 256.
       dtype: of the stored floats, "float32" or "bfloat16".
 
     Raises:
@@ -60,10 +72,21 @@ def convert(
         return _write_clip(source, target, dtype)
     loaded = torch_file.load(source)
     if published.is_published(loaded):
-        parts = published.read(
-            source, loaded, weights=weights, num_heads=num_heads, image_size=image_size,
-            remap=table,
-        )  # fmt: skip
+        described = published_yaml.beside(source)
+        if table is None and described.remap is not None:
+            table = read_remap(str(described.remap))
+        image_size = image_size or described.image_size
+        num_heads = num_heads or described.num_heads or _RELEASED_HEADS
+        try:
+            parts = published.read(
+                source, loaded, weights=weights, num_heads=num_heads, image_size=image_size,
+                remap=table,
+            )  # fmt: skip
+        except UserError as error:
+            if described.wants_remap and table is None:
+                name = described.wants_remap
+                raise UserError(f"{error}. The config.yaml asks for the remap {name}") from error
+            raise
         if autoencoder is not None:
             codes = parts["denoiser"].config.num_codes
             parts["autoencoder"] = read_autoencoder(autoencoder, image_size, table, codes)
@@ -77,6 +100,11 @@ def convert(
         _print_table({"autoencoder": part})
         sizes = dataclasses.asdict(part.config)
         return folder.save(target, {"kind": "autoencoder", **sizes}, part.params, dtype=dtype)
+    if not torch_file.named_tensors(loaded):
+        keys = ", ".join(map(str, loaded)) if isinstance(loaded, Mapping) else ""
+        raise UserError(
+            f"{source} holds no weights with names: it is {type(loaded).__name__} {keys[:200]}"
+        )
     return _write_clip(source, target, dtype)
 
 

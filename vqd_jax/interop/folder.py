@@ -12,6 +12,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+from absl import logging
 
 from vqd_jax import files as file_lib
 from vqd_jax.errors import UserError
@@ -180,6 +181,11 @@ def read_weights(directory: Path, stem: str, old: str) -> dict[str, tensors.Tens
         if (directory / name).exists():
             return read_shards(directory, stem)
     if not (directory / old).exists():
+        others = sorted(p.name for p in directory.glob(f"{stem}.*.safetensors"))
+        if others:
+            # Such as the variant "fp16", whose values are those of the whole file, rounded.
+            logging.info("%s has %s alone, which is taken", directory, others[0])
+            return tensors.read_safetensors(directory / others[0])
         raise UserError(f"{directory} has neither {stem}.safetensors nor {old}")
     return torch_file.named_tensors(torch_file.load(directory / old))
 

@@ -18,7 +18,7 @@ from vqd_jax import files
 from vqd_jax.data.text import ClipTokenizer
 from vqd_jax.diffusion import schedule
 from vqd_jax.errors import UserError
-from vqd_jax.interop import clip_files, denoiser_tables, tables, taming
+from vqd_jax.interop import clip_files, denoiser_tables, tables, taming, torch_file
 from vqd_jax.interop.tables import Part
 from vqd_jax.models.autoencoder import AutoencoderConfig
 from vqd_jax.models.denoiser import DenoiserConfig
@@ -28,6 +28,8 @@ _DIFFUSION = "transformer."
 _DENOISER = "transformer.transformer."
 _TEXT = "transformer.condition_emb."
 _NULL_TEXT = "transformer.empty_text_embed"
+# Where programs put averaged weights.
+_EMA = ("ema", "model_ema", "ema_model", "ema_state_dict", "state_dict_ema", "ema_params", "EMA")
 # The class that stands for none in the published ImageNet models.
 IMAGENET_NULL = 1000
 _IGNORED = (
@@ -39,9 +41,17 @@ _IGNORED = (
 
 
 def is_published(loaded: Any) -> bool:
-    """Whether a loaded file holds a VQ-Diffusion checkpoint."""
-    model = loaded.get("model") if isinstance(loaded, Mapping) else None
-    return isinstance(model, Mapping) and any(n.startswith(_DENOISER) for n in model)
+    """Whether a loaded file holds a VQ-Diffusion checkpoint, however it is wrapped."""
+    return any(name.startswith(_DENOISER) for name in torch_file.named_tensors(loaded))
+
+
+def _averaged(loaded: Mapping[str, Any]) -> dict[str, Any]:
+    """The averaged tensors, as names of the whole model; {} if there are none."""
+    key = next((key for key in _EMA if isinstance(loaded.get(key), Mapping)), None)
+    found = torch_file.named_tensors(loaded[key]) if key else {}
+    if any(name.startswith(_DENOISER) for name in found):
+        return found
+    return {_DIFFUSION + name: tensor for name, tensor in found.items()}
 
 
 def read(
@@ -74,11 +84,12 @@ def read(
         schedule is another than the released one.
     """
     source = str(path)
-    tensors = dict(loaded["model"])
+    tensors = torch_file.named_tensors(loaded)
     if weights == "ema":
-        if not isinstance(loaded.get("ema"), Mapping):
+        averaged = _averaged(loaded)
+        if not averaged:
             raise UserError(f"{source} has no averaged weights; use --weights=raw")
-        tensors |= {_DIFFUSION + name: tensor for name, tensor in loaded["ema"].items()}
+        tensors |= averaged
     parts, used = _read_others(tensors, source, image_size, remap)
     names = tables.under(tensors, _DENOISER)
     grid = denoiser_tables.text_grid(names)

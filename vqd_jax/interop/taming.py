@@ -284,7 +284,7 @@ def _remapped(
 
 def _state_dict(loaded: Any) -> dict[str, Tensor]:
     """The tokenizer's tensors, wherever they are in the file."""
-    found = torch_file.named_tensors(loaded, "state_dict", "model")
+    found = torch_file.named_tensors(loaded)
     return tables.under(found, _INSIDE_TRANSFORMER) or found
 
 

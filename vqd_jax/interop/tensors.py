@@ -19,6 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from vqd_jax.errors import UserError
+from vqd_jax.interop import first_bytes
 
 # Types of numbers, by their names in safetensors files and in PyTorch's.
 NUMBER_TYPES = (
@@ -94,6 +95,10 @@ class FileBytes:
             if begin < end:
                 pieces.append((path, begin - start, end - begin))
         return pieces
+
+    def beginning(self) -> bytes:
+        """The first bytes, which tell what a file is."""
+        return self.read(0, min(self.size, first_bytes.LENGTH)).tobytes()
 
     def open(self) -> io.BufferedReader:
         """All of it as a seekable binary file."""
@@ -232,9 +237,12 @@ def read_safetensors(path: str | Path) -> dict[str, Tensor]:
     """
     source = FileBytes(path)
     try:
-        length = int.from_bytes(source.read(0, 8).tobytes(), "little")
-        if length > _LONGEST_HEADER:
-            raise UserError(f"{path} is not a safetensors file")
+        length = int.from_bytes(source.beginning()[:8].ljust(8, b"\xff"), "little")
+        if length > min(_LONGEST_HEADER, source.size):
+            words = first_bytes.describe(source.beginning())
+            is_other = words and "safetensors" not in words
+            told = f"not a safetensors file: it is {words}" if is_other else "cut short"
+            raise UserError(f"{path} is {told}")
         header = json.loads(source.read(8, length).tobytes())
         header.pop("__metadata__", None)
         tensors = {name: _entry(source, 8 + length, **entry) for name, entry in header.items()}
@@ -252,6 +260,11 @@ def _entry(
     source: FileBytes, data: int, dtype: str, shape: list[int], data_offsets: list[int]
 ) -> Tensor:
     begin, end = data_offsets
+    if dtype.startswith("F8_"):
+        raise UserError(
+            f"{source.path} holds 8-bit floats ({dtype}), which are too coarse to convert; take "
+            "the file of the same weights in 16 or 32 bits"
+        )
     tensor = Tensor(source, data + begin, _BY_NAME[dtype], tuple(shape))
     if min(begin, *shape, 0) < 0 or end - begin != tensor.nbytes:
         raise ValueError(f"{shape} of {dtype} in bytes {begin} to {end}")

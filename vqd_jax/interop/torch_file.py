@@ -14,13 +14,14 @@ import dataclasses
 import pickle
 import sys
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, BinaryIO, NamedTuple
 
 import numpy as np
 
 from vqd_jax.errors import UserError
+from vqd_jax.interop import first_bytes
 from vqd_jax.interop.tensors import NUMBER_TYPES, FileBytes, Tensor
 
 # The magic number of the format before PyTorch 1.6, pickled.
@@ -55,7 +56,9 @@ def load(path: str | Path) -> Any:
                 loaded = _Unpickler(members.open_pickle(), members).load()
                 return _state_dict(loaded) if isinstance(loaded, _ScriptModule) else loaded
     except zipfile.BadZipFile as error:
-        raise UserError(f"{path} is not a PyTorch file, or is cut short: {error}") from error
+        words = first_bytes.describe(source.beginning())
+        told = f": it is {words}" if words else f", or is cut short: {error}"
+        raise UserError(f"{path} is not a PyTorch file{told}") from error
     except UserError:
         raise
     # In a damaged pickle names and values are mixed up, which raises nearly any exception.
@@ -63,17 +66,42 @@ def load(path: str | Path) -> Any:
         raise UserError(f"{path} is damaged: {error!r}") from error
 
 
-def named_tensors(loaded: Any, *inside: str) -> dict[str, Tensor]:
-    """The tensors of a state dict by name; {} of anything else.
+# Keys under which programs put the state dict of a model.
+_CONTAINERS = (
+    "state_dict", "model", "model_state_dict", "module", "net", "network", "generator", "params",
+    "weights", "shadow", "shadow_params",
+)  # fmt: skip
+# What wrappers of a model write before the names of its tensors: DataParallel, Lightning.
+_PREFIXES = ("module.", "model.")
+# What `torch.compile` writes before the names of a module, at any depth.
+_COMPILED = "_orig_mod."
+
+
+def named_tensors(loaded: Any) -> dict[str, Tensor]:
+    """The tensors of a state dict by name, without what wraps it; {} of anything else.
 
     Args:
-      loaded: what ``load`` returned.
-      inside: keys under the first of which the state dict may stand.
+      loaded: what ``load`` returned, or a part of it.
     """
     if not isinstance(loaded, Mapping):
         return {}
-    found = next((loaded[key] for key in inside if isinstance(loaded.get(key), Mapping)), loaded)
-    return {n: x for n, x in found.items() if isinstance(n, str) and hasattr(x, "shape")}
+    found = {n: x for n, x in loaded.items() if isinstance(n, str) and hasattr(x, "shape")}
+    inner = [loaded[key] for key in _CONTAINERS if isinstance(loaded.get(key), Mapping)]
+    if inner and (deeper := named_tensors(inner[0])):
+        return deeper
+    found = {name.replace(_COMPILED, ""): x for name, x in found.items()}
+    while prefix := _common_prefix(found):
+        found = {name.removeprefix(prefix): x for name, x in found.items()}
+    return found
+
+
+def _common_prefix(names: Iterable[str]) -> str:
+    """The prefix of a wrapper that all names have; ''."""
+    names = list(names)
+    for prefix in _PREFIXES:
+        if names and all(name.startswith(prefix) for name in names):
+            return prefix
+    return ""
 
 
 class _Archive:
@@ -314,6 +342,11 @@ class _Unpickler(pickle.Unpickler):
             return self._script_module
         if (module, name) == ("torch.nn.parameter", "Parameter"):
             return self._parameter
+        if name == "_rebuild_tensor_v3":
+            raise UserError(
+                f"{self._archive.source.path} holds 8-bit floats or other rare numbers, too coarse "
+                "to convert; take the file of the same weights in 16 or 32 bits"
+            )
         raise UserError(
             f"{self._archive.source.path} asks for {module}.{name}, which could run code; only "
             "files of plain tensors are read. If the file is yours, save its state dict instead."
