@@ -22,7 +22,6 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 from absl import logging
 
 from vqd_jax.errors import UserError
@@ -265,6 +264,9 @@ def fingerprint(nested: Mapping[str, Any]) -> str:
     Two models, runs or caches are the same if and only if their fingerprints are. Put in whatever
     decides the result and nothing else: no path, no date.
     """
+    # Imported here: --help and mistakes in flags do not wait for NumPy.
+    import numpy as np
+
     digest = hashlib.sha256()
     flat = flatten(nested)
     for name in sorted(flat):
