@@ -4,6 +4,7 @@ python -m vqd_jax.main --config=configs/emoji.py --workdir=DIR
 python -m vqd_jax.main --mode=sample --workdir=DIR --prompt="red heart" --num_images=4
 python -m vqd_jax.main --mode=convert --source=coco_learnable.pth --target=models/coco
 python -m vqd_jax.main --mode=sample --model=models/coco --prompt="teddy bear in the pool"
+python -m vqd_jax.main --mode=evaluate --model=models/coco --config=configs/coco.py --output=DIR
 """
 
 from absl import app, flags, logging
@@ -32,20 +33,30 @@ def _define_path(name: str, text: str) -> flags.FlagHolder:
 # Fields of a config that are paths, or tuples of them.
 _PATH_FIELDS = (
     "data.dir", "data.prepared_dir", "data.codes", "data.more_codes", "autoencoder.path",
-    "text_encoder.path", "training.init_from", "training.checkpoints",
+    "text_encoder.path", "training.init_from", "training.checkpoints", "evaluation.features_path",
+    "evaluation.inception", "evaluation.inception_statistics", "evaluation.clip",
+    "evaluation.cache",
 )  # fmt: skip
 # Tasks that a config describes; each is a function of modes.py.
 ON_CONFIG = ("train", "train_autoencoder", "prepare", "encode", "inspect", "plan")
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file; fields as --config.a.b=1.")
 _WORKDIR = _define_path("workdir", "Folder of a run: checkpoints, metrics, samples.")
-_MODE = flags.DEFINE_enum("mode", "train", [*ON_CONFIG, "sample", "convert", "export"], "The task.")
+_MODE = flags.DEFINE_enum(
+    "mode", "train", [*ON_CONFIG, "sample", "evaluate", "convert", "export"], "The task."
+)
 _DISTRIBUTED = flags.DEFINE_bool("distributed", False, "This is one of several processes.")
 
-_MODEL = _define_path("model", "sample, export: model folder; or give --workdir.")
+_MODEL = _define_path("model", "sample, evaluate, export: model folder; or give --workdir.")
 _PROMPT = flags.DEFINE_multi_string("prompt", None, "sample: a text; may be given several times.")
 _PROMPTS = _define_path("prompts", "sample: file of prompts, one on each line.")
 _IMAGES = flags.DEFINE_enum("images", "png", ["png", "array_record"], "--prompts: kind of files.")
-_OUTPUT = _define_path("output", "sample: folder to write; MODEL/samples if unset.")
+_OUTPUT = _define_path("output", "sample, evaluate: folder to write; below MODEL if unset.")
+_SWEEP = flags.DEFINE_multi_string(
+    "sweep",
+    [],
+    "evaluate: values of a setting, as num_steps=10,25,100; may be given several times.",
+)
+_GIVEN = _define_path("pictures", "evaluate: a folder of pictures that something else made.")
 
 
 class _Numbers(flags.ArgumentParser):
@@ -66,8 +77,11 @@ def _define_numbers(kind: type, name: str, text: str) -> flags.FlagHolder:
     return flags.DEFINE(_Numbers(kind), name, None, text)
 
 
+_NUM_IMAGES = flags.DEFINE_integer(
+    "num_images", None, "sample: of each prompt, 4; --prompts: in all."
+)
 _SAMPLING = [
-    flags.DEFINE_integer("num_images", None, "sample: of each prompt, 4; --prompts: in all."),
+    _NUM_IMAGES,
     flags.DEFINE_integer("seed", 0, "sample: from 0 to 2**32-1; decides the pictures."),
     flags.DEFINE_integer("num_steps", None, "sample: network calls; the config's if unset."),
     _define_numbers(int, "times", "sample: instead of --num_steps, such as 0,25,100."),
@@ -131,6 +145,8 @@ def main(argv: list[str]) -> None:
         from vqd_jax.interop import convert
 
         convert.convert(source, target, **_values(_CONVERSION))
+    elif _MODE.value == "evaluate":
+        _evaluate(_MODEL.value or _WORKDIR.value)
     elif _MODE.value in ("sample", "export"):
         _use_model(_MODEL.value or _WORKDIR.value)
     else:
@@ -156,6 +172,25 @@ def _use_model(model_dir: str | None) -> None:
             modes.sample_file(model_dir, _PROMPTS.value, format=_IMAGES.value, **options)
         else:
             modes.sample(model_dir, _PROMPT.value, **_values(_PICTURES), **options)
+
+
+def _evaluate(model_dir: str | None) -> None:
+    if _NUM_IMAGES.value is not None:
+        raise UserError("--num_images belongs to sampling; --config.evaluation.num_generated here")
+    from vqd_jax import config as config_lib
+    from vqd_jax import modes
+    from vqd_jax.parallel import processes
+
+    config = _CONFIG.value
+    if config is not None:
+        _expand_paths(config)
+        config_lib.validate(config, own_tokenizer=True)
+    options = {name: v for name, v in _values(_SAMPLING).items() if name != "num_images"}
+    with processes.session(_DISTRIBUTED.value):
+        modes.evaluate(
+            model_dir, config=config, output=_OUTPUT.value, pictures=_GIVEN.value,
+            sweep=_SWEEP.value, **options,
+        )  # fmt: skip
 
 
 def _use_config(mode: str) -> None:

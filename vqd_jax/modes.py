@@ -301,7 +301,7 @@ def sample_many(
     blocks = [range(k, min(k + BLOCK, num_images)) for k in range(0, num_images, BLOCK)]
     waiting = [block for block in blocks if _missing(output, block, format)]
     # Every process must have seen the same ones before any is written.
-    processes.wait_for_all("blocks listed")
+    processes.wait_for_all(f"{output}: blocks listed")
     mine = waiting[jax.process_index() :: jax.process_count()]
     with tqdm(total=sum(map(len, mine)), desc="sampling", unit="image", mininterval=1) as bar:
         for block in mine:
@@ -311,7 +311,7 @@ def sample_many(
             made = model.sample_codes(texts, pairs, batch_size=batch_size, **request, **options)
             _write(output, missing, model.decode_codes(made, batch_size), format)
             bar.update(len(block))
-    processes.wait_for_all("pictures written")
+    processes.wait_for_all(f"{output}: pictures written")
     logging.info("%d pictures of %d prompts are in %s", num_images, len(prompts), output)
 
 
@@ -344,7 +344,7 @@ def _claim(folder: Path, model, prompts, num_images, format, request, options) -
             files.write_json(path, {**wanted, "num_images": count})
             lines = [f"{prompts[k % len(prompts)]}\n" for k in range(count)]
             files.write_text(folder / "prompts.txt", "".join(lines))
-    processes.wait_for_all("manifest written")
+    processes.wait_for_all(f"{folder}: manifest written")
     changed = "; ".join(changes(files.read_json(path, remedy)))
     if changed:
         raise UserError(f"{folder} holds pictures of another request ({changed}); {remedy}")
@@ -381,6 +381,14 @@ def _write(folder: str, numbers: Sequence[int], pixels: np.ndarray, format: str)
             Image.fromarray(image).save(encoded, format="PNG")
             writer.write(encoded.getvalue())
         writer.close()
+
+
+def evaluate(model_dir: str | None, **request: Any) -> None:
+    """Measures a model, or pictures; see ``evaluation.evaluate.run``."""
+    # Its networks are not for everybody who samples.
+    from vqd_jax.evaluation import evaluate as evaluate_lib
+
+    evaluate_lib.run(model_dir, draw=sample_many, **request)
 
 
 def plan(config: ConfigDict, topology: str | None = None, hbm_gib: float | None = None) -> None:

@@ -29,6 +29,9 @@ DATA_SETS = (
 )
 # Networks of the perceptual distance; "random" is squeezenet with random weights.
 PERCEPTUAL = ("squeezenet", "random", "vgg16")
+# Distances that an evaluation can measure, and networks for their features that need no file.
+METRICS = ("frechet", "kid", "neighbours", "copies", "retrieval")
+FEATURES = ("efficientnet", "mobilenet", "random", "none")
 # The end points of the keep and mask probabilities; a cosine has none.
 SCHEDULES = {
     "released": (schedule.RELEASED_KEEP, schedule.RELEASED_MASK),
@@ -245,13 +248,35 @@ class MeshOptions:
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationOptions:
-    """How the likelihood of pictures is bounded. Errors as in ``config.validate``."""
+    """How models and pictures are measured. Errors as in ``config.validate``."""
 
-    num_images: int = 176  # from each split
-    num_draws: int = 10  # draws of noise for each picture
+    num_images: int = 176  # whose likelihood is bounded, from each split
+    num_draws: int = 10  # draws of noise for each of them
+    protocol: str = ""  # what is compared with what, by name; '' goes by the data set
+    num_generated: int = 0  # pictures to measure; 0 is the protocol's number
+    metrics: tuple[str, ...] = METRICS  # distances between generated and real pictures
+    features: str = "efficientnet"  # one of FEATURES
+    features_side: int = 0  # pixels that these networks see; 0 is the network's own
+    features_path: str = ""  # the file of weights; '' is that of the network's package
+    # Further features, from files of the user's: Inception of FID (pytorch-fid's or torch-
+    # fidelity's file), with the beginning of its sha256 and its resize; a converted CLIP.
+    inception: str = ""
+    inception_sha256: str = "6726825d"
+    inception_resize: str = "tensorflow"  # or "pytorch", as pytorch-fid
+    # Statistics of the real pictures in Inception's features, in place of those computed: the .npz
+    # of pytorch-fid, clean-fid or ADM.
+    inception_statistics: str = ""
+    clip: str = ""  # a model folder
+    cache: str = ""  # folder of features; '' is in the output
 
     def __post_init__(self):
-        require_at_least(self, num_images=2, num_draws=2)
+        require_at_least(self, num_images=2, num_draws=2, num_generated=0, features_side=0)
+        _require_choice("features", self.features, FEATURES)
+        _require_choice("inception_resize", self.inception_resize, ("tensorflow", "pytorch"))
+        for metric in self.metrics:
+            _require_choice("metrics", metric, METRICS)
+        if self.inception_statistics and not self.inception:
+            raise ValueError("inception_statistics: they need the network, inception=FILE")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -195,8 +195,11 @@ def test_random_features_differ_by_seed():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda p: features.inception_v3(p / "no.pth"), "no.pth is not a file"),
-        (lambda p: features.inception_v3(p / "wrong.pth"), "should have 6726825d"),
+        (lambda p: features.inception_v3(p / "no.pth", expected=""), "no.pth is not a file"),
+        (
+            lambda p: features.inception_v3(p / "wrong.pth", expected="6726825d"),
+            "should have 6726825d",
+        ),
         (lambda p: features.inception_v3(p / "wrong.pth", expected=""), "is not a PyTorch file"),
         (lambda p: features.mobilenet_v2(p / "wrong.pth"), "is not a PyTorch file"),
         (lambda p: features.Clip(p), "is not a model folder"),

