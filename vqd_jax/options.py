@@ -271,10 +271,9 @@ class EvaluationOptions:
 
     def __post_init__(self):
         require_at_least(self, num_images=2, num_draws=2, num_generated=0, features_side=0)
-        _require_choice("features", self.features, FEATURES)
-        _require_choice("inception_resize", self.inception_resize, ("tensorflow", "pytorch"))
-        for metric in self.metrics:
-            _require_choice("metrics", metric, METRICS)
+        require_choice(self, features=FEATURES, inception_resize=("tensorflow", "pytorch"))
+        if unknown := [metric for metric in self.metrics if metric not in METRICS]:
+            raise ValueError(f"metrics={unknown[0]!r}: must be among {', '.join(METRICS)}")
         if self.inception_statistics and not self.inception:
             raise ValueError("inception_statistics: they need the network, inception=FILE")
 
