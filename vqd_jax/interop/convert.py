@@ -72,28 +72,9 @@ def convert(
         return _write_clip(source, target, dtype)
     loaded = torch_file.load(source)
     if published.is_published(loaded):
-        described = published_yaml.beside(source)
-        if table is None and described.remap is not None:
-            table = read_remap(str(described.remap))
-        image_size = image_size or described.image_size
-        num_heads = num_heads or described.num_heads or _RELEASED_HEADS
-        try:
-            parts = published.read(
-                source, loaded, weights=weights, num_heads=num_heads, image_size=image_size,
-                remap=table,
-            )  # fmt: skip
-        except UserError as error:
-            if described.wants_remap and table is None:
-                name = described.wants_remap
-                raise UserError(f"{error}. The config.yaml asks for the remap {name}") from error
-            raise
-        if autoencoder is not None:
-            codes = parts["denoiser"].config.num_codes
-            parts["autoencoder"] = read_autoencoder(autoencoder, image_size, table, codes)
-        if clip is not None:
-            found = clip_files.open_weights(clip)
-            config, params, _ = clip_files.read_text_encoder(found, clip)
-            parts["text_encoder"] = Part(config, params, clip)
+        parts = _read_published(
+            source, loaded, weights, autoencoder, clip, table, num_heads, image_size
+        )
         return _write_model(target, parts, None, dtype)
     if taming.is_autoencoder(loaded):
         part = read_autoencoder(source, image_size, table)
@@ -106,6 +87,35 @@ def convert(
             f"{source} holds no weights with names: it is {type(loaded).__name__} {keys[:200]}"
         )
     return _write_clip(source, target, dtype)
+
+
+def _read_published(
+    source, loaded, weights, autoencoder, clip, table, num_heads, image_size
+) -> dict[str, Part]:
+    """The parts of a released checkpoint; arguments as in ``convert``."""
+    described = published_yaml.beside(source)
+    if table is None and described.remap is not None:
+        table = read_remap(str(described.remap))
+    image_size = image_size or described.image_size
+    num_heads = num_heads or described.num_heads or _RELEASED_HEADS
+    try:
+        parts = published.read(
+            source, loaded, weights=weights, num_heads=num_heads, image_size=image_size,
+            remap=table,
+        )  # fmt: skip
+    except UserError as error:
+        if described.wants_remap and table is None:
+            name = described.wants_remap
+            raise UserError(f"{error}. The config.yaml asks for the remap {name}") from error
+        raise
+    if autoencoder is not None:
+        codes = parts["denoiser"].config.num_codes
+        parts["autoencoder"] = read_autoencoder(autoencoder, image_size, table, codes)
+    if clip is not None:
+        found = clip_files.open_weights(clip)
+        config, params, _ = clip_files.read_text_encoder(found, clip)
+        parts["text_encoder"] = Part(config, params, clip)
+    return parts
 
 
 def read_autoencoder(
