@@ -1,6 +1,7 @@
 """Shapes, sides of the padding, published parameter counts, and pixel conversions."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -54,6 +55,10 @@ def test_shapes_and_ranges(tiny_params):
     assert float(jnp.max(jnp.abs(other[0][0] - z[0]))) > 0.0
 
 
+def _layers(config):
+    return autoencoder._Layers(config, nnx.Rngs(0))
+
+
 def test_wrong_image_size_is_refused(tiny_params):
     model = autoencoder.bind(TINY, tiny_params)
     with pytest.raises(AssertionError):
@@ -63,7 +68,7 @@ def test_wrong_image_size_is_refused(tiny_params):
 
 
 def test_downsample_pads_right_and_bottom():
-    layer = autoencoder.Downsample(1, rngs=nnx.Rngs(0))
+    layer = autoencoder.Downsample(1, _layers(TINY))
     layer.conv.kernel[...] = jnp.ones((3, 3, 1, 1))
     layer.conv.bias[...] = jnp.zeros(1)
     x = jnp.arange(16.0).reshape(1, 4, 4, 1)
@@ -76,7 +81,7 @@ def test_downsample_pads_right_and_bottom():
 
 
 def test_upsample_repeats_pixels():
-    layer = autoencoder.Upsample(1, rngs=nnx.Rngs(0))
+    layer = autoencoder.Upsample(1, _layers(TINY))
     layer.conv.kernel[...] = jnp.zeros((3, 3, 1, 1)).at[1, 1].set(1.0)
     layer.conv.bias[...] = jnp.zeros(1)
     x = jnp.array([[1.0, 2.0], [3.0, 4.0]]).reshape(1, 2, 2, 1)
@@ -86,7 +91,7 @@ def test_upsample_repeats_pixels():
 
 def test_attention_averages_the_values_when_the_queries_are_zero():
     config = dataclasses.replace(TINY, norm_groups=2)
-    block = autoencoder.AttentionBlock(4, config, rngs=nnx.Rngs(0))
+    block = autoencoder.AttentionBlock(4, _layers(config))
     block.q.kernel[...] = jnp.zeros((1, 1, 4, 4))
     block.v.kernel[...] = block.proj_out.kernel[...] = jnp.eye(4).reshape(1, 1, 4, 4)
     x = jax.random.normal(jax.random.key(0), (1, 3, 3, 4))
@@ -163,3 +168,23 @@ def test_lists_become_tuples():
     config = dataclasses.replace(TINY, channel_multipliers=[1, 2, 2])
     assert config == TINY and hash(config) == hash(TINY)
     assert (config.downsampling, config.grid_size, config.num_tokens) == (4, 4, 16)
+
+
+def test_bfloat16_changes_results_by_rounding(tiny_params):
+    images = jax.random.uniform(jax.random.key(1), (2, 16, 16, 3), minval=-1.0)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    @functools.partial(jax.value_and_grad, argnums=1)
+    def gradient(dtype, params):
+        params, pixels = jax.tree.map(lambda x: x.astype(dtype), (params, images))
+        model = autoencoder.bind(TINY, params)
+        decoded = model.decode_latents(model.encode(pixels))
+        assert decoded.dtype == dtype
+        return jnp.mean((decoded.astype(jnp.float32) - images) ** 2)
+
+    exact, by_params = gradient(jnp.float32, tiny_params)
+    rounded, found = gradient(jnp.bfloat16, tiny_params)
+    np.testing.assert_allclose(rounded, exact, rtol=0.1)
+    for part in ("encoder", "decoder"):
+        a, b = (tree[part]["conv_in"]["kernel"] for tree in (found, by_params))
+        np.testing.assert_allclose(a, b, rtol=0, atol=0.1 * float(jnp.abs(b).max()))

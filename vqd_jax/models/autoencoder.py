@@ -12,7 +12,7 @@ remap). Channels are last.
 import dataclasses
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -23,6 +23,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from vqd_jax.errors import require_at_least, require_choice
 from vqd_jax.models import functional, quantizer
+from vqd_jax.models.convolution import Conv, GroupNorm
 
 # The name of the outputs of all blocks: a backward pass may keep these alone.
 BLOCK = "block"
@@ -136,34 +137,33 @@ def to_pixels(images: jax.Array) -> jax.Array:
     return jnp.round((jnp.clip(images, -1.0, 1.0) + 1.0) * 127.5).astype(jnp.uint8)
 
 
-def _conv3(in_channels: int, out_channels: int, rngs: nnx.Rngs) -> nnx.Conv:
-    return nnx.Conv(in_channels, out_channels, (3, 3), padding=1, rngs=rngs)
+class _Layers(NamedTuple):
+    """What all layers of one network share: how they are made."""
 
+    config: AutoencoderConfig
+    rngs: nnx.Rngs
 
-def _conv1(in_channels: int, out_channels: int, rngs: nnx.Rngs) -> nnx.Conv:
-    return nnx.Conv(in_channels, out_channels, (1, 1), rngs=rngs)
+    def conv(self, in_channels: int, out_channels: int, side: int = 3, **options: Any) -> Conv:
+        return Conv(in_channels, out_channels, side, rngs=self.rngs, **options)
 
-
-def _norm(channels: int, config: AutoencoderConfig, rngs: nnx.Rngs) -> nnx.GroupNorm:
-    return nnx.GroupNorm(channels, num_groups=config.norm_groups, epsilon=1e-6, rngs=rngs)
+    def norm(self, channels: int) -> GroupNorm:
+        return GroupNorm(channels, self.config.norm_groups)
 
 
 class ResBlock(nnx.Module):
     """x + (normalise, swish, convolve, twice); [B, H, W, in] -> [B, H, W, out]."""
 
-    def __init__(
-        self, in_channels: int, out_channels: int, config: AutoencoderConfig, *, rngs: nnx.Rngs
-    ):
-        self.norm1 = _norm(in_channels, config, rngs)
-        self.conv1 = _conv3(in_channels, out_channels, rngs)
-        self.norm2 = _norm(out_channels, config, rngs)
-        self.conv2 = _conv3(out_channels, out_channels, rngs)
+    def __init__(self, in_channels: int, out_channels: int, layers: _Layers):
+        self.norm1 = layers.norm(in_channels)
+        self.conv1 = layers.conv(in_channels, out_channels)
+        self.norm2 = layers.norm(out_channels)
+        self.conv2 = layers.conv(out_channels, out_channels)
         changes = in_channels != out_channels
-        self.nin_shortcut = _conv1(in_channels, out_channels, rngs) if changes else None
+        self.nin_shortcut = layers.conv(in_channels, out_channels, 1) if changes else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = self.conv1(jax.nn.swish(self.norm1(x)))
-        y = self.conv2(jax.nn.swish(self.norm2(y)))
+        y = self.conv1(self.norm1(x, swish=True))
+        y = self.conv2(self.norm2(y, swish=True))
         if self.nin_shortcut is not None:
             x = self.nin_shortcut(x)
         return checkpoint_name(x + y, BLOCK)
@@ -172,44 +172,41 @@ class ResBlock(nnx.Module):
 class AttentionBlock(nnx.Module):
     """x + single-head self-attention over all positions; keeps [B, H, W, C]."""
 
-    def __init__(self, channels: int, config: AutoencoderConfig, *, rngs: nnx.Rngs):
-        self.norm = _norm(channels, config, rngs)
-        self.q = _conv1(channels, channels, rngs)
-        self.k = _conv1(channels, channels, rngs)
-        self.v = _conv1(channels, channels, rngs)
-        self.proj_out = _conv1(channels, channels, rngs)
+    def __init__(self, channels: int, layers: _Layers):
+        self.norm = layers.norm(channels)
+        self.q = layers.conv(channels, channels, 1)
+        self.k = layers.conv(channels, channels, 1)
+        self.v = layers.conv(channels, channels, 1)
+        self.proj_out = layers.conv(channels, channels, 1)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         batch, height, width, channels = x.shape
         y = self.norm(x)
         q, k, v = (f(y).reshape(batch, height * width, channels) for f in (self.q, self.k, self.v))
-        scores = jnp.einsum("bqc,bkc->bqk", q, k) * channels**-0.5
-        mixed = jnp.einsum("bqk,bkc->bqc", jax.nn.softmax(scores, axis=-1), v)
+        scores = jnp.einsum("bqc,bkc->bqk", q, k, preferred_element_type=jnp.float32)
+        shares = jax.nn.softmax(scores * channels**-0.5, axis=-1).astype(v.dtype)
+        mixed = jnp.einsum("bqk,bkc->bqc", shares, v)
         return checkpoint_name(x + self.proj_out(mixed.reshape(x.shape)), BLOCK)
 
 
 class Downsample(nnx.Module):
     """Halves the side; [B, H, W, C] -> [B, H/2, W/2, C]."""
 
-    def __init__(self, channels: int, *, rngs: nnx.Rngs):
-        self.conv = nnx.Conv(channels, channels, (3, 3), 2, padding="VALID", rngs=rngs)
+    def __init__(self, channels: int, layers: _Layers):
+        # The published network pads on the right and at the bottom only.
+        self.conv = layers.conv(channels, channels, stride=2, padding=((0, 1), (0, 1)))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        # The published network pads on the right and at the bottom only.
-        return self.conv(jnp.pad(x, ((0, 0), (0, 1), (0, 1), (0, 0))))
+        return self.conv(x)
 
 
 class Upsample(nnx.Module):
     """Doubles the side by repetition, then convolves; [B, H, W, C] -> [B, 2H, 2W, C]."""
 
-    def __init__(self, channels: int, *, rngs: nnx.Rngs):
-        self.conv = _conv3(channels, channels, rngs)
+    def __init__(self, channels: int, layers: _Layers):
+        self.conv = layers.conv(channels, channels, upsample=True)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        batch, height, width, channels = x.shape
-        x = jnp.broadcast_to(
-            x[:, :, None, :, None, :], (batch, height, 2, width, 2, channels)
-        ).reshape(batch, 2 * height, 2 * width, channels)
         return self.conv(x)
 
 
@@ -221,17 +218,14 @@ class _Level(nnx.Module):
         in_channels: int,
         index: int,
         num_blocks: int,
-        config: AutoencoderConfig,
-        *,
-        rngs: nnx.Rngs,
+        layers: _Layers,
     ):
+        config = layers.config
         width = config.widths[index]
         attends = config.image_size >> index in config.attention_resolutions
         inputs = [in_channels] + [width] * (num_blocks - 1)
-        self.block = nnx.List([ResBlock(n, width, config, rngs=rngs) for n in inputs])
-        self.attn = nnx.List(
-            [AttentionBlock(width, config, rngs=rngs) for _ in range(num_blocks * attends)]
-        )
+        self.block = nnx.List([ResBlock(n, width, layers) for n in inputs])
+        self.attn = nnx.List([AttentionBlock(width, layers) for _ in range(num_blocks * attends)])
 
     def __call__(self, x: jax.Array) -> jax.Array:
         for index, block in enumerate(self.block):
@@ -244,10 +238,10 @@ class _Level(nnx.Module):
 class _Middle(nnx.Module):
     """Residual block, attention, residual block at the lowest resolution."""
 
-    def __init__(self, channels: int, config: AutoencoderConfig, *, rngs: nnx.Rngs):
-        self.block_1 = ResBlock(channels, channels, config, rngs=rngs)
-        self.attn_1 = AttentionBlock(channels, config, rngs=rngs)
-        self.block_2 = ResBlock(channels, channels, config, rngs=rngs)
+    def __init__(self, channels: int, layers: _Layers):
+        self.block_1 = ResBlock(channels, channels, layers)
+        self.attn_1 = AttentionBlock(channels, layers)
+        self.block_2 = ResBlock(channels, channels, layers)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.block_2(self.attn_1(self.block_1(x)))
@@ -256,18 +250,18 @@ class _Middle(nnx.Module):
 class Encoder(nnx.Module):
     """Images [B, H, W, 3] -> features [B, h, w, latent_channels]."""
 
-    def __init__(self, config: AutoencoderConfig, *, rngs: nnx.Rngs):
-        widths, levels = config.widths, []
-        self.conv_in = _conv3(3, config.channels, rngs)
+    def __init__(self, layers: _Layers):
+        config, widths, levels = layers.config, layers.config.widths, []
+        self.conv_in = layers.conv(3, config.channels)
         for index, in_channels in enumerate([config.channels, *widths[:-1]]):
-            level = _Level(in_channels, index, config.num_res_blocks, config, rngs=rngs)
+            level = _Level(in_channels, index, config.num_res_blocks, layers)
             if index < len(widths) - 1:
-                level.downsample = Downsample(widths[index], rngs=rngs)
+                level.downsample = Downsample(widths[index], layers)
             levels.append(level)
         self.down = nnx.List(levels)
-        self.mid = _Middle(widths[-1], config, rngs=rngs)
-        self.norm_out = _norm(widths[-1], config, rngs)
-        self.conv_out = _conv3(widths[-1], config.latent_channels, rngs)
+        self.mid = _Middle(widths[-1], layers)
+        self.norm_out = layers.norm(widths[-1])
+        self.conv_out = layers.conv(widths[-1], config.latent_channels)
 
     def __call__(self, images: jax.Array) -> jax.Array:
         x = self.conv_in(images)
@@ -275,24 +269,24 @@ class Encoder(nnx.Module):
             x = level(x)
             if index < len(self.down) - 1:
                 x = level.downsample(x)
-        return self.conv_out(jax.nn.swish(self.norm_out(self.mid(x))))
+        return self.conv_out(self.norm_out(self.mid(x), swish=True))
 
 
 class Decoder(nnx.Module):
     """Features [B, h, w, latent_channels] -> images [B, H, W, 3], not limited to [-1, 1]."""
 
-    def __init__(self, config: AutoencoderConfig, *, rngs: nnx.Rngs):
-        widths, levels = config.widths, []
-        self.conv_in = _conv3(config.latent_channels, widths[-1], rngs)
-        self.mid = _Middle(widths[-1], config, rngs=rngs)
+    def __init__(self, layers: _Layers):
+        config, widths, levels = layers.config, layers.config.widths, []
+        self.conv_in = layers.conv(config.latent_channels, widths[-1])
+        self.mid = _Middle(widths[-1], layers)
         for index, in_channels in enumerate([*widths[1:], widths[-1]]):
-            level = _Level(in_channels, index, config.num_res_blocks + 1, config, rngs=rngs)
+            level = _Level(in_channels, index, config.num_res_blocks + 1, layers)
             if index > 0:
-                level.upsample = Upsample(widths[index], rngs=rngs)
+                level.upsample = Upsample(widths[index], layers)
             levels.append(level)
         self.up = nnx.List(levels)
-        self.norm_out = _norm(widths[0], config, rngs)
-        self.conv_out = _conv3(widths[0], 3, rngs)
+        self.norm_out = layers.norm(widths[0])
+        self.conv_out = layers.conv(widths[0], 3)
 
     def __call__(self, latents: jax.Array) -> jax.Array:
         x = self.mid(self.conv_in(latents))
@@ -301,11 +295,11 @@ class Decoder(nnx.Module):
             x = level(x)
             if index > 0:
                 x = level.upsample(x)
-        return self.conv_out(jax.nn.swish(self.norm_out(x)))
+        return self.conv_out(self.norm_out(x, swish=True))
 
 
 class Autoencoder(nnx.Module):
-    """Images <-> codes.
+    """Images <-> codes. It computes in the dtype of what it is given; parameters are float32.
 
     Args:
       config: sizes.
@@ -313,11 +307,12 @@ class Autoencoder(nnx.Module):
     """
 
     def __init__(self, config: AutoencoderConfig, *, rngs: nnx.Rngs):
+        layers = _Layers(config, rngs)
         self.config = config
-        self.encoder = Encoder(config, rngs=rngs)
-        self.decoder = Decoder(config, rngs=rngs)
-        self.quant_conv = _conv1(config.latent_channels, config.codebook_dim, rngs)
-        self.post_quant_conv = _conv1(config.codebook_dim, config.latent_channels, rngs)
+        self.encoder = Encoder(layers)
+        self.decoder = Decoder(layers)
+        self.quant_conv = layers.conv(config.latent_channels, config.codebook_dim, 1)
+        self.post_quant_conv = layers.conv(config.codebook_dim, config.latent_channels, 1)
         self.quantize = quantizer.Codebook(
             config.num_entries, config.codebook_dim, gumbel=config.quantizer == "gumbel", rngs=rngs
         )

@@ -1,7 +1,11 @@
-"""Convolutions of the image networks: one function that all of them call.
+"""Convolutions and normalisations of the image networks, written for speed on every platform.
 
-Letters: B batch, H/W side of the input, h/w side of the output, k side of the kernel, C channels.
-Channels are last.
+Compilers for GPUs and TPUs choose good programs for a convolution themselves. On a CPU, some that
+are written out here are several times as fast; docs/performance.md has their times. A program is
+chosen for the platform that it is compiled for, whatever machine compiles it.
+
+Letters: B batch, H/W side of the input, h/w side of the output, k side of the kernel, C channels of
+the input, D of the output. Channels are last.
 """
 
 from typing import Any
@@ -12,6 +16,10 @@ from flax import nnx
 
 # Rows and columns that are added before and after.
 Padding = tuple[tuple[int, int], tuple[int, int]]
+
+_DIMENSIONS = ("NHWC", "HWIO", "NHWC")
+# So many channels, those of pixels, leave most of a vector unit unused.
+_FEW = 4
 
 
 def conv(
@@ -26,13 +34,117 @@ def conv(
       padding: zeros on every side, or ((top, bottom), (left, right)).
 
     Returns:
-      [B, h, w, D], the dtype of ``x``.
+      [B, h, w, D], the dtype of ``x``. On a CPU it may differ by rounding from that of another
+      platform.
     """
     if isinstance(padding, int):
         padding = ((padding, padding), (padding, padding))
-    return jax.lax.conv_general_dilated(
-        x, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+
+    def plain(x, kernel):
+        return jax.lax.conv_general_dilated(
+            x, kernel, (stride, stride), padding, dimension_numbers=_DIMENSIONS
+        )
+
+    side, _, in_channels, out_channels = kernel.shape
+    if side == 1 or stride > 1 or min(in_channels, out_channels) > _FEW:
+        return plain(x, kernel)
+    written_out = _few_inputs if in_channels <= out_channels else _few_outputs
+    return jax.lax.platform_dependent(
+        jnp.pad(x, ((0, 0), *padding, (0, 0))),
+        x,
+        kernel,
+        cpu=lambda padded, _, kernel: written_out(padded, kernel),
+        default=lambda _, x, kernel: plain(x, kernel),
     )
+
+
+def _patches(x: jax.Array, side: int) -> jax.Array:
+    """What a kernel sees at every place: [B, H, W, C] -> [B h w, k k C]."""
+    height, width = x.shape[1] - side + 1, x.shape[2] - side + 1
+    parts = [x[:, i : i + height, j : j + width] for i in range(side) for j in range(side)]
+    return jnp.concatenate(parts, axis=-1).reshape(-1, side * side * x.shape[-1])
+
+
+def _few_inputs(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """One product of all patches of padded ``x`` with the kernel."""
+    side, out_channels = kernel.shape[0], kernel.shape[-1]
+    height, width = x.shape[1] - side + 1, x.shape[2] - side + 1
+    product = _patches(x, side) @ kernel.reshape(-1, out_channels)
+    return product.reshape(x.shape[0], height, width, out_channels)
+
+
+@jax.custom_vjp
+def _few_outputs(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """One product of all pixels [B H W, C] of padded ``x``, whose parts [D] are then added up."""
+    side, _, in_channels, out_channels = kernel.shape
+    height, width = x.shape[1] - side + 1, x.shape[2] - side + 1
+    columns = kernel.transpose(2, 0, 1, 3).reshape(in_channels, -1)
+    product = (x.reshape(-1, in_channels) @ columns).reshape(*x.shape[:3], side, side, out_channels)
+    return sum(
+        product[:, i : i + height, j : j + width, i, j] for i in range(side) for j in range(side)
+    )
+
+
+def _few_outputs_backward(saved, gradient):
+    """Both gradients are products with the patches of the small gradient of the result."""
+    x, kernel = saved
+    side, _, in_channels, out_channels = kernel.shape
+    around = (side - 1, side - 1)
+    patches = _patches(jnp.pad(gradient, ((0, 0), around, around, (0, 0))), side)
+    turned = kernel[::-1, ::-1]
+    by_x = patches @ turned.transpose(0, 1, 3, 2).reshape(-1, in_channels)
+    by_kernel = (x.reshape(-1, in_channels).T @ patches).reshape(
+        in_channels, side, side, out_channels
+    )
+    return by_x.reshape(x.shape), by_kernel.transpose(1, 2, 0, 3)[::-1, ::-1]
+
+
+_few_outputs.defvjp(lambda x, kernel: (_few_outputs(x, kernel), (x, kernel)), _few_outputs_backward)
+
+
+def upsampled_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Repeats every pixel 2 x 2, then convolves with a 3x3 kernel and one zero on every side.
+
+    On a CPU, four 2x2 convolutions at the low resolution make the four pixels of every block: nine
+    products become four.
+
+    Args:
+      x: [B, H, W, C].
+      kernel: [3, 3, C, D], the dtype of ``x``.
+
+    Returns:
+      [B, 2H, 2W, D].
+    """
+    return jax.lax.platform_dependent(x, kernel, cpu=_four_convolutions, default=_repeat_and_conv)
+
+
+def _repeat_and_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    batch, height, width, channels = x.shape
+    x = jnp.broadcast_to(x[:, :, None, :, None, :], (batch, height, 2, width, 2, channels)).reshape(
+        batch, 2 * height, 2 * width, channels
+    )
+    return conv(x, kernel, padding=1)
+
+
+def _four_convolutions(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    batch, height, width, _ = x.shape
+    rows = []
+    for i, by_row in enumerate(_halves(kernel, 0)):
+        row = [
+            conv(x, part, padding=((1 - i, i), (1 - j, j)))
+            for j, part in enumerate(_halves(by_row, 1))
+        ]
+        rows.append(jnp.stack(row, axis=3))
+    return jnp.stack(rows, axis=2).reshape(batch, 2 * height, 2 * width, kernel.shape[-1])
+
+
+def _halves(kernel: jax.Array, axis: int) -> list[jax.Array]:
+    """Kernels of two taps for the first and the second pixel of a pair; its neighbours are equal.
+
+    The first sees (a, b + c), the second (a + b, c).
+    """
+    a, b, c = (jax.lax.slice_in_dim(kernel, i, i + 1, axis=axis) for i in range(3))
+    return [jnp.concatenate([a, b + c], axis), jnp.concatenate([a + b, c], axis)]
 
 
 class Conv(nnx.Module):
@@ -45,7 +157,9 @@ class Conv(nnx.Module):
       stride: of both axes.
       padding: zeros on every side; None keeps the side at stride 1.
       use_bias: whether there is a bias.
-      dtype: of the computation and of the result; parameters are float32.
+      upsample: whether every pixel is repeated 2 x 2 before; for 3x3 kernels.
+      dtype: of the computation and of the result; None is that of the input. Parameters are
+        float32 when they are made.
       rngs: with a ``params`` stream.
     """
 
@@ -58,19 +172,62 @@ class Conv(nnx.Module):
         *,
         padding: int | Padding | None = None,
         use_bias: bool = True,
-        dtype: Any = jnp.float32,
+        upsample: bool = False,
+        dtype: Any = None,
         rngs: nnx.Rngs,
     ):
         shape = (side, side, in_channels, out_channels)
         draw = jax.nn.initializers.lecun_normal()
         self.kernel = nnx.Param(draw(rngs.params(), shape, jnp.float32))
         self.bias = nnx.Param(jnp.zeros(out_channels)) if use_bias else None
-        self.stride, self.dtype = stride, dtype
+        self.stride, self.upsample, self.dtype = stride, upsample, dtype
         self.padding = side // 2 if padding is None else padding
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        kernel = self.kernel[...].astype(self.dtype)
-        y = conv(x.astype(self.dtype), kernel, stride=self.stride, padding=self.padding)
+        dtype = x.dtype if self.dtype is None else self.dtype
+        x, kernel = x.astype(dtype), self.kernel[...].astype(dtype)
+        if self.upsample:
+            y = upsampled_conv(x, kernel)
+        else:
+            y = conv(x, kernel, stride=self.stride, padding=self.padding)
         if self.bias is None:
             return y
-        return y + self.bias[...].astype(self.dtype)[None, None, None]
+        return y + self.bias[...].astype(dtype)[None, None, None]
+
+
+class GroupNorm(nnx.Module):
+    """Group normalisation with the parameters of ``nnx.GroupNorm``, maybe followed by swish.
+
+    Sums over the pixels of every channel come first, those over the channels of a group after, so
+    that the large arrays are met once and never split into groups.
+
+    Args:
+      channels: C.
+      num_groups: a divisor of C.
+      epsilon: added to the variance.
+      dtype: of the result; None is that of the input. Statistics are float32.
+    """
+
+    def __init__(self, channels: int, num_groups: int, *, epsilon: float = 1e-6, dtype: Any = None):
+        self.scale = nnx.Param(jnp.ones(channels))
+        self.bias = nnx.Param(jnp.zeros(channels))
+        self.num_groups, self.epsilon, self.dtype = num_groups, epsilon, dtype
+
+    def __call__(self, x: jax.Array, *, swish: bool = False) -> jax.Array:
+        """[B, H, W, C] -> the same shape."""
+        batch, height, width, channels = x.shape
+        dtype = x.dtype if self.dtype is None else self.dtype
+        x, scale, bias = (a.astype(jnp.float32) for a in (x, self.scale[...], self.bias[...]))
+        share = self.num_groups / (height * width * channels)
+
+        def of_groups(sums):
+            """Means over groups, for every channel: [B, C] -> [B, C]."""
+            means = jnp.sum(sums.reshape(batch, self.num_groups, -1), axis=-1) * share
+            return jnp.repeat(means, channels // self.num_groups, axis=1)
+
+        mean = of_groups(jnp.sum(x, axis=(1, 2)))
+        variance = of_groups(jnp.sum(x**2, axis=(1, 2))) - mean**2
+        factor = jax.lax.rsqrt(jnp.maximum(variance, 0.0) + self.epsilon) * scale[None]
+        offset = bias[None] - mean * factor
+        y = x * factor[:, None, None] + offset[:, None, None]
+        return (jax.nn.swish(y) if swish else y).astype(dtype)

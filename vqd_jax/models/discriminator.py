@@ -30,7 +30,7 @@ from flax import nnx
 
 from vqd_jax.errors import require_at_least
 from vqd_jax.models import functional
-from vqd_jax.models.convolution import Conv
+from vqd_jax.models.convolution import Conv, GroupNorm
 
 KINDS = ("patchgan", "blurpool")
 
@@ -98,16 +98,24 @@ def blur_pool(x: jax.Array) -> jax.Array:
     Shift-Invariant Again", ICML 2019). The border is repeated.
     """
     for axis in (1, 2):
-        size = x.shape[axis]
-        half = -(-size // 2)
-        width = [(0, 0)] * 4
-        width[axis] = (1, 2)
-        padded = jnp.pad(x, width, mode="edge")
-        a, b, c, d = (
-            jax.lax.slice_in_dim(padded, start, start + 2 * half - 1, 2, axis) for start in range(4)
+        if x.shape[axis] % 2:
+            x = jnp.concatenate([x, _edge(x, axis, -1)], axis)
+        # Slices with a stride would do; their gradient is many times as slow on a CPU.
+        pairs = x.reshape(*x.shape[:axis], -1, 2, *x.shape[axis + 1 :])
+        even, odd = (jax.lax.index_in_dim(pairs, i, axis + 1, keepdims=False) for i in range(2))
+        half = even.shape[axis]
+        before = jnp.concatenate(
+            [_edge(even, axis, 0), jax.lax.slice_in_dim(odd, 0, half - 1, axis=axis)], axis
         )
-        x = (a + d) * 0.125 + (b + c) * 0.375
+        after = jnp.concatenate(
+            [jax.lax.slice_in_dim(even, 1, half, axis=axis), _edge(odd, axis, -1)], axis
+        )
+        x = (before + after) * 0.125 + (even + odd) * 0.375
     return x
+
+
+def _edge(x: jax.Array, axis: int, index: int) -> jax.Array:
+    return jax.lax.index_in_dim(x, index % x.shape[axis], axis)
 
 
 def _leaky(x: jax.Array) -> jax.Array:
@@ -137,9 +145,7 @@ class Discriminator(nnx.Module):
         )
         self.norm = nnx.List(
             [
-                nnx.GroupNorm(n, num_groups=config.norm_groups, dtype=dtype, rngs=rngs)
-                if blurs
-                else BatchNorm(n)
+                GroupNorm(n, config.norm_groups, dtype=dtype) if blurs else BatchNorm(n)
                 for n in widths[1:]
             ]
         )
