@@ -186,5 +186,5 @@ def test_bfloat16_changes_results_by_rounding(tiny_params):
     rounded, found = gradient(jnp.bfloat16, tiny_params)
     np.testing.assert_allclose(rounded, exact, rtol=0.1)
     for part in ("encoder", "decoder"):
-        a, b = (tree[part]["conv_in"]["kernel"] for tree in (found, by_params))
-        np.testing.assert_allclose(a, b, rtol=0, atol=0.1 * float(jnp.abs(b).max()))
+        a, b = (np.array(tree[part]["conv_in"]["kernel"]) for tree in (found, by_params))
+        assert np.linalg.norm(a - b) < 0.1 * np.linalg.norm(b)
