@@ -32,6 +32,16 @@ PERCEPTUAL = ("squeezenet", "random", "vgg16")
 # Distances that an evaluation can measure, and networks for their features that need no file.
 METRICS = ("frechet", "kid", "neighbours", "copies", "retrieval")
 FEATURES = ("efficientnet", "mobilenet", "random", "none")
+# What the best model of a run can be chosen by, and whether more of it is better.
+BEST_METRICS = {
+    "validation/bits_per_token": False,
+    "validation/kid": False,
+    "validation/precision": True,
+    "validation/recall": True,
+    "validation/density": True,
+    "validation/coverage": True,
+    "validation/attributes": True,
+}
 # The end points of the keep and mask probabilities; a cosine has none.
 SCHEDULES = {
     "released": (schedule.RELEASED_KEEP, schedule.RELEASED_MASK),
@@ -218,16 +228,27 @@ class TrainingOptions:
     gradient_accumulation: int = 1  # parts of a batch, computed one after the other
     steps_per_call: int = 1  # steps in one program; more keep a fast device busy
     profile_steps: int = 0  # steps of every start that are traced to WORKDIR/profile
+    # Features that pictures of held-out captions are measured in at eval_every, one of FEATURES; ''
+    # draws none. The number of pictures.
+    evaluate_with: str = ""
+    evaluate_pictures: int = 128
+    best_metric: str = ""  # WORKDIR/best is the best model by it, of BEST_METRICS; '' keeps none
 
     def __post_init__(self):
         require_at_least(
-            self, num_steps=1, batch_size=1, warmup_steps=0, log_every=1, eval_every=1,
-            save_every=1, keep_checkpoints=1, gradient_accumulation=1, steps_per_call=1,
-            profile_steps=0, auxiliary_weight=0, weight_decay=0,
+            self, evaluate_pictures=10, num_steps=1, batch_size=1, warmup_steps=0, log_every=1,
+            eval_every=1, save_every=1, keep_checkpoints=1, gradient_accumulation=1,
+            steps_per_call=1, profile_steps=0, auxiliary_weight=0, weight_decay=0,
         )  # fmt: skip
         _require_positive(self, "learning_rate", "clip_norm")
         _require_shares(self, "null_text_rate", "final_learning_rate")
         _require_decays(self, "ema_decay", "adam_b1", "adam_b2")
+        if self.evaluate_with:
+            require_choice(self, evaluate_with=FEATURES[:-1])
+        if self.best_metric:
+            require_choice(self, best_metric=BEST_METRICS)
+            if self.best_metric != "validation/bits_per_token" and not self.evaluate_with:
+                raise ValueError(f"best_metric={self.best_metric!r}: needs evaluate_with")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -158,15 +158,7 @@ def _when(report) -> str:
 
 
 def _objects(request, place: int) -> list[dict] | None:
-    """What the caption of a picture of shapes asks for."""
-    objects = request.records[int(place)].get("objects") if place >= 0 else None
-    if not objects:
-        return None
-    if isinstance(objects, dict):
-        names = list(objects)
-        rows = zip(*(objects[name] for name in names), strict=True)
-        return [dict(zip(names, row, strict=True)) for row in rows]
-    return list(objects)
+    return measures.objects(request.records[int(place)]) if place >= 0 else None
 
 
 def _attributes(request, one: Made) -> dict[str, Any]:

@@ -216,6 +216,15 @@ def clip_score(images: Stored, texts: np.ndarray) -> Estimate:
     return distances.mean_estimate(np.concatenate(found))
 
 
+def objects(record: dict) -> list[dict] | None:
+    """The objects of a record of shapes, each a dict of texts; None of other records."""
+    found = record.get("objects")
+    if isinstance(found, dict):
+        rows = zip(*found.values(), strict=True)
+        found = [dict(zip(found, row, strict=True)) for row in rows]
+    return list(found) if found else None
+
+
 def attribute_shares(pictures: Pictures, wanted: Sequence[list[dict] | None], most: int = 2000):
     """Shares of what captions of shapes ask for that pictures show; see ``attributes``.
 

@@ -23,12 +23,13 @@ from vqd_jax import config as config_lib
 from vqd_jax.data import batches, codes, encode, images, sets
 from vqd_jax.diffusion import objective
 from vqd_jax.evaluation import likelihood
+from vqd_jax.evaluation.progress import Progress
 from vqd_jax.interop import pretrained
 from vqd_jax.models import conditioned
 from vqd_jax.models.attention import ONE_DEVICE, Placement
 from vqd_jax.parallel import processes, sharding
 from vqd_jax.pipeline import VQDiffusion
-from vqd_jax.training import loop, optimizer, stage_one
+from vqd_jax.training import best, loop, optimizer, stage_one
 from vqd_jax.training import task as task_lib
 from vqd_jax.training.metrics import MetricWriter
 from vqd_jax.training.task import Task
@@ -249,10 +250,10 @@ def train(config: ConfigDict, workdir: str) -> None:
             name: encode.open_or_make(config, workdir, builder, split, autoencoder_params, content)
             for name, split in names.items()
         }
-        _train(config, workdir, splits, mixed, autoencoder_params)
+        _train(config, workdir, builder, splits, mixed, autoencoder_params)
 
 
-def _train(config, workdir, splits, mixed, autoencoder_params) -> None:
+def _train(config, workdir, builder, splits, mixed, autoencoder_params) -> None:
     c, mesh = config.training, sharding.make_mesh(config)
     sharding.warn_of_slow_dtype(config, mesh.devices.flat[0])
     sharding.require_divisible("training.batch_size", c.batch_size, mesh, c.gradient_accumulation)
@@ -264,6 +265,8 @@ def _train(config, workdir, splits, mixed, autoencoder_params) -> None:
         weights=tuple(config.data.weights) or None,
     )
     evaluation = Evaluation(config, workdir, splits, autoencoder_params, mesh)
+    if c.evaluate_with:
+        evaluation.progress = Progress(config, builder, workdir)
     place = loop.Place(workdir, str(checkpoint.folder(config, workdir)), mesh, config)
     task = DenoiserTask(config, dataset, evaluation)
     loop.fit(task, loop.Schedule.of(config), place)
@@ -283,6 +286,8 @@ class Evaluation:
             for name, source in splits.items()
         }
         self._bound = likelihood.Bound(config, mesh)
+        # What is measured of pictures, too; None is nothing.
+        self.progress: Progress | None = None
 
     def run(self, step: int, params: Any, writer: MetricWriter) -> None:
         """Writes likelihoods and a grid of the config's prompts; at the last step, of all splits.
@@ -296,11 +301,15 @@ class Evaluation:
         values = {}
         for split in ("train", "validation") if is_last else ("validation",):
             values |= self._likelihood(step, params, split)
-        writer.write(step, values)
         if jax.process_count() > 1:
             # A leaf at a time: no device holds the whole model.
             params = sharding.fetch(params)
         if processes.is_writer():
+            pipeline, c = self._pipeline.with_params(params), self._config.training
+            values |= self.progress.measure(pipeline) if self.progress else {}
+            writer.write(step, values)
+            if c.best_metric:
+                best.keep(self._workdir, c.best_metric, step, values, pipeline)
             name = "samples.png" if is_last else f"samples/step_{step:07d}.png"
             self._draw(step, params, writer, f"{self._workdir}/{name}")
 
