@@ -65,6 +65,32 @@ def f16(config):
     config.training.auxiliary_weight = 1e-3
 
 
+def vqgan(config):
+    """How published VQGANs were trained (the loss and the optimizer of taming-transformers).
+
+    The learning rate is 4.5e-6 for every picture of a batch, and stays; their batches were of 3 to
+    12 pictures a device. Their perceptual distance is that of VGG16, whose file the user has:
+    --config.autoencoder.perceptual=vgg16 --config.autoencoder.perceptual_path=FILE. Without it,
+    SqueezeNet sees. Computation in bfloat16, and every block again in the backward pass, are ours.
+    """
+    config.autoencoder.batch_size = 24
+    config.autoencoder.num_steps = 500_000
+    config.autoencoder.learning_rate = 4.5e-6 * 24
+    config.autoencoder.discriminator_learning_rate = 4.5e-6 * 24
+    config.autoencoder.final_learning_rate = 1.0
+    config.autoencoder.warmup_steps = 0
+    config.autoencoder.adam_b1 = 0.5
+    config.autoencoder.adam_b2 = 0.9
+    config.autoencoder.clip_norm = 1e9
+    config.autoencoder.squared_weight = 0.0
+    config.autoencoder.perceptual_weight = 1.0
+    config.autoencoder.adversarial_weight = 0.8
+    config.autoencoder.adaptive_weight = True
+    config.autoencoder.discriminator = "patchgan"
+    config.autoencoder.dtype = "bfloat16"
+    config.autoencoder.remat = "full"
+
+
 def text_base():
     """VQ-Diffusion-B and -F: 389 M parameters in the denoiser."""
     config = base()

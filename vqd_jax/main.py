@@ -33,7 +33,8 @@ def _define_path(name: str, text: str) -> flags.FlagHolder:
 # Fields of a config that are paths, or tuples of them.
 _PATH_FIELDS = (
     "data.dir", "data.prepared_dir", "data.codes", "data.more_codes", "autoencoder.path",
-    "text_encoder.path", "training.init_from", "training.checkpoints", "evaluation.features_path",
+    "autoencoder.init_from", "autoencoder.perceptual_path", "text_encoder.path",
+    "training.init_from", "training.checkpoints", "evaluation.features_path",
     "evaluation.inception", "evaluation.inception_statistics", "evaluation.clip",
     "evaluation.cache",
 )  # fmt: skip
@@ -121,6 +122,7 @@ _TOPOLOGY = flags.DEFINE_string(
     "topology", None, "plan: devices that are not here, such as v5e:4x4 or h100:8."
 )
 _HBM = flags.DEFINE_float("hbm_gib", None, "plan: GiB of memory of a device; its own if unset.")
+_STAGE = flags.DEFINE_enum("stage", "two", ["one", "two"], "plan: one is the autoencoder.")
 _SOURCE = _define_path("source", "convert: file, first part of a file, or folder.")
 _CONVERSION = [
     flags.DEFINE_enum("weights", "ema", ["ema", "raw"], "convert: averaged weights, or not."),
@@ -212,7 +214,7 @@ def _use_config(mode: str) -> None:
     _expand_paths(config)
     config_lib.validate(config)
     if mode == "plan":
-        modes.plan(config, _TOPOLOGY.value, _HBM.value)
+        modes.plan(config, _TOPOLOGY.value, _HBM.value, _STAGE.value)
         return
     config_lib.require_data(config)
     with processes.session(_DISTRIBUTED.value):

@@ -391,28 +391,43 @@ def evaluate(model_dir: str | None, **request: Any) -> None:
     evaluate_lib.run(model_dir, draw=sample_many, **request)
 
 
-def plan(config: ConfigDict, topology: str | None = None, hbm_gib: float | None = None) -> None:
+def plan(
+    config: ConfigDict,
+    topology: str | None = None,
+    hbm_gib: float | None = None,
+    stage: str = "two",
+) -> None:
     """Prints what every device needs for the training of ``config``; allocates nothing.
 
     Args:
       config: the resolved config.
       topology: devices that need not be here, see ``program.topology``; None is all devices here.
       hbm_gib: memory of one device in GiB; None is what its kind has.
+      stage: "one" is the training of the autoencoder, "two" that of the denoiser.
 
     Raises:
       UserError: the mesh, the batch or the step does not fit the devices, or the compiler for them
         is missing.
     """
     devices = jax.devices() if topology is None else program.topology(topology)
-    c, mesh = config.training, sharding.make_mesh(config, devices)
-    sharding.require_divisible("training.batch_size", c.batch_size, mesh, c.gradient_accumulation)
+    mesh = sharding.make_mesh(config, devices)
+    sections = ("autoencoder", "autoencoder") if stage == "one" else ("training", "denoiser")
+    c = config[sections[0]]
+    sharding.require_divisible(
+        f"{sections[0]}.batch_size", c.batch_size, mesh, c.gradient_accumulation
+    )
     logging.info("compiling the train step for %d x %s", len(devices), devices[0].device_kind)
-    task = stage_two.DenoiserTask(config)
+    if stage == "one":
+        task, batch = (
+            stage_one.AutoencoderTask(config, mesh),
+            stage_one.abstract_batch(config, mesh),
+        )
+    else:
+        task, batch = stage_two.DenoiserTask(config), stage_two.abstract_batch(config, mesh)
     state = task_lib.abstract_state(task, mesh)
-    lowered = task_lib.jit_step(task, mesh).lower(state, stage_two.abstract_batch(config, mesh))
-    made = program.plan(state, lowered, mesh)
+    made = program.plan(state, task_lib.jit_step(task, mesh).lower(state, batch), mesh)
     hbm_gib = program.hbm_of(devices[0]) if hbm_gib is None else hbm_gib
-    print(program.describe(made, mesh, hbm_gib))
+    print(program.describe(made, mesh, hbm_gib, *sections))
 
 
 def export(model_dir: str, target: str, format: str) -> None:

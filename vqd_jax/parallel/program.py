@@ -218,13 +218,21 @@ def _bytes(x: jax.ShapeDtypeStruct) -> int:
     return math.prod(x.sharding.shard_shape(x.shape)) * size
 
 
-def describe(plan: Plan, mesh: Mesh, hbm_gib: float | None) -> str:
+def describe(
+    plan: Plan,
+    mesh: Mesh,
+    hbm_gib: float | None,
+    training: str = "training",
+    network: str = "denoiser",
+) -> str:
     """The plan as text. Its last line says whether it fits.
 
     Args:
       plan: of a train step.
       mesh: the devices that it is for.
       hbm_gib: memory of one device, GiB; None is unknown.
+      training: section of the config with the batch, for advice.
+      network: section of the config with ``remat``, for advice.
     """
     lines = [f"{'parameter':58} {'shape':22} {'spec':22} {'MiB a device':>12}"]
     for name, shape, spec, size in plan.parameters:
@@ -249,8 +257,8 @@ def describe(plan: Plan, mesh: Mesh, hbm_gib: float | None) -> str:
     else:
         lines.append(
             f"DOES NOT FIT into {hbm_gib:g} GiB; raise config.mesh.fsdp or "
-            "config.training.gradient_accumulation, set config.denoiser.remat=full, or lower "
-            "config.training.batch_size"
+            f"config.{training}.gradient_accumulation, set config.{network}.remat=full, or lower "
+            f"config.{training}.batch_size"
         )
     return "\n".join(lines)
 

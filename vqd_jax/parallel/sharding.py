@@ -106,7 +106,8 @@ def require_divisible(key: str, batch_size: int, mesh: Mesh, accumulation: int =
     if batch_size % (shards * accumulation):
         parts = f"{mesh.shape['data']} x {mesh.shape['fsdp']} devices of data and fsdp"
         if accumulation > 1:
-            parts += f" times config.training.gradient_accumulation={accumulation}"
+            section = key.split(".")[0]
+            parts += f" times config.{section}.gradient_accumulation={accumulation}"
         raise UserError(
             f"config.{key}={batch_size} cannot be divided over {parts}; make it a "
             f"multiple of {shards * accumulation}"
