@@ -301,13 +301,17 @@ def _require_finite(pending: tuple[int, dict] | None, checkpoints: Checkpoints) 
     if pending is None:
         return
     step, metrics = pending
-    losses, norms = (np.ravel(jax.device_get(metrics[key])) for key in ("loss", "gradient_norm"))
-    bad = ~(np.isfinite(losses) & np.isfinite(norms))
+    # Every network has a norm: 'gradient_norm', 'discriminator_gradient_norm'.
+    watched = [key for key in metrics if key == "loss" or key.endswith("gradient_norm")]
+    values = {key: np.ravel(jax.device_get(metrics[key])) for key in watched}
+    bad = ~np.isfinite(list(values.values())).all(axis=0)
     if not bad.any():
         return
     first = int(np.argmax(bad))
-    step -= len(losses) - 1 - first
-    loss, norm = float(losses[first]), float(norms[first])
+    step -= len(bad) - 1 - first
+    norms = [float(v[first]) for key, v in values.items() if key != "loss"]
+    # The norm that is not finite, if one is.
+    loss, norm = float(values["loss"][first]), min(norms, key=np.isfinite)
     checkpoints.wait()
     latest = checkpoints.latest_step
     good = (

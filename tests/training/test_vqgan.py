@@ -1,0 +1,261 @@
+"""Both networks of a VQGAN: their gradients, their state, and what every term changes."""
+
+import dataclasses
+import functools
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import tiny
+from vqd_jax import config as config_lib
+from vqd_jax.interop import perceptual_files
+from vqd_jax.models import autoencoder, discriminator, perceptual
+from vqd_jax.models.autoencoder import AutoencoderConfig
+from vqd_jax.options import AutoencoderOptions
+from vqd_jax.parallel import sharding
+from vqd_jax.training import adversarial, stage_one, task, tokenizer
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+CONFIG = AutoencoderConfig(
+    image_size=16,
+    channels=8,
+    channel_multipliers=(1, 2),
+    num_res_blocks=1,
+    attention_resolutions=(),
+    latent_channels=8,
+    codebook_dim=4,
+    num_codes=16,
+    norm_groups=4,
+)
+JUDGED = AutoencoderOptions(
+    num_steps=20,
+    warmup_steps=1,
+    learning_rate=1e-3,
+    squared_weight=0.5,
+    adversarial_weight=0.2,
+    lecam_weight=0.1,
+    lecam_decay=0.9,
+    ema_decay=0.9,
+    discriminator_channels=8,
+    discriminator_layers=1,
+)
+PIXELS = np.random.default_rng(0).integers(0, 256, (8, 16, 16, 3)).astype(np.uint8)
+
+
+def whole(tree):
+    return tree
+
+
+@functools.cache
+def compiled(options, config=CONFIG):
+    return jax.jit(functools.partial(tokenizer.train_step, config=config, options=options))
+
+
+@functools.cache
+def begun(options, config=CONFIG):
+    create = functools.partial(tokenizer.create_state, config, options)
+    return jax.jit(create)(jax.random.key(0))
+
+
+def run(state, options, steps, config=CONFIG):
+    for _ in range(steps):
+        batch = np.roll(PIXELS, int(state.step), axis=0)
+        state, metrics = compiled(options, config)(state, batch)
+    return state, {name: float(value) for name, value in metrics.items()}
+
+
+def assert_equal(a, b, **tolerance):
+    pairs = zip(jax.tree.leaves_with_path(a), jax.tree.leaves_with_path(b), strict=True)
+    for (path, x), (_, y) in pairs:
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            x, y = jax.random.key_data(x), jax.random.key_data(y)
+        name = jax.tree_util.keystr(path)
+        if tolerance:
+            np.testing.assert_allclose(x, y, err_msg=name, **tolerance)
+        else:
+            np.testing.assert_array_equal(x, y, err_msg=name)
+
+
+def losses(params, judge, state, options):
+    """The two networks' losses, written down one after the other."""
+    pixels = autoencoder.from_pixels(jnp.asarray(PIXELS))
+    sizes = options.discriminator_config()
+    codebook = state.codebook.codebook
+    (made, latent), _ = tokenizer._forward(
+        params, codebook, pixels, None, state.step, config=CONFIG, options=options, whole=whole
+    )
+    real, fake = (discriminator.bind(sizes, judge)(x) for x in (pixels, made))
+    error = made - pixels
+    reconstruction = 0.5 * jnp.mean(jnp.abs(error)) + 0.5 * jnp.mean(error**2)
+    own = adversarial.discriminator_hinge(real, fake)
+    own += options.lecam_weight * adversarial.lecam(state.discriminator.lecam, real, fake)
+    return reconstruction, -jnp.mean(fake), latent, own
+
+
+def test_both_gradients_are_those_of_each_loss_alone():
+    options = dataclasses.replace(JUDGED, adaptive_weight=True)
+    state, _ = run(begun(JUDGED), JUDGED, 1)
+
+    @jax.jit
+    def both(state):
+        parts = tokenizer._gradients(
+            None, state.key, PIXELS, state=state, config=CONFIG, options=options, whole=whole
+        )
+        judge = state.discriminator.params
+
+        def alone(index):
+            return jax.grad(lambda params: losses(params, judge, state, options)[index])(
+                state.params
+            )
+
+        of_judge = jax.grad(lambda judge: losses(state.params, judge, state, options)[3])(judge)
+        return parts, [alone(index) for index in range(3)], of_judge
+
+    (found, _, metrics), (reconstruction, fooling, latent), of_judge = both(state)
+    kernels = (g["decoder"]["conv_out"]["kernel"] for g in (reconstruction, fooling))
+    weight = 0.2 * float(adversarial.adaptive_weight(*kernels))
+    assert not np.isclose(weight, 0.2)
+    np.testing.assert_allclose(metrics["adversarial_weight"], weight, rtol=1e-4)
+    expected = jax.tree.map(lambda r, f, z: r + weight * f + z, reconstruction, fooling, latent)
+    assert_equal(found["autoencoder"], expected, rtol=2e-3, atol=1e-6)
+    assert_equal(found["discriminator"], of_judge, rtol=2e-3, atol=1e-6)
+    values = losses(state.params, state.discriminator.params, state, options)
+    total = values[0] + weight * values[1] + values[2]
+    np.testing.assert_allclose(metrics["loss"], total, rtol=1e-4)
+
+
+def test_a_resumed_run_is_the_uninterrupted_run():
+    straight, _ = run(begun(JUDGED), JUDGED, 4)
+    half, _ = run(begun(JUDGED), JUDGED, 2)
+    resumed, _ = run(jax.tree.map(lambda x: jnp.array(x, copy=True), half), JUDGED, 2)
+    assert_equal(straight, resumed)
+    moved = jax.tree.map(lambda a, b: bool(jnp.any(a != b)), straight, begun(JUDGED))
+    # Both networks learn, the averages of logits and weights move.
+    parts = (moved.params, moved.discriminator.params, moved.discriminator.lecam, moved.averaged)
+    assert all(all(jax.tree.leaves(part)) for part in parts)
+
+
+def test_the_parts_of_a_batch_make_the_step_of_the_whole():
+    parts = dataclasses.replace(JUDGED, gradient_accumulation=2)
+    state, _ = run(begun(JUDGED), JUDGED, 1)
+    of_whole, metrics = run(state, JUDGED, 1)
+    of_parts, metrics_of_parts = run(state, parts, 1)
+    assert_equal(of_whole.codebook, of_parts.codebook, rtol=1e-4, atol=1e-5)
+    assert_equal(of_whole.discriminator.lecam, of_parts.discriminator.lecam, rtol=1e-4)
+    # A psnr is a mean of logarithms there.
+    for name in metrics.keys() - {"psnr"}:
+        assert metrics[name] == pytest.approx(metrics_of_parts[name], rel=2e-3, abs=1e-5), name
+    # Adam divides by the size of a gradient, so that of a tiny one is any number.
+    for part in ("params", "averaged"):
+        assert_equal(getattr(of_whole, part), getattr(of_parts, part), atol=2e-4)
+
+
+def test_before_its_start_the_discriminator_neither_learns_nor_counts():
+    late = dataclasses.replace(JUDGED, adversarial_start=2, adversarial_warmup=1)
+    judged, metrics = run(begun(late), late, 2)
+    assert_equal(judged.discriminator, begun(late).discriminator)
+    assert metrics["discriminator_loss"] == metrics["adversarial_weight"] == 0.0
+    state, metrics = run(judged, late, 1)
+    assert metrics["adversarial_weight"] == pytest.approx(0.1)
+    assert metrics["discriminator_gradient_norm"] > 0
+    # The first step of its own optimizer, at the rate of the run's third step.
+    moments = state.discriminator.opt_state[1][0]
+    assert int(moments.count) == 1
+    _, metrics = run(state, late, 1)
+    assert metrics["adversarial_weight"] == pytest.approx(0.2)
+
+
+def test_averaged_weights_by_hand():
+    state, _ = run(begun(JUDGED), JUDGED, 1)
+    start = tokenizer.complete(begun(JUDGED))
+    # The decay of the first step is 1/10.
+    expected = jax.tree.map(lambda a, p: 0.1 * a + 0.9 * p, start, tokenizer.complete(state))
+    assert_equal(state.averaged, expected, rtol=1e-5, atol=1e-6)
+    assert tokenizer.result(state) is state.averaged
+    assert state.averaged["quantize"]["embedding"].shape == (16, 4)
+
+
+def test_the_perceptual_term_is_the_distance_of_the_network():
+    options = dataclasses.replace(
+        JUDGED, adversarial_weight=0.0, perceptual_weight=0.5, perceptual="random"
+    )
+    config, seen = perceptual_files.load("random", seed=0)
+    state = begun(options).replace(perceptual=seen)
+    pixels = autoencoder.from_pixels(jnp.asarray(PIXELS))
+    made = pixels * 0.5
+    loss, metrics = tokenizer._image_losses(made, pixels, seen, options)
+    distance = perceptual.distance(seen, made, pixels, config=config).mean()
+    np.testing.assert_allclose(metrics["perceptual"], distance, rtol=1e-5)
+    np.testing.assert_allclose(loss, metrics["reconstruction"] + 0.5 * distance, rtol=1e-5)
+    shapes = jax.eval_shape(
+        functools.partial(tokenizer.train_step, config=CONFIG, options=options), state, PIXELS
+    )
+    assert jax.tree.structure(shapes[0]) == jax.tree.structure(state)
+    assert "perceptual" in shapes[1] and "adversarial" not in shapes[1]
+
+
+def test_a_gumbel_codebook_learns_by_gradients():
+    config = dataclasses.replace(CONFIG, quantizer="gumbel")
+    options = AutoencoderOptions(num_steps=10, warmup_steps=0, kl_weight=0.1, temperature_steps=5)
+    state, metrics = run(begun(options, config), options, 2, config)
+    assert state.codebook is None and 0 < metrics["kl"] < np.log(16)
+    old = begun(options, config).params["quantize"]
+    moved = jax.tree.map(lambda a, b: bool(jnp.any(a != b)), state.params["quantize"], old)
+    assert moved == {"embedding": True, "proj": {"bias": True, "kernel": True}}
+    assert tokenizer.result(state) is state.params
+
+
+@pytest.mark.slow
+def test_four_devices_make_the_step_of_one(environment):
+    if jax.device_count() < 4:
+        flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+        command = [sys.executable, "-m", "pytest", "-q", "-m", "slow", __file__, "-k", "four"]
+        done = subprocess.run(command, env=environment | flags, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout
+        return
+    config = tiny.get_config()
+    for name in ("adversarial_weight", "lecam_weight", "ema_decay", "discriminator_layers"):
+        config.autoencoder[name] = getattr(JUDGED, name)
+    config.autoencoder.discriminator_channels = 8
+    made = []
+    for shape in ((1, 1), (2, 2)):
+        config.mesh.data, config.mesh.fsdp = shape
+        devices = jax.devices()[: shape[0] * shape[1]]
+        mesh = sharding.make_mesh(config, devices)
+        trained = stage_one.AutoencoderTask(config, mesh)
+        state = task.init_state(trained, mesh)
+        step = task.jit_step(trained, mesh)
+        for _ in range(2):
+            batch = sharding.put_batch({"image": PIXELS}, mesh)
+            state, metrics = step(state, batch)
+        made.append((state, jax.device_get(metrics)))
+    (one, metrics), (several, metrics_of_several) = made
+    kernel = several.discriminator.params["conv"][0]["kernel"]
+    assert kernel.addressable_shards[0].data.size == kernel.size // 2
+    for name, value in metrics.items():
+        assert value == pytest.approx(metrics_of_several[name], rel=1e-3, abs=1e-5), name
+    assert_equal(one.codebook, sharding.fetch(several.codebook), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("perceptual", "alexnet", "perceptual='alexnet': must be one of squeezenet, random, vgg16"),
+        ("discriminator", "none", "config.autoencoder.discriminator='none'"),
+        ("discriminator_layers", 0, "config.autoencoder.discriminator_layers=0"),
+        ("adversarial_weight", -1.0, "config.autoencoder.adversarial_weight=-1.0"),
+        ("dtype", "float16", "dtype='float16': must be one of float32, bfloat16"),
+        ("ema_decay", 1.0, "config.autoencoder.ema_decay=1.0"),
+    ],
+)
+def test_impossible_options_are_named(key, value, message):
+    config = tiny.get_config()
+    config.autoencoder[key] = value
+    with pytest.raises(config_lib.UserError) as error:
+        config_lib.validate(config)
+    assert message in str(error.value)
