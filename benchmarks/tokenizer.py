@@ -27,7 +27,7 @@ from configs import emoji, shapes
 from vqd_jax import config as config_lib
 from vqd_jax import files
 from vqd_jax.data import batches, encode, images, sets
-from vqd_jax.evaluation import features
+from vqd_jax.evaluation import features, measures
 from vqd_jax.interop import pretrained
 from vqd_jax.parallel import rows as row_lib
 from vqd_jax.parallel import sharding
@@ -129,26 +129,26 @@ def measure(place: Path, net: features.FeatureNet) -> Measured:
     config = config_lib.load(str(place / "config.json"))
     params = pretrained.load_autoencoder(config, pretrained.model_folder(str(place)))
     sizes, pictures = config_lib.autoencoder_config(config), validation_pictures(config)
-    run = jax.jit(functools.partial(tokenizer.eval_reconstruction, config=sizes))
+    run = jax.jit(functools.partial(tokenizer.reconstruct, config=sizes))
     parts = [
-        jax.tree.map(lambda x, n=count: np.asarray(x)[:n], run(params, part))
+        [np.asarray(x)[:count] for x in run(params, part)]
         for part, count in row_lib.batches(pictures, 16)
     ]
-    made = jax.tree.map(lambda *x: np.concatenate(x), *parts)
+    made, codes = (np.concatenate(part) for part in zip(*parts, strict=True))
 
     def unit(pixels):
         found = row_lib.in_batches(net.features, pixels, 16)
         return found / np.linalg.norm(found, axis=1, keepdims=True)
 
-    apart = np.sum((unit(pictures) - unit(made["images"])) ** 2, axis=1)
+    apart = np.sum((unit(pictures) - unit(made)) ** 2, axis=1)
     numbers = {
         "steps": config.autoencoder.num_steps,
-        "PSNR": float(made["psnr"].mean()),
-        "SSIM": float(made["ssim"].mean()),
+        "PSNR": float(measures.psnr(pictures, made).mean()),
+        "SSIM": float(measures.ssim(pictures, made).mean()),
         "feature distance": float(apart.mean()),
-        "codes used": len(np.unique(made["codes"])) / sizes.num_codes,
+        "codes used": len(np.unique(codes)) / sizes.num_codes,
     }
-    return Measured(numbers, np.stack([pictures[:8], made["images"][:8]]))
+    return Measured(numbers, np.stack([pictures[:8], made[:8]]))
 
 
 def report(workdir: Path, name: str) -> None:

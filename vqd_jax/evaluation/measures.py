@@ -23,6 +23,8 @@ NEIGHBOURS = 5_000
 RETRIEVAL = 1_000
 # Standard deviation in pixels, and the constants of SSIM (Wang et al., 2004).
 _SSIM_SIGMA, _SSIM_C1, _SSIM_C2 = 1.5, (0.01 * 255) ** 2, (0.03 * 255) ** 2
+# Side of its window: pictures must be larger.
+SSIM_WINDOW = 11
 # Rows of features that are looked at together.
 _CHUNK = 256
 

@@ -30,7 +30,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from vqd_jax.evaluation import similarity
 from vqd_jax.models import autoencoder, discriminator, perceptual, quantizer
 from vqd_jax.models.autoencoder import AutoencoderConfig
 from vqd_jax.options import AutoencoderOptions
@@ -213,13 +212,18 @@ def _forward(params, codebook, pixels, key, step, *, config, options, whole):
     return (made, weight * loss), (loss, _Coded(z, codes))
 
 
+def _decibels(mean_squared_error):
+    """The PSNR of an error of values in [-1, 1], whose peak-to-peak amplitude is 2."""
+    return 10.0 * jnp.log10(4.0 / jnp.maximum(mean_squared_error, 1e-10))
+
+
 def _image_losses(made, pixels, seen, options):
     """The losses of the picture that need no discriminator, and metrics."""
     error = made - pixels
     squared = jnp.mean(error**2)
     weight = options.squared_weight
     reconstruction = (1.0 - weight) * jnp.mean(jnp.abs(error)) + weight * squared
-    metrics = {"reconstruction": reconstruction, "psnr": similarity.decibels(squared)}
+    metrics = {"reconstruction": reconstruction, "psnr": _decibels(squared)}
     if not options.perceptual_weight:
         return reconstruction, metrics
     distance = perceptual.distance(seen, made, pixels, config=options.perceptual_config())
@@ -454,13 +458,10 @@ def _updated_discriminator(state, gradients, metrics, options) -> DiscriminatorS
     return jax.tree.map(lambda n, o: jnp.where(learns, n, o), new, old)
 
 
-def eval_reconstruction(
-    params: Any,
-    images: jax.Array,
-    *,
-    config: AutoencoderConfig,
-) -> dict[str, jax.Array]:
-    """Images through the codes and back, with the loss of detail in numbers.
+def reconstruct(
+    params: Any, images: jax.Array, *, config: AutoencoderConfig
+) -> tuple[jax.Array, jax.Array]:
+    """Images through the codes and back.
 
     Args:
         params: complete parameters; see `result`.
@@ -468,16 +469,7 @@ def eval_reconstruction(
         config: `autoencoder.AutoencoderConfig`.
 
     Returns:
-        A dict: `images` uint8 [B, S, S, 3], the reconstructions; `codes` int32 [B, N]; `psnr` (dB)
-        and `ssim`, float32 [B], per picture, of the rounded pixels.
+        The reconstructions, uint8 [B, S, S, 3], and the codes, int32 [B, N].
     """
-    chex.assert_type(images, jnp.uint8)
-    model = autoencoder.bind(config, params)
-    codes = model.codes(autoencoder.from_pixels(images))
-    decoded = autoencoder.to_pixels(model.decode(codes))
-    return {
-        "images": decoded,
-        "codes": codes,
-        "psnr": similarity.psnr(decoded, images),
-        "ssim": similarity.ssim(decoded, images),
-    }
+    codes = autoencoder.encode(params, images, config=config)
+    return autoencoder.decode(params, codes, config=config), codes

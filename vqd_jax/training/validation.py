@@ -7,7 +7,6 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from jax.sharding import Mesh
@@ -16,7 +15,8 @@ from ml_collections import ConfigDict
 from vqd_jax import config as config_lib
 from vqd_jax.data import batches, images, sets
 from vqd_jax.data.bad_records import CheckedReader
-from vqd_jax.models import autoencoder, perceptual, quantizer
+from vqd_jax.evaluation import measures
+from vqd_jax.models import autoencoder, perceptual
 from vqd_jax.parallel import processes, rows, sharding
 from vqd_jax.training import tokenizer
 from vqd_jax.training.metrics import MetricWriter
@@ -52,9 +52,10 @@ class Validation:
 
     def _measure(self, params, seen, pixels):
         params = sharding.gathering(self._mesh)(params)
-        made = tokenizer.eval_reconstruction(params, pixels, config=self._sizes)
+        again, codes = tokenizer.reconstruct(params, pixels, config=self._sizes)
+        made = {"images": again, "codes": codes}
         if seen is not None:
-            both = autoencoder.from_pixels(made["images"]), autoencoder.from_pixels(pixels)
+            both = autoencoder.from_pixels(again), autoencoder.from_pixels(pixels)
             made["perceptual"] = perceptual.distance(
                 seen, *both, config=self._options.perceptual_config()
             )
@@ -79,11 +80,14 @@ class Validation:
             made = self._compiled(params, seen, sharding.put_rows(part, self._mesh))
             parts.append(jax.tree.map(lambda x, n=count: np.asarray(x)[:n], made))
         made = jax.tree.map(lambda *x: np.concatenate(x), *parts)
-        codes = jnp.asarray(made["codes"])
-        perplexity, used = map(float, quantizer.code_usage(codes, self._sizes.num_codes))
-        kinds = ("psnr", "ssim", "perceptual")
-        values = {name: float(made[name].mean()) for name in kinds if name in made}
-        values |= {"perplexity": perplexity, "codes_used": used}
+        counts = np.bincount(made["codes"].reshape(-1), minlength=self._sizes.num_codes)
+        use = measures.code_use(counts)
+        values = {"psnr": float(measures.psnr(self._crops, made["images"]).mean())}
+        if self._sizes.image_size > measures.SSIM_WINDOW:
+            values["ssim"] = float(measures.ssim(self._crops, made["images"]).mean())
+        if seen is not None:
+            values["perceptual"] = float(made["perceptual"].mean())
+        values |= {"perplexity": use["code_perplexity"], "codes_used": use["codes_used"]}
         writer.write(step, {f"validation/{name}": value for name, value in values.items()})
         if processes.is_writer():
             self._show(step, values, made["images"], writer, is_last)
@@ -95,10 +99,11 @@ class Validation:
         picture = images.grid(shown, ["pictures", "from their codes"])
         images.save(path, picture)
         writer.image(step, "reconstructions", np.asarray(picture))
-        seen = f", perceptual {values['perceptual']:.4f}" if "perceptual" in values else ""
+        texts = {"ssim": "SSIM {:.3f}", "perceptual": "perceptual distance {:.4f}"}
+        others = "".join(f", {text.format(values[n])}" for n, text in texts.items() if n in values)
         logging.info(
-            "autoencoder: %.2f dB PSNR, SSIM %.3f%s on %d validation pictures, which use %d of %d "
-            "codes (perplexity %.0f); see %s",
-            values["psnr"], values["ssim"], seen, len(self._crops), values["codes_used"],
+            "autoencoder: %.2f dB PSNR%s on %d validation pictures, which use %d of %d codes "
+            "(perplexity %.0f); see %s",
+            values["psnr"], others, len(self._crops), values["codes_used"],
             self._sizes.num_codes, values["perplexity"], path,
         )  # fmt: skip
