@@ -289,7 +289,7 @@ FAULTS = (
     # From a sentence to a picture.
     Fault(
         "all pictures of a prompt share a key",
-        "vqd_jax/pipeline.py",
+        "vqd_jax/generation.py",
         "jax.random.fold_in(jax.random.fold_in(root, pair[0]), pair[1])",
         "jax.random.fold_in(root, pair[0])",
         ("tests/test_pipeline.py",),
@@ -297,16 +297,16 @@ FAULTS = (
     Fault(
         "the part that is kept is painted",
         "vqd_jax/pipeline.py",
-        "np.where(painted, self._num_codes, codes)",
-        "np.where(painted, codes, self._num_codes)",
+        "np.where(marks, self._networks.num_codes, codes)",
+        "np.where(marks, codes, self._networks.num_codes)",
         ("tests/test_pipeline.py",),
     ),
     Fault(
         "two processes draw the same pictures",
-        "vqd_jax/modes.py",
+        "vqd_jax/bulk.py",
         "waiting[jax.process_index() :: jax.process_count()]",
         "waiting[:: jax.process_count()]",
-        ("tests/test_modes.py",),
+        ("tests/test_bulk.py",),
     ),
 )
 

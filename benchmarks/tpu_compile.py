@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 
 from vqd_jax import config as config_lib
-from vqd_jax import pipeline
+from vqd_jax import generation
 from vqd_jax.diffusion import sampler
 from vqd_jax.errors import UserError
 from vqd_jax.models import conditioned
@@ -159,7 +159,7 @@ def lower_sampler(config, mesh, rows: int) -> jax.stages.Lowered:
     settings = sampler.Settings(guidance=guidance, truncation=struct((), jnp.float32))
 
     def sample(params, keys, condition, null, settings):
-        return pipeline.draw(
+        return generation.draw(
             params,
             keys,
             condition,

@@ -66,6 +66,7 @@ def test_config_survives_json(name, tmp_path):
         ("data.name", "mnist", "data.name='mnist': must be one of emoji_text, shapes_text"),
         ("training.adam_b2", 1.0, "adam_b2=1.0: must be at least 0 and below 1"),
         ("autoencoder.learning_rate", float("nan"), "autoencoder.learning_rate=nan"),
+        ("sampling.rule", "best", "sampling.rule='best': must be one of ordinary"),
         ("sampling.prompts", (), "sampling.prompts: give at least one text"),
     ],
 )

@@ -8,6 +8,7 @@ import shutil
 import time
 import zipfile
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -264,6 +265,7 @@ def golden_model(tmp_path_factory):
             "temperature": 2.0, "negative_prompt": "a boat",
         },
         {"published_fast": 2, "guidance_scale": 9.0, "guidance_interval": (0.2, 0.8)},
+        {"rule": "high_quality", "calls_per_step": 2},
         {"num_steps": 2, "start": "schedule", "guidance_scale": 1.0},
     ],
 )  # fmt: skip
@@ -304,6 +306,89 @@ def test_a_picture_is_painted_from_a_file(call, golden_model, tmp_path):
         status, said = call(*flags, missing, f"--output={tmp_path}/none")
         assert status == 1
         assert f"{missing.partition('=')[0]} needs the picture that it belongs to" in said
+
+
+def test_pictures_and_masks_are_painted_pasted_and_judged(call, golden_model, tmp_path):
+    draw = np.random.default_rng(0).integers
+    images = [draw(0, 256, (height, 12, 3)).astype(np.uint8) for height in (10, 16)]
+    masks = [np.zeros(image.shape[:2], np.uint8) for image in images]
+    flags = [f"--model={golden_model}", "--prompt=a boat", "--prompt=a red boat"]
+    for k, (image, mask) in enumerate(zip(images, masks, strict=True)):
+        mask[:5, 3:6] = 255
+        Image.fromarray(image).save(tmp_path / f"image{k}.png")
+        Image.fromarray(mask).save(tmp_path / f"mask{k}.png")
+    given = [f"--image={tmp_path}/image{k}.png" for k in range(2)]
+    painted = [f"--mask={tmp_path}/mask{k}.png" for k in range(2)]
+    status, said = call(
+        "--mode=sample", *flags, *given, *painted, "--paste", "--num_images=1", "--preview_steps=2",
+        "--mesh=1,1,1", f"--output={tmp_path}/out",
+    )  # fmt: skip
+    assert status == 0, said
+    names = ["000_a-boat_seed0_00.png", "001_a-red-boat_seed0_00.png"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        *names, "grid_seed0.png", "preview_seed0.png",
+    ]  # fmt: skip
+    for name, image, mask in zip(names, images, masks, strict=True):
+        found = np.asarray(Image.open(tmp_path / "out" / name))
+        np.testing.assert_array_equal(found[mask == 0], image[mask == 0])
+        assert (found[mask > 0] != image[mask > 0]).any()
+    status, said = call("--mode=likelihood", *flags, *given, "--num_draws=3", "--seed=4")
+    assert status == 0, said
+    model = VQDiffusion.from_pretrained(golden_model)
+    bits = model.likelihood(images, ["a boat", "a red boat"], num_draws=3, seed=4)
+    for k, prompt in enumerate(("a boat", "a red boat")):
+        token, whole = bits.bits_per_token[k], bits.bits_per_image[k]
+        line = f"image{k}.png '{prompt}': {token:.4f} bits a token, {whole:.1f} bits a picture"
+        assert line in said
+    for wrong, message in (
+        (["--paste", "--prompt=x"], "--paste needs the picture"),
+        (["--paste", "--prompt=x", given[0]], "--paste needs --mask=FILE"),
+        (["--mesh=1,2", "--prompt=x"], "--mesh=1,2: must be three sizes, of data, fsdp, tensor"),
+        (["--mesh=1,2,1", "--prompt=x"], "but there are 1 devices"),
+    ):
+        status, said = call("--mode=sample", flags[0], *wrong, f"--output={tmp_path}/none")
+        assert status == 1
+        assert message in said
+
+
+def test_a_backend_that_is_not_there_is_one_line(run, tiny_run):
+    status, output = run(
+        "--mode=sample", f"--workdir={tiny_run}", "--prompt=x", env={"JAX_PLATFORMS": "cuda"}
+    )
+    assert status == 1
+    assert output.strip().splitlines()[-1].startswith("error: Unable to initialize backend 'cuda'")
+    assert "JAX_PLATFORMS=cpu" in output
+    assert "Traceback" not in output
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "is_defect"),
+    [
+        (
+            ZeroDivisionError("of no use"),
+            "this is a defect of vqd_jax, not of what you asked",
+            True,
+        ),
+        (
+            jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory"),
+            "memory is not enough (RESOURCE_EXHAUSTED: Out of memory)",
+            False,
+        ),
+    ],
+)
+def test_only_a_defect_shows_where_it_is(
+    call, tiny_run, tmp_path, monkeypatch, error, message, is_defect
+):
+    def fail(*args, **kwargs):
+        raise error
+
+    # A library that fails in a way that nobody foresaw.
+    monkeypatch.setattr("PIL.Image.fromarray", fail)
+    flags = ("--mode=sample", f"--workdir={tiny_run}", "--prompt=x", "--num_images=1")
+    status, output = call(*flags, f"--output={tmp_path}")
+    assert status == 1
+    assert output.strip().splitlines()[-1].startswith(f"error: {message}")
+    assert ("Traceback" in output) == is_defect
 
 
 def test_a_run_becomes_a_model_folder(call, tiny_run, tmp_path):

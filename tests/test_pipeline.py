@@ -8,10 +8,11 @@ from PIL import Image
 
 from vqd_jax.diffusion import rules, sampler, schedule
 from vqd_jax.errors import UserError
+from vqd_jax.generation import draw
 from vqd_jax.models import conditioned
 from vqd_jax.models.denoiser import DenoiserConfig
 from vqd_jax.models.text_encoder import TextEncoderConfig
-from vqd_jax.pipeline import RULES, VQDiffusion, draw
+from vqd_jax.pipeline import RULES, VQDiffusion
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -73,9 +74,9 @@ def test_every_seed_of_32_bits_will_do(model):
 
 def test_scale_seed_and_prompt_do_not_recompile(model):
     model.generate(["a"], num_images=1, guidance_scale=2.0, truncation=0.9)
-    compiled = model._sample._cache_size()
+    compiled = model._networks.sample._cache_size()
     model.generate(["b"], num_images=1, guidance_scale=4.0, truncation=0.5, seed=9)
-    assert model._sample._cache_size() == compiled
+    assert model._networks.sample._cache_size() == compiled
 
 
 def test_fewer_steps(model):

@@ -7,6 +7,9 @@ python -m vqd_jax.main --mode=sample --model=models/coco --prompt="teddy bear in
 python -m vqd_jax.main --mode=evaluate --model=models/coco --config=configs/coco.py --output=DIR
 """
 
+import sys
+import traceback
+
 from absl import app, flags, logging
 from ml_collections import config_flags
 
@@ -30,6 +33,10 @@ def _define_path(name: str, text: str) -> flags.FlagHolder:
     return flags.DEFINE(_Path(), name, None, text)
 
 
+def _define_paths(name: str, text: str) -> flags.FlagHolder:
+    return flags.DEFINE_multi(_Path(), flags.ArgumentSerializer(), name, None, text)
+
+
 # Fields of a config that are paths, or tuples of them.
 _PATH_FIELDS = (
     "data.dir", "data.prepared_dir", "data.codes", "data.more_codes", "autoencoder.path",
@@ -42,13 +49,16 @@ _PATH_FIELDS = (
 ON_CONFIG = ("train", "train_autoencoder", "prepare", "encode", "inspect", "plan")
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file; fields as --config.a.b=1.")
 _WORKDIR = _define_path("workdir", "Folder of a run: checkpoints, metrics, samples.")
+_ON_MODEL = ("sample", "likelihood", "export")
 _MODE = flags.DEFINE_enum(
-    "mode", "train", [*ON_CONFIG, "sample", "evaluate", "convert", "export"], "The task."
+    "mode", "train", [*ON_CONFIG, *_ON_MODEL, "evaluate", "convert"], "The task."
 )
 _DISTRIBUTED = flags.DEFINE_bool("distributed", False, "This is one of several processes.")
 
-_MODEL = _define_path("model", "sample, evaluate, export: model folder; or give --workdir.")
-_PROMPT = flags.DEFINE_multi_string("prompt", None, "sample: a text; may be given several times.")
+_MODEL = _define_path("model", f"{', '.join(_ON_MODEL)}: model folder; or give --workdir.")
+_PROMPT = flags.DEFINE_multi_string(
+    "prompt", None, "sample, likelihood: a text; may be given several times."
+)
 _PROMPTS = _define_path("prompts", "sample: file of prompts, one on each line.")
 _IMAGES = flags.DEFINE_enum("images", "png", ["png", "array_record"], "--prompts: kind of files.")
 _OUTPUT = _define_path("output", "sample, evaluate: folder to write; below MODEL if unset.")
@@ -90,6 +100,9 @@ _SAMPLING = [
         "published_fast", None, "sample: speed of the published fast inference, 2 or more."
     ),
     flags.DEFINE_string("rule", None, "sample: ordinary, high_quality, purity, confidence, ..."),
+    flags.DEFINE_integer(
+        "calls_per_step", None, "sample: calls that share a step of a rule that reveals tokens."
+    ),
     _define_numbers(
         float, "guidance_scale", "sample: 1 is none; 1,3,5 goes by step; the config's if unset."
     ),
@@ -108,10 +121,32 @@ _SAMPLING = [
 _PICTURES = [
     flags.DEFINE_bool("animate", False, "sample: write the denoising as animations, too."),
     flags.DEFINE_bool("predictions", False, "sample: animate the likeliest codes, too."),
-    _define_path("image", "sample: a picture to begin from."),
-    _define_path("mask", "sample: white where --image is painted anew."),
+    flags.DEFINE_integer(
+        "preview_steps", None, "sample: write preview_seed<seed>.png after every so many calls."
+    ),
+    _define_paths("mask", "sample: white where --image is painted anew."),
+    flags.DEFINE_bool("paste", False, "sample: put what --mask leaves back, at its own size."),
     flags.DEFINE_float(
         "strength", None, "sample: share of noise on --image; 0.5, or with --mask nothing of it."
+    ),
+]
+_IMAGE = _define_paths(
+    "image", "sample: picture to begin from; likelihood: to judge. One, or one for each --prompt."
+)
+_DRAWS = flags.DEFINE_integer(
+    "num_draws", None, "likelihood: times that are visited, all if unset; fewer are less exact."
+)
+_DTYPE = flags.DEFINE_enum(
+    "dtype", None, ["float32", "bfloat16"],
+    "sample, likelihood: of the networks, the config's if unset; convert: as stored, or float32.",
+)  # fmt: skip
+_LOADING = [
+    _DTYPE,
+    flags.DEFINE_enum(
+        "autoencoder_dtype", "float32", ["float32", "bfloat16"], "sample: of the decoder."
+    ),
+    _define_numbers(
+        int, "mesh", "sample, likelihood: devices along data, fsdp and tensor, such as 1,4,1."
     ),
 ]
 _TARGET = _define_path("target", "convert, export: file or folder to write.")
@@ -131,9 +166,6 @@ _CONVERSION = [
     _define_path("remap", "convert: code remap (.npy, .pt), if not published."),
     flags.DEFINE_integer("num_heads", None, "convert: of the denoiser; config.yaml's, or 16."),
     flags.DEFINE_integer("image_size", None, "convert: side in pixels; else what SOURCE implies."),
-    flags.DEFINE_enum(
-        "dtype", "float32", ["float32", "bfloat16"], "convert: of the stored weights."
-    ),
 ]
 
 
@@ -146,10 +178,11 @@ def main(argv: list[str]) -> None:
         # Imported after the flags are read: --help and mistakes in flags do not wait for JAX.
         from vqd_jax.interop import convert
 
-        convert.convert(source, target, **_values(_CONVERSION))
+        dtype = _DTYPE.value or "float32"
+        convert.convert(source, target, dtype=dtype, **_values(_CONVERSION))
     elif _MODE.value == "evaluate":
         _evaluate(_MODEL.value or _WORKDIR.value)
-    elif _MODE.value in ("sample", "export"):
+    elif _MODE.value in _ON_MODEL:
         _use_model(_MODEL.value or _WORKDIR.value)
     else:
         _use_config(_MODE.value)
@@ -168,12 +201,16 @@ def _use_model(model_dir: str | None) -> None:
     if _CONFIG.value is not None:
         _expand_paths(_CONFIG.value)
         config_lib.validate(_CONFIG.value)
-    options = _values(_SAMPLING) | {"config": _CONFIG.value, "output": _OUTPUT.value}
+    loading, options = {"model_dir": model_dir, **_values(_LOADING)}, _values(_SAMPLING)
+    options |= {"config": _CONFIG.value, "output": _OUTPUT.value} | loading
     with processes.session(_DISTRIBUTED.value):
-        if _PROMPTS.value:
-            modes.sample_file(model_dir, _PROMPTS.value, format=_IMAGES.value, **options)
+        if _MODE.value == "likelihood":
+            judged = _require(_IMAGE), _PROMPT.value, options["seed"], _DRAWS.value
+            modes.likelihood(*judged, **loading)
+        elif _PROMPTS.value:
+            modes.sample_file(_PROMPTS.value, format=_IMAGES.value, **options)
         else:
-            modes.sample(model_dir, _PROMPT.value, **_values(_PICTURES), **options)
+            modes.sample(_PROMPT.value, image=_IMAGE.value, **_values(_PICTURES), **options)
 
 
 def _evaluate(model_dir: str | None) -> None:
@@ -254,6 +291,22 @@ def parse(argv: list[str]) -> list[str]:
         console.fail(f"{text} (see --help, and vqd_jax/options.py for the fields)")
 
 
+def _outside(error: Exception) -> str | None:
+    """What to do about an error of JAX whose cause is outside the program; None of all others."""
+    first = (str(error).splitlines() or [""])[0]
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in first:
+        return (
+            f"memory is not enough ({first or 'of this machine'}); take fewer pictures at once, or "
+            "see what every device needs with --mode=plan"
+        )
+    if "Unable to initialize backend" in first or "Unknown backend" in first:
+        return (
+            f"{first}; install what it needs (.[gpu] or .[tpu]), or take another backend, such as "
+            "JAX_PLATFORMS=cpu"
+        )
+    return None
+
+
 def run(argv: list[str]) -> None:
     """``main``, with the mistakes of a user told in one line."""
     try:
@@ -261,6 +314,15 @@ def run(argv: list[str]) -> None:
     except (UserError, OSError) as error:
         logging.debug("cause", exc_info=True)
         console.fail(str(error))
+    except Exception as error:
+        reason = _outside(error)
+        if reason is None:
+            traceback.print_exc()
+            reason = (
+                "this is a defect of vqd_jax, not of what you asked for; please report it to the "
+                f"project, with the lines above and the command: {' '.join(sys.argv)}"
+            )
+        console.fail(reason)
     except KeyboardInterrupt:
         console.fail("interrupted; the same command goes on from the last checkpoint")
 

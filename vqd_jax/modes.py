@@ -1,8 +1,6 @@
 """What each mode of the command line does, one function for each."""
 
-import dataclasses
-import io
-import json
+import functools
 import re
 import sys
 from collections.abc import Sequence
@@ -12,20 +10,20 @@ from typing import Any
 import jax
 import numpy as np
 from absl import logging
-from array_record.python import array_record_module
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from PIL import Image
 from tqdm import tqdm
 
+from vqd_jax import bulk, files, request
 from vqd_jax import config as config_lib
-from vqd_jax import files
 from vqd_jax.data import batches, codes, images, masks, report
 from vqd_jax.data import encode as encode_lib
 from vqd_jax.errors import UserError
+from vqd_jax.generation import Generation, Preview
 from vqd_jax.interop import pretrained
-from vqd_jax.parallel import processes, program, sharding
-from vqd_jax.pipeline import Generation, VQDiffusion
+from vqd_jax.parallel import program, sharding
+from vqd_jax.pipeline import VQDiffusion
 from vqd_jax.training import stage_one, stage_two
 from vqd_jax.training import task as task_lib
 from vqd_jax.training.loop import Terminated
@@ -33,9 +31,6 @@ from vqd_jax.training.workdir import claim
 
 # 128 + SIGTERM: what a shell reports when that signal ended a process.
 TERMINATED_STATUS = 143
-# Pictures that ``sample_many`` draws before it writes them; those in one file of records.
-BLOCK = 256
-FORMATS = ("png", "array_record")
 
 
 def train(config: ConfigDict, workdir: str) -> None:
@@ -131,16 +126,38 @@ def _samples(config, workdir, builder, content, count) -> list[report.Sample]:
     return report.source_samples(source, codec, crop, num_crops, content, **stream)
 
 
+def _loaded(model_dir, dtype, autoencoder_dtype, mesh) -> VQDiffusion:
+    """The model; on several devices if the sizes of a mesh are given."""
+    made = None if mesh is None else _mesh(mesh, None)
+    return VQDiffusion.from_pretrained(
+        model_dir, dtype=dtype, autoencoder_dtype=autoencoder_dtype, mesh=made
+    )
+
+
+def _mesh(sizes: tuple[int, ...], devices: list | None) -> Mesh:
+    if len(sizes) != len(sharding.AXES):
+        given = ",".join(map(str, sizes))
+        raise UserError(f"--mesh={given}: must be three sizes, of {', '.join(sharding.AXES)}")
+    config = config_lib.default_config()
+    config.mesh.update(dict(zip(sharding.AXES, sizes, strict=True)))
+    return sharding.make_mesh(config, devices)
+
+
 def sample(
-    model_dir: str,
     prompts: Sequence[str] | None,
     *,
+    model_dir: str,
+    dtype: str | None,
+    autoencoder_dtype: str,
+    mesh: tuple[int, int, int] | None,
     config: ConfigDict | None,
     output: str | None,
     animate: bool,
     predictions: bool,
-    image: str | None,
-    mask: str | None,
+    preview_steps: int | None,
+    image: Sequence[str] | None,
+    mask: Sequence[str] | None,
+    paste: bool,
     num_images: int | None,
     seed: int,
     **options: Any,
@@ -148,20 +165,47 @@ def sample(
     """Writes ``grid_seed<seed>.png``, single pictures and, if asked for, animations.
 
     Args:
-      model_dir: a model folder, or the workdir of a training run.
       prompts: texts or class labels; an empty one is unconditional.
+      model_dir: a model folder, or the workdir of a training run.
+      dtype, autoencoder_dtype: of ``VQDiffusion.from_pretrained``.
+      mesh: devices along data, fsdp and tensor; None is one device.
       config: its ``sampling`` part replaces that of the run; None keeps the run's.
       output: folder; None is ``model_dir/samples``.
       animate: also write an animation of the denoising of every picture.
       predictions: also write an animation of the likeliest codes at every step.
-      image: file of a picture to begin from; None begins from nothing.
-      mask: file of a mask of the same size, white where to paint; None edits the whole picture.
+      preview_steps: also write ``preview_seed<seed>.png`` after every so many network calls.
+      image: files of pictures to begin from, one or one for each prompt; None begins from nothing.
+      mask: files of masks of the same sizes, white where to paint; None edits the whole pictures.
+      paste: single pictures are the given ones, at their own size, with the masked part made anew.
       num_images: of every prompt; None is 4.
       seed: decides the pictures.
       **options: of ``VQDiffusion.generate``, ``edit`` or ``inpaint``; what is None is left out.
     """
     num_images = 4 if num_images is None else num_images
-    model = VQDiffusion.from_pretrained(model_dir)
+    model = _loaded(model_dir, dtype, autoencoder_dtype, mesh)
+    prompts = _asked(model, prompts, config, model_dir)
+    folder = Path(output or Path(model_dir) / "samples")
+    folder.mkdir(parents=True, exist_ok=True)
+    logging.info("sampling %d pictures of %d prompts", num_images, len(prompts))
+    options |= {"num_images": num_images, "seed": seed, "trajectory": animate or predictions}
+    preview = None if preview_steps is None else folder / f"preview_seed{seed}.png"
+    if preview:
+        options["callback_steps"] = preview_steps
+    with tqdm(total=100, desc="sampling", unit="%", bar_format=_BAR) as bar:
+        options["callback"] = functools.partial(_show, bar, preview)
+        made = _drawn(model, prompts, image, mask, paste, options)
+    prompts = request.spread("prompt", prompts, len(made.images) // num_images)
+    for k, picture in enumerate(made.images):
+        i, j = divmod(k, num_images)
+        name = f"{folder}/{i:03d}_{_slug(prompts[i])}_seed{seed}_{j:02d}"
+        _save(name, picture, model, made, (i, j), animate, predictions)
+    path = folder / f"grid_seed{seed}.png"
+    images.save(path, images.grid(made.pixels, prompts))
+    logging.info("wrote %s and %d single pictures beside it", path, len(made.images))
+
+
+def _asked(model, prompts, config, model_dir) -> Sequence[str]:
+    """The prompts; what a config says of sampling replaces what the model's says."""
     if model.config.denoiser.condition == "none":
         prompts = prompts or [""]
     if not prompts:
@@ -173,72 +217,120 @@ def sample(
         if changed:
             raise UserError(f"{model_dir} was made with another config ({'; '.join(changed)})")
         model.config.sampling = config.sampling
-    folder = Path(output or Path(model_dir) / "samples")
-    folder.mkdir(parents=True, exist_ok=True)
-    logging.info("sampling %d pictures of %d prompts", num_images, len(prompts))
-    options |= {"num_images": num_images, "seed": seed, "trajectory": animate or predictions}
-    made = _drawn(model, prompts, image, mask, options)
-    for i, prompt in enumerate(prompts):
-        for j, pixels in enumerate(made.pixels[i]):
-            name = f"{folder}/{i:03d}_{_slug(prompt)}_seed{seed}_{j:02d}"
-            images.save(f"{name}.png", Image.fromarray(pixels))
-            if animate:
-                images.save_animation(f"{name}.gif", _frames(model, made.trajectory[:, i, j]))
-            if predictions:
-                frames = _frames(model, made.predictions[:, i, j])
-                images.save_animation(f"{name}_predictions.gif", frames)
-    path = folder / f"grid_seed{seed}.png"
-    images.save(path, images.grid(made.pixels, prompts))
-    logging.info("wrote %s and %d single pictures beside it", path, len(made.images))
+    return prompts
 
 
-def _drawn(model, prompts, image, mask, options) -> Generation:
-    """New pictures, or those that begin from the picture in a file."""
+def _save(name, picture, model, made, which, animate, predictions) -> None:
+    """Writes a picture and its animations; ``which`` are its prompt and its image."""
+    images.save(f"{name}.png", picture)
+    for wanted, tokens, ending in (
+        (animate, made.trajectory, ".gif"),
+        (predictions, made.predictions, "_predictions.gif"),
+    ):
+        if wanted:
+            images.save_animation(f"{name}{ending}", _frames(model, tokens[:, *which]))
+
+
+# A percentage, the time that it took, and the time that is left.
+_BAR = "{l_bar}{bar}| {elapsed}<{remaining}"
+
+
+def _show(bar: tqdm, path: Path | None, preview: Preview) -> None:
+    """Moves a bar on and, if there is a path, shows how far the pictures are."""
+    bar.update(100 * preview.progress - bar.n)
+    if path is not None:
+        shown = [Image.fromarray(images.enlarge(pixels)) for pixels in preview.pixels]
+        images.save(path, images.tiled([shown[k : k + 4] for k in range(0, len(shown), 4)]))
+
+
+def _drawn(model, prompts, image, mask, paste, options) -> Generation:
+    """New pictures, or those that begin from pictures in files."""
     options = {name: value for name, value in options.items() if value is not None}
     if image is None:
-        for name, value in (("mask", mask), ("strength", options.get("strength"))):
+        given = (("mask", mask), ("strength", options.get("strength")), ("paste", paste or None))
+        for name, value in given:
             if value is not None:
                 raise UserError(f"--{name} needs the picture that it belongs to: --image=FILE")
         return model.generate(prompts, **options)
-    if len(prompts) > 1:
-        raise UserError("--image takes one --prompt")
-    picture = images.load(image)
+    pictures = [images.load(path) for path in image]
     if mask is None:
-        return model.edit(picture, prompts[0], **options)
-    return model.inpaint(picture, masks.load(mask), prompts[0], **options)
+        if paste:
+            raise UserError("--paste needs --mask=FILE: what it leaves is put back")
+        return model.edit(pictures, list(prompts), **options)
+    painted = [masks.load(path) for path in mask]
+    return model.inpaint(pictures, painted, list(prompts), paste=paste, **options)
+
+
+def likelihood(
+    image: Sequence[str],
+    prompts: Sequence[str] | None,
+    seed: int,
+    num_draws: int | None,
+    *,
+    model_dir: str,
+    dtype: str | None,
+    autoencoder_dtype: str,
+    mesh: tuple[int, int, int] | None,
+) -> None:
+    """Prints the bits of every picture; see ``VQDiffusion.likelihood``.
+
+    Args:
+      image: files of pictures.
+      prompts: texts or labels, one or one for each picture.
+      seed: decides the noise.
+      num_draws: of ``VQDiffusion.likelihood``.
+      model_dir, dtype, autoencoder_dtype, mesh: of ``sample``.
+    """
+    model = _loaded(model_dir, dtype, autoencoder_dtype, mesh)
+    pictures = [images.load(path) for path in image]
+    found = model.likelihood(pictures, prompts, seed=seed, num_draws=num_draws)
+    count = len(found.bits_per_token)
+    paths, texts = (request.spread("image", x, count) for x in (image, prompts or [""]))
+    for path, text, token, whole in zip(paths, texts, *found, strict=True):
+        print(f"{path} {text!r}: {token:.4f} bits a token, {whole:.1f} bits a picture")
 
 
 def sample_file(
-    model_dir: str,
     prompts_file: str,
     *,
+    model_dir: str,
+    dtype: str | None,
+    autoencoder_dtype: str,
+    mesh: tuple[int, int, int] | None,
     config: ConfigDict | None,
     output: str | None,
     num_images: int | None,
     format: str,
     **options,
 ) -> None:
-    """Writes pictures of all prompts of a file, on all devices; see ``sample_many``.
+    """Writes pictures of all prompts of a file, on all devices; see ``bulk.sample_many``.
 
     Args:
-      model_dir: a model folder, or the workdir of a training run.
       prompts_file: has a text or a class label on each line.
-      config: its ``mesh`` says how the devices of this process share the work; None takes that of
-        the model's config.
+      model_dir: a model folder, or the workdir of a training run.
+      dtype, autoencoder_dtype: of ``VQDiffusion.from_pretrained``.
+      mesh: how the devices of this process share the work, along data, fsdp and tensor; None takes
+        that of ``config``.
+      config: its ``mesh`` counts where ``mesh`` is None; None takes that of the model's config.
       output: folder; None is ``model_dir/samples_<name of the file>``.
       num_images: of all prompts together; None is one for each.
       format: "png" or "array_record".
       **options: of ``VQDiffusion.generate``.
     """
     prompts = read_prompts(prompts_file)
-    model = VQDiffusion.from_pretrained(model_dir)
-    mesh = sharding.make_mesh(config or model.config, jax.local_devices())
-    sample_many(
+    model = _loaded(model_dir, dtype, autoencoder_dtype, None)
+    devices = jax.local_devices()
+    on = (
+        sharding.make_mesh(config or model.config, devices)
+        if mesh is None
+        else _mesh(mesh, devices)
+    )
+    bulk.sample_many(
         model,
         prompts,
         output or str(Path(model_dir) / f"samples_{Path(prompts_file).stem}"),
         num_images=len(prompts) if num_images is None else num_images,
-        mesh=mesh,
+        mesh=on,
         format=format,
         **options,
     )
@@ -260,135 +352,12 @@ def read_prompts(path: str) -> list[str]:
     return prompts
 
 
-def sample_many(
-    model: VQDiffusion,
-    prompts: Sequence[str],
-    output: str,
-    *,
-    num_images: int,
-    seed: int,
-    mesh: Mesh,
-    format: str = "png",
-    batch_size: int = 64,
-    negative_prompt: str | None = None,
-    **options: Any,
-) -> None:
-    """Writes ``num_images`` pictures, or those that are still missing.
-
-    Picture k is of prompt k mod P. Pictures come in blocks of ``BLOCK``, which several processes
-    share. A block is written when it is complete, and one that is there is not made again.
-
-    Args:
-      model: to sample from.
-      prompts: P texts or class labels.
-      output: folder: ``00000042.png``, or ``images-00000.array_record`` of ``BLOCK`` PNGs each;
-        ``prompts.txt``, line k of which is the prompt of picture k; and ``manifest.json``, which
-        says what made the pictures.
-      num_images: of all prompts together.
-      seed: decides the pictures.
-      mesh: of this process's devices.
-      format: a name in ``FORMATS``.
-      batch_size: pictures in one call of the network.
-      negative_prompt: of ``VQDiffusion.generate``.
-      **options: of ``VQDiffusion.settings``.
-
-    Raises:
-      UserError: ``output`` holds pictures of another model or request.
-    """
-    request = {"seed": seed, "negative_prompt": negative_prompt}
-    _claim(Path(output), model, prompts, num_images, format, request, options)
-    model = model.on_mesh(mesh)
-    blocks = [range(k, min(k + BLOCK, num_images)) for k in range(0, num_images, BLOCK)]
-    waiting = [block for block in blocks if _missing(output, block, format)]
-    # Every process must have seen the same ones before any is written.
-    processes.wait_for_all(f"{output}: blocks listed")
-    mine = waiting[jax.process_index() :: jax.process_count()]
-    with tqdm(total=sum(map(len, mine)), desc="sampling", unit="image", mininterval=1) as bar:
-        for block in mine:
-            missing = _missing(output, block, format)
-            pairs = [(k % len(prompts), k // len(prompts)) for k in missing]
-            texts = [prompts[i] for i, _ in pairs]
-            made = model.sample_codes(texts, pairs, batch_size=batch_size, **request, **options)
-            _write(output, missing, model.decode_codes(made, batch_size), format)
-            bar.update(len(block))
-    processes.wait_for_all(f"{output}: pictures written")
-    logging.info("%d pictures of %d prompts are in %s", num_images, len(prompts), output)
-
-
-def _claim(folder: Path, model, prompts, num_images, format, request, options) -> None:
-    """Makes the folder and its manifest, or finds that they belong to the same request."""
-    settings = model.settings(**options)
-    wanted = {
-        "model": model.fingerprint()[:16],
-        "prompts": files.fingerprint({"prompts": list(prompts)})[:16],
-        "format": format,
-        **request,
-    }
-    for field in dataclasses.fields(settings):
-        value = getattr(settings, field.name)
-        value = repr(value) if field.name == "rule" else value
-        wanted[field.name] = np.asarray(value).tolist() if np.ndim(value) else value
-    wanted = json.loads(json.dumps(wanted, default=float))
-    path, remedy = folder / "manifest.json", "use another --output"
-
-    def changes(stored):
-        return files.differences({**stored, "num_images": 0}, {**wanted, "num_images": 0})
-
-    folder.mkdir(parents=True, exist_ok=True)
-    if processes.is_writer():
-        if not path.exists() and (folder / "prompts.txt").exists():
-            raise UserError(f"{folder} holds pictures but no {path.name}; {remedy}")
-        stored = files.read_json(path, remedy) if path.exists() else wanted
-        if not changes(stored):
-            count = max(num_images, stored.get("num_images", 0))
-            files.write_json(path, {**wanted, "num_images": count})
-            lines = [f"{prompts[k % len(prompts)]}\n" for k in range(count)]
-            files.write_text(folder / "prompts.txt", "".join(lines))
-    processes.wait_for_all(f"{folder}: manifest written")
-    changed = "; ".join(changes(files.read_json(path, remedy)))
-    if changed:
-        raise UserError(f"{folder} holds pictures of another request ({changed}); {remedy}")
-
-
-def _path(folder: str, number: int, format: str) -> Path:
-    if format == "png":
-        return Path(folder) / f"{number:08d}.png"
-    return Path(folder) / f"images-{number // BLOCK:05d}.array_record"
-
-
-def _missing(folder: str, block: range, format: str) -> list[int]:
-    """The pictures of a block that are not there; all of them, if its file has too few."""
-    if format == "png":
-        return [k for k in block if not _path(folder, k, format).exists()]
-    path, found = _path(folder, block[0], format), 0
-    if path.exists():
-        reader = array_record_module.ArrayRecordReader(str(path))
-        found = reader.num_records()
-        reader.close()
-    return [] if found >= len(block) else list(block)
-
-
-def _write(folder: str, numbers: Sequence[int], pixels: np.ndarray, format: str) -> None:
-    path = _path(folder, numbers[0], format)
-    if format == "png":
-        for number, image in zip(numbers, pixels, strict=True):
-            images.save(_path(folder, number, format), Image.fromarray(image))
-        return
-    with files.appearing(path) as scratch:
-        writer = array_record_module.ArrayRecordWriter(str(scratch), "group_size:1")
-        for image in pixels:
-            encoded = io.BytesIO()
-            Image.fromarray(image).save(encoded, format="PNG")
-            writer.write(encoded.getvalue())
-        writer.close()
-
-
 def evaluate(model_dir: str | None, **request: Any) -> None:
     """Measures a model, or pictures; see ``evaluation.evaluate.run``."""
     # Its networks are not for everybody who samples.
     from vqd_jax.evaluation import evaluate as evaluate_lib
 
-    evaluate_lib.run(model_dir, draw=sample_many, **request)
+    evaluate_lib.run(model_dir, draw=bulk.sample_many, **request)
 
 
 def plan(

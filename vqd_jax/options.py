@@ -8,7 +8,7 @@ import dataclasses
 import math
 from typing import Any
 
-from vqd_jax.diffusion import schedule
+from vqd_jax.diffusion import choices, schedule
 from vqd_jax.errors import require_at_least, require_choice
 from vqd_jax.models.discriminator import DiscriminatorConfig
 from vqd_jax.models.perceptual import PerceptualConfig
@@ -306,13 +306,14 @@ class SamplingOptions:
     prompts: tuple[str, ...] = ("red heart", "grinning face", "a black cat", "")
     images_per_prompt: int = 4
     num_steps: int = 0  # network calls; 0 is T
-    rule: str = "ordinary"  # what a step does; see diffusion/choices.py
+    rule: str = "ordinary"  # what a step does; one of RULES in diffusion/choices.py
     guidance_scale: float = 3.0
     truncation: float = 0.9  # 1 keeps every code
 
     def __post_init__(self):
         require_at_least(self, images_per_prompt=1, num_steps=0, guidance_scale=0)
         _require_positive(self, "truncation")
+        require_choice(self, rule=choices.RULES)
         if not self.prompts or not all(isinstance(prompt, str) for prompt in self.prompts):
             raise ValueError("prompts: give at least one text; an empty one will do")
 

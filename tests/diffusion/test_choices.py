@@ -29,6 +29,7 @@ def test_every_choice_reaches_its_setting():
     assert (made.top_k, made.temperature, made.strength) == (5, 0.7, 0.9)
     assert made.trajectory
     assert made.known is codes
+    assert chosen(rule="purity", calls_per_step=2).calls_per_step == 2
     assert made.initial is codes
 
 
@@ -74,6 +75,8 @@ def test_a_rule_has_a_name_or_is_given():
         ({"guidance_scale": 3, "guidance_interval": (0.5,)}, "^guidance_interval"),
         ({"truncation": 0.0}, "^truncation=0.0"),
         ({"strength": 0}, "^strength=0: must lie above 0"),
+        ({"calls_per_step": 2}, "^calls_per_step=2: Ancestral does a step in one call"),
+        ({"calls_per_step": 0, "rule": "purity"}, "^calls_per_step=0: must be at least 1"),
     ],
 )
 def test_impossible_choices_are_named(choices, message):

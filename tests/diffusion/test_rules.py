@@ -160,6 +160,33 @@ def test_order_of_published_budgets():
     assert set(-np.diff(masked)[:-1]) <= {10, 11}
 
 
+@pytest.mark.parametrize("rule", REVEALING, ids=lambda rule: type(rule).__name__)
+def test_several_calls_share_a_step(rule):
+    noise_schedule, count, num_tokens = schedule.released(10, 5), 2, 32
+    shared = chain(rule, count, num_tokens, noise_schedule, flat(5), calls_per_step=3)
+    masked = (shared.trajectory == 5).sum(-1)
+    assert shared.trajectory.shape == (30, count, num_tokens)
+    # Thirds of the steps of the schedule, up to rounding.
+    nominal = np.interp(np.arange(1, 31) / 3, np.arange(11), noise_schedule.mask[::-1])
+    nominal = num_tokens * nominal / noise_schedule.mask[10]
+    assert (np.abs(masked - nominal[:, None]) <= 0.501).all()
+    until = -1 if rule.redraws_last else None
+    steps = shared.trajectory[:until]
+    visible = steps[:-1] < 5
+    np.testing.assert_array_equal(steps[1:][visible], steps[:-1][visible])
+
+
+def test_two_calls_for_each_step_are_the_published_half_speed():
+    # "time0.5": at most 5 tokens a call (6, where one would be left), about 200 calls.
+    result = chain(
+        rules.HighQuality(), 1, 1024, schedule.released(100, 5), flat(5), calls_per_step=2
+    )
+    masked = np.concatenate([[1024], (result.trajectory[:, 0] == 5).sum(-1)])
+    assert len(result.trajectory) == 200
+    # At time 1 no token is masked any more; its calls draw all tokens anew.
+    assert set(-np.diff(masked)[:-2]) <= {5, 6}
+
+
 def test_confidence_reveals_the_surest_tokens_first():
     peak = jnp.array([0.9999, 0.99, 0.99999, 0.999])
     log_x0 = jnp.log(jnp.stack([peak, 1 - peak], -1))

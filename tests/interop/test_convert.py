@@ -158,7 +158,7 @@ def test_a_fast_chain_of_the_text_model(models, golden):
     model, g = models["text_model"], golden["text_model"]
     settings = sampler.published_fast(int(g["fast_speed"]), config_lib.noise_schedule(model.config))
     times = [(t, int(settings.rule.posterior_time(t))) for t in settings.times[:0:-1]]
-    features = model._encode_text(model._params, g["fast_text_ids"])
+    features = model._networks.text_features(g["fast_text_ids"])
     null = g["null_embed"][None]
     tokens = run_chain(model, times, g["fast_uniform"], features, null, 3.0, 0.86)
     np.testing.assert_array_equal(tokens, g["fast_tokens"])

@@ -89,12 +89,14 @@ def test_what_was_found(model):
     assert (codec.num_codes, codec.quantizer, codec.codebook_size) == (40, "nearest", 0)
     assert (model.config.data.image_size, codec.codebook_dim) == (16, 12)
     assert tuple(codec.attention_resolutions) == (4,)
-    assert model._sizes.denoiser == dataclasses.replace(CONFIG.denoiser, learned_null=True)
-    assert model._sizes.text_encoder == CONFIG.text_encoder
+    assert model._networks.sizes.denoiser == dataclasses.replace(CONFIG.denoiser, learned_null=True)
+    assert model._networks.sizes.text_encoder == CONFIG.text_encoder
 
 
 def test_the_tokenizer_gives_the_published_numbers(model, numbers):
-    codec = autoencoder.bind(config_lib.autoencoder_config(model.config), model._autoencoder_params)
+    codec = autoencoder.bind(
+        config_lib.autoencoder_config(model.config), model._networks.autoencoder_params
+    )
     codes = codec.codes(numbers["image"].transpose(0, 2, 3, 1) / 127.5 - 1)
     np.testing.assert_array_equal(codes, numbers["enc_codes"])
     theirs = numbers["decode_image"].transpose(0, 2, 3, 1)

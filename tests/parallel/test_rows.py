@@ -1,7 +1,5 @@
 """Rows in batches of one size."""
 
-import math
-
 import numpy as np
 import pytest
 
@@ -17,27 +15,28 @@ def test_padding_repeats_the_first_row():
 
 
 @pytest.mark.parametrize(
-    "num_rows, largest, multiple_of, size",
+    ("largest", "multiple_of", "sizes"),
     [
-        (20, 16, 1, 10),
-        (16, 16, 1, 16),
-        (17, 16, 1, 9),
-        (1, 16, 1, 1),
-        (1, 16, 8, 8),
-        (33, 16, 4, 12),
+        (16, 1, [16, 4, 1]),
+        (64, 1, [64, 16, 4, 1]),
+        (1, 1, [1]),
+        (10, 1, [10, 3, 1]),
+        (16, 8, [16, 8]),
     ],
 )
-def test_even_sizes(num_rows, largest, multiple_of, size):
-    assert rows.even_size(num_rows, largest, multiple_of) == size
+def test_batches_have_few_sizes(largest, multiple_of, sizes):
+    assert rows.sizes(largest, multiple_of) == sizes
 
 
-def test_even_sizes_waste_less_than_a_row_of_every_batch():
+def test_few_shapes_hold_every_row_once_and_waste_little():
     for num_rows in range(1, 70):
-        for largest in (1, 3, 8, 64):
-            size = rows.even_size(num_rows, largest)
-            count = math.ceil(num_rows / size)
-            assert size <= largest and count == math.ceil(num_rows / largest)
-            assert 0 <= count * size - num_rows < count
+        for largest in (1, 3, 8, 16, 64):
+            parts = list(rows.few_shapes({"x": np.arange(num_rows)}, largest))
+            found = [part["x"][: len(numbers)] for part, numbers in parts]
+            assert np.concatenate(found).tolist() == list(range(num_rows))
+            assert [number for _, numbers in parts for number in numbers] == list(range(num_rows))
+            assert {len(part["x"]) for part, _ in parts} <= set(rows.sizes(largest))
+            assert 3 * sum(len(part["x"]) for part, _ in parts) <= 4 * num_rows
 
 
 def test_batches_have_one_shape_and_every_row_once():

@@ -138,16 +138,48 @@ def of_tokens(mask: Picture, image: Picture, grid: tuple[int, int]) -> np.ndarra
     Raises:
       UserError: the two are of different sizes, or the mask may be read in two ways.
     """
-    paint, size = read(mask), images.pixels(image).shape[:2]
-    if paint.shape != tuple(size):
-        raise UserError(
-            f"the mask is {list(paint.shape)}, the picture {list(size)}: they must be of one size"
-        )
-    side = min(paint.shape)
-    top, left = ((length - side) // 2 for length in paint.shape)
-    paint = paint[top : top + side, left : left + side]
+    paint = _of_size(mask, images.pixels(image).shape)
+    paint, side = paint[_centre(paint.shape)], min(paint.shape)
     # The cell of every pixel; a square smaller than the grid has no pixel in some cells.
     rows, columns = (np.arange(side) * cells // side for cells in grid)
     cells = np.zeros(grid, bool)
     np.logical_or.at(cells, (rows[:, None], columns[None]), paint)
     return cells.reshape(-1)
+
+
+def paste(made: np.ndarray, image: Picture, mask: Picture) -> Image.Image:
+    """A picture with its masked pixels made anew, at its own size; no other pixel changes.
+
+    Args:
+      made: uint8 [S, S, 3], made of the square that ``images.square`` cuts from the picture. It is
+        resized to that square. What is masked beside the square stays as it is.
+      image: the picture [H, W].
+      mask: as for ``of_tokens``.
+
+    Returns:
+      A Pillow image of the picture's own size.
+    """
+    pixels = np.array(images.pixels(image))
+    paint = _of_size(mask, pixels.shape)
+    side, centre = min(paint.shape), _centre(paint.shape)
+    whole = Image.fromarray(made).resize((side, side), Image.Resampling.BICUBIC)
+    pixels[centre][paint[centre]] = np.asarray(whole)[paint[centre]]
+    return Image.fromarray(pixels)
+
+
+def _of_size(mask: Picture, size: tuple[int, ...]) -> np.ndarray:
+    """A mask as ``read`` gives it, of a picture [H, W, 3] of this size."""
+    paint = read(mask)
+    if paint.shape != tuple(size[:2]):
+        raise UserError(
+            f"the mask is {list(paint.shape)}, the picture {list(size[:2])}: they must be of one "
+            "size"
+        )
+    return paint
+
+
+def _centre(size: tuple[int, int]) -> tuple[slice, slice]:
+    """Where the square is that is cut from a picture [H, W]."""
+    side = min(size)
+    first = [(length - side) // 2 for length in size]
+    return tuple(slice(start, start + side) for start in first)

@@ -32,6 +32,7 @@ def settings(
     times: Sequence[int] | None = None,
     published_fast: int | None = None,
     rule: str | Callable = "ordinary",
+    calls_per_step: int = 1,
     guidance_scale: float | Sequence[float] = 1.0,
     guidance_ramp: bool = False,
     guidance_interval: tuple[float, float] | None = None,
@@ -39,7 +40,10 @@ def settings(
     known: np.ndarray | None = None,
     initial: np.ndarray | None = None,
     strength: float = 1.0,
-    **others: Any,
+    top_k: int | None = None,
+    temperature: float = 1.0,
+    start: str | None = None,
+    trajectory: bool = False,
 ) -> sampler.Settings:
     """The settings of these choices.
 
@@ -56,26 +60,25 @@ def settings(
       guidance_ramp: the scale rises evenly from 1 to ``guidance_scale``.
       guidance_interval: shares of the steps at which guidance begins and ends, such as (0.2, 0.8).
       truncation: share of the probability that is kept; 1 is all.
-      known: int32 [N], codes that never change in any image, and K where a code is to be found.
-      initial: int32 [N], codes that every image begins from, noised by ``strength``.
-      strength: share of the noise on ``initial``, above 0 and up to 1; at 1 nothing of it is left.
-      **others: ``top_k``, ``temperature``, ``start`` and ``trajectory`` of ``sampler.Settings``.
+      known, initial: of ``sampler.Settings``, int32 [N] for all images or one row for each.
+      strength, calls_per_step, top_k, temperature, start, trajectory: of ``sampler.Settings``.
 
     Raises:
       ValueError: a value is impossible; the message begins with its name.
-      TypeError: there is no such choice.
     """
     _require(0 < strength <= 1, f"strength={strength}: must lie above 0 and up to 1")
     _require(truncation > 0, f"truncation={truncation}: must be positive")
-    begun = {"known": known, "initial": initial, "strength": float(strength)}
     steps = _steps(schedule, num_steps, times, published_fast)
-    count = num_steps or schedule.num_steps
-    if "times" in steps:
-        count = len(steps["times"]) - 1
-    scales = _scales(guidance_scale, guidance_ramp, guidance_interval, count)
-    truncation = None if truncation >= 1 else jnp.float32(truncation)
-    chosen = {"rule": _rule(rule, grid), "guidance": scales, "truncation": truncation}
-    return sampler.Settings(**(others | begun | chosen | steps))
+    count = len(steps["times"]) - 1 if "times" in steps else num_steps or schedule.num_steps
+    chosen = {
+        "rule": _rule(rule, grid),
+        "guidance": _scales(guidance_scale, guidance_ramp, guidance_interval, count),
+        "truncation": None if truncation >= 1 else jnp.float32(truncation),
+        "calls_per_step": calls_per_step,
+    }
+    drawn = {"top_k": top_k, "temperature": temperature, "start": start, "trajectory": trajectory}
+    begun = {"known": known, "initial": initial, "strength": float(strength)}
+    return sampler.Settings(**(chosen | drawn | begun | steps))
 
 
 def _steps(schedule, num_steps, times, published_fast) -> dict[str, Any]:

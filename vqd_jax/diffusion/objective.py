@@ -216,9 +216,15 @@ def _terms_backward(residuals, gradients):
 terms.defvjp(_terms_forward, _terms_backward)
 
 
-def noise(key: jax.Array, x0: jax.Array, t: jax.Array, schedule: Schedule) -> jax.Array:
-    """Draws x_t of a batch: int32 [B, N] from codes [B, N] and times [B]."""
-    keys = jax.random.split(key, x0.shape)
+def noise(
+    key: jax.Array, x0: jax.Array, t: jax.Array, schedule: Schedule, shared: bool = False
+) -> jax.Array:
+    """Draws x_t of a batch: int32 [B, N] from codes [B, N] and times [B].
+
+    If it is ``shared``, every image has the same noise.
+    """
+    keys = jax.random.split(key, x0.shape[1:] if shared else x0.shape)
+    keys = jnp.broadcast_to(keys, x0.shape)
     over_tokens = jax.vmap(transition.q_sample, in_axes=(0, 0, None, None))
     return jax.vmap(over_tokens, in_axes=(0, 0, 0, None))(keys, x0, t, schedule)
 
@@ -283,6 +289,7 @@ def likelihood(
     x0: jax.Array,
     schedule: Schedule,
     num_draws: int,
+    shared_noise: bool = False,
 ) -> jax.Array:
     """Bound on -log2 p(x0) in bits a token, without its prior term: float32 [B].
 
@@ -290,7 +297,8 @@ def likelihood(
     visible tokens, is that at t = 1, which is always computed. The others are estimated from
     ``num_draws - 1`` times (at least one), stratified over 2..T and the same for every image of the
     call. With num_draws = T every time is visited once. Two calls with the same key meet the same
-    noise, so their difference is a paired one.
+    noise, so their difference is a paired one. With ``shared_noise`` all images of a call meet the
+    same noise, and the value of an image does not depend on the others.
 
     The prior term KL(q(x_T|x_0) || p(x_T)) depends on the schedule alone. For chains that begin
     from p(x_T) (``transition.draw_prior``) it is 1e-4 bits a token with the released schedule and
@@ -309,7 +317,7 @@ def likelihood(
     def one_draw(total, draw):
         t, weight, draw_key = draw
         t = jnp.full(x0.shape[0], t)
-        x_t = noise(draw_key, x0, t, schedule)
+        x_t = noise(draw_key, x0, t, schedule, shared_noise)
         logits = predict_log_x0(x_t, t).astype(jnp.float32)
         return total + weight * terms(logits, x0, x_t, t, schedule)[0].mean(axis=1), None
 

@@ -33,6 +33,8 @@ class Step(NamedTuple):
       start: the time at which this image began.
       num_masked: how many of its tokens were masked then.
       masked_share: float32 [], the probability that a token to be found was masked then.
+      part: float32 [], how much of the step is done after this call of the network; 1 where every
+        step is one call.
     """
 
     s: jax.Array
@@ -40,6 +42,12 @@ class Step(NamedTuple):
     start: jax.Array
     num_masked: jax.Array
     masked_share: jax.Array | float = 1.0
+    part: jax.Array | float = 1.0
+
+    @property
+    def is_last(self) -> jax.Array:
+        """bool []: after this call no token is masked."""
+        return (self.s == 0) & (self.part == 1)
 
 
 class Ancestral(struct.PyTreeNode):
@@ -143,7 +151,7 @@ class Reveal(struct.PyTreeNode):
         codes = _draw_codes(key_codes, self.sharpened(log_x0, step))
         priority = self.priority(key_order, log_x0, codes, step)
         shown = reveal(tokens, codes, priority, step, schedule)
-        return jnp.where(step.s == 0, codes, shown) if self.redraws_last else shown
+        return jnp.where(step.is_last, codes, shown) if self.redraws_last else shown
 
     def sharpened(self, log_x0: jax.Array, step: Step) -> jax.Array:
         """Log-probabilities float32 [N, K] that the codes are drawn from."""
@@ -175,7 +183,7 @@ class Purity(Reveal):
     weight: float = 0.0
 
     def sharpened(self, log_x0, step):
-        return sharpen(log_x0, jnp.where(step.s == 0, 0.0, self.weight) * purity(log_x0))
+        return sharpen(log_x0, jnp.where(step.is_last, 0.0, self.weight) * purity(log_x0))
 
     def priority(self, key, log_x0, codes, step):
         # Adding Gumbel noise to log weights and taking the best draws without replacement.
@@ -237,12 +245,15 @@ def halton_rank(rows: int, columns: int) -> np.ndarray:
 
 
 def num_to_reveal(tokens: jax.Array, step: Step, schedule: Schedule) -> jax.Array:
-    """How many masked tokens [] a step reveals; num_masked C_s / C_start of them stay masked.
+    """How many masked tokens [] a call reveals; num_masked C_s / C_start of them stay masked.
+
+    Where several calls share a step, C falls evenly from C_t to C_s.
 
     The steps of a chain sum to ``num_masked`` for any N and any list of times.
     """
     mask = jnp.asarray(schedule.mask)
-    share = mask[step.s] / jnp.where(mask[step.start] > 0, mask[step.start], 1.0)
+    now = step.part * mask[step.s] + (1 - step.part) * mask[step.t]
+    share = now / jnp.where(mask[step.start] > 0, mask[step.start], 1.0)
     stay = jnp.round(step.num_masked * share).astype(jnp.int32)
     return jnp.maximum(jnp.sum(tokens == schedule.num_codes) - stay, 0)
 

@@ -37,6 +37,8 @@ class Settings(struct.PyTreeNode):
       num_steps: S, network calls, spread evenly from the first time to 0. 0 means T.
       times: an increasing list of S+1 times from 0 to at most T to use instead.
       rule: what a step does; a callable of ``rules``.
+      calls_per_step: network calls that share the tokens which a step reveals, for the rules that
+        reveal a budget: more calls than the schedule has times. 2 is the published "time0.5".
       guidance: guidance scale, or one for every step, float32 [S] (``ramp``, ``interval``); or None
         for no guidance (one network pass instead of two).
       truncation: keep the most likely codes whose better-ranked codes hold less than this share of
@@ -57,6 +59,7 @@ class Settings(struct.PyTreeNode):
     num_steps: int = struct.field(pytree_node=False, default=0)
     times: tuple[int, ...] | None = struct.field(pytree_node=False, default=None)
     rule: Callable = rules.Ancestral()
+    calls_per_step: int = struct.field(pytree_node=False, default=1)
     guidance: float | jax.Array | None = None
     truncation: float | None = None
     top_k: int | None = None
@@ -76,8 +79,13 @@ class Settings(struct.PyTreeNode):
                 raise ValueError(f"{name}={value}: must {range_}")
         if self.start not in (None, "schedule", "masked"):
             raise ValueError(f"start={self.start!r}: must be schedule or masked")
-        if self.start == "schedule" and isinstance(self.rule, rules.Reveal):
-            name = type(self.rule).__name__
+        reveals, name = isinstance(self.rule, rules.Reveal), type(self.rule).__name__
+        if self.calls_per_step > 1 and not reveals:
+            raise ValueError(
+                f"calls_per_step={self.calls_per_step}: {name} does a step in one call; "
+                "high_quality, purity, confidence and halton can share it out"
+            )
+        if self.start == "schedule" and reveals:
             raise ValueError(f"start='schedule': {name} takes no noise back, so it needs 'masked'")
 
 
@@ -90,6 +98,7 @@ _POSSIBLE = {
     "guidance": (lambda x: (0 <= x) & (x < np.inf), "be finite and at least 0"),
     "truncation": (_is_share, "lie above 0 and up to 1"),
     "top_k": (lambda x: x >= 1, "be at least 1"),
+    "calls_per_step": (lambda x: x >= 1, "be at least 1"),
     "temperature": (lambda x: (0 < x) & (x < np.inf), "be positive and finite"),
     "strength": (_is_share, "lie above 0 and up to 1"),
 }
@@ -176,51 +185,170 @@ def sample(
       ValueError: impossible numbers of steps or times, or two settings that exclude each other.
     """
     chex.assert_shape(key, (shape[0],))
-    times = _times(shape, schedule, settings)
-    tokens, masked_share = _first_tokens(key, times[0], shape, schedule, settings)
-    num_masked = jnp.sum(tokens == schedule.num_codes, axis=1)
-    scales, numbers = settings.guidance, jnp.arange(1, len(times))
-    if scales is not None:
-        scales = jnp.broadcast_to(jnp.asarray(scales, jnp.float32), numbers.shape)
-
-    def move(tokens, index, t, s, scale):
-        log_x0 = _predict(predict_log_x0, tokens, t, scale, settings)
-        keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(key, index)
-        rule = jax.vmap(settings.rule, in_axes=(0, 0, 0, 0, None))
-        at = rules.Step(s, t, times[0], num_masked, masked_share)
-        moved = jnp.where((s < t)[:, None], rule(keys, log_x0, tokens, at, schedule), tokens)
-        predictions = log_x0.argmax(-1).astype(jnp.int32) if settings.trajectory else None
-        return _restore(moved, schedule, settings), predictions
-
-    def rest(tokens, *_):
-        return tokens, jnp.zeros_like(tokens) if settings.trajectory else None
-
+    chain, steps = begin(key, shape, schedule, settings)
     # An image that begins before time T may have fewer times than there are steps.
     begins_later = settings.initial is not None or settings.known is not None
 
     def step(tokens, at):
-        _, t, s, _ = at
+        def move(tokens):
+            log_x0 = _predict(predict_log_x0, tokens, at.t, at.scale, settings)
+            predictions = log_x0.argmax(-1).astype(jnp.int32) if settings.trajectory else None
+            return _moved(key, log_x0, tokens, chain, at, schedule, settings), predictions
+
+        def rest(tokens):
+            return tokens, jnp.zeros_like(tokens) if settings.trajectory else None
+
         if begins_later:
-            tokens, predictions = jax.lax.cond(jnp.any(s < t), move, rest, tokens, *at)
+            tokens, predictions = jax.lax.cond(jnp.any(at.s < at.t), move, rest, tokens)
         else:
-            tokens, predictions = move(tokens, *at)
+            tokens, predictions = move(tokens)
         return tokens, (tokens, predictions) if settings.trajectory else None
 
-    codes, seen = jax.lax.scan(step, tokens, (numbers, times[:-1], times[1:], scales))
+    codes, seen = jax.lax.scan(step, chain.tokens, steps)
     if seen is None:
         return Sample(codes, None, None)
-    return Sample(codes, seen[0], _of_next_call(seen[1], times))
+    called = (steps.s < steps.t).any(axis=1)
+    return Sample(codes, seen[0], seen[1][next_call(called)])
 
 
-def _of_next_call(predictions, times):
-    """Predictions [S, B, N] where a step without a call has those of the call that follows.
+class Chain(NamedTuple):
+    """Where the images of a batch are between two steps.
 
-    They are its own: its tokens and its time are the same.
+    Attributes:
+      tokens: int32 [B, N].
+      start: int32 [B], the time at which each image began.
+      num_masked: int32 [B], how many of its tokens were masked then.
+      masked_share: float32 [B], the probability that a token to be found was masked then.
     """
-    num_steps = len(predictions)
-    called = (times[1:] < times[:-1]).any(axis=1)
-    index = jnp.where(called, jnp.arange(num_steps), num_steps - 1)
-    return predictions[jax.lax.cummin(index, reverse=True)]
+
+    tokens: jax.Array
+    start: jax.Array
+    num_masked: jax.Array
+    masked_share: jax.Array
+
+
+class Steps(NamedTuple):
+    """Steps that follow each other.
+
+    Attributes:
+      number: int32 [S], counted from 1; it decides the noise of a step.
+      t, s: int32 [S, B]; a step goes from time t to time s <= t, and s = t changes nothing.
+      part: float32 [S], how much of a step is done after this call; see ``rules.Step``.
+      scale: float32 [S], of the guidance, or None.
+    """
+
+    number: jax.Array
+    t: jax.Array
+    s: jax.Array
+    part: jax.Array
+    scale: jax.Array | None
+
+
+class Answer(NamedTuple):
+    """What the network said when it was called last, after guidance, truncation and the like.
+
+    Attributes:
+      candidates: int32 [B, N, C], the likeliest codes of every token, the best first.
+      probabilities: float32 [B, N, C], theirs.
+      confidence: float32 [B, N], the probability of the code that is there now, or of the likeliest
+        one where the mask is.
+    """
+
+    candidates: jax.Array
+    probabilities: jax.Array
+    confidence: jax.Array
+
+
+def begin(
+    key: jax.Array, shape: tuple[int, int], schedule: Schedule, settings: Settings
+) -> tuple[Chain, Steps]:
+    """The first tokens of a chain, and its steps; arguments as for ``sample``."""
+    times = _times(shape, schedule, settings)
+    tokens, masked_share = _first_tokens(key, times[0], shape, schedule, settings)
+    num_masked = jnp.sum(tokens == schedule.num_codes, axis=1)
+    scales, num_steps, calls = settings.guidance, len(times) - 1, settings.calls_per_step
+    if scales is not None:
+        scales = jnp.broadcast_to(jnp.asarray(scales, jnp.float32), num_steps).repeat(calls)
+    t, s = (x.repeat(calls, axis=0) for x in (times[:-1], times[1:]))
+    parts = jnp.tile(jnp.arange(1, calls + 1) / calls, num_steps)
+    steps = Steps(jnp.arange(1, num_steps * calls + 1), t, s, parts, scales)
+    return Chain(tokens, times[0], num_masked, masked_share), steps
+
+
+def advance(
+    key: jax.Array,
+    predict_log_x0: PredictX0,
+    chain: Chain,
+    steps: Steps,
+    schedule: Schedule,
+    settings: Settings,
+    num_candidates: int = 5,
+) -> tuple[Chain, Answer, tuple[jax.Array, jax.Array] | None]:
+    """Some of the steps of a chain: together they make the tokens that ``sample`` makes.
+
+    Args:
+      key, predict_log_x0, schedule: of ``sample``.
+      chain, steps: of ``begin``, or what is left of them. Steps in which nothing changes may fill
+        up the end; they call no network. One program serves all steps of one number.
+      settings: of ``begin``; what ``steps`` say already may be left out.
+      num_candidates: C, at most K.
+
+    Returns:
+      The chain after the steps; the last answer of the network; and, if ``settings.trajectory``,
+      the tokens and the likeliest codes of every step, int32 [S, B, N] each.
+    """
+    changes = (steps.s < steps.t).any(axis=1)
+    is_last = jnp.arange(len(changes)) == len(changes) - 1 - jnp.argmax(changes[::-1])
+    shape = (*chain.tokens.shape, min(num_candidates, schedule.num_codes))
+    nothing = Answer(jnp.zeros(shape, jnp.int32), jnp.zeros(shape), jnp.zeros(chain.tokens.shape))
+
+    def step(carry, at):
+        at, changes, is_last = at
+
+        def move(tokens, answer):
+            log_x0 = _predict(predict_log_x0, tokens, at.t, at.scale, settings)
+            moved = _moved(key, log_x0, tokens, chain, at, schedule, settings)
+            answer = jax.lax.cond(
+                is_last, lambda: _answer(log_x0, moved, shape[-1]), lambda: answer
+            )
+            predictions = log_x0.argmax(-1).astype(jnp.int32) if settings.trajectory else None
+            return (moved, answer), predictions
+
+        def rest(tokens, answer):
+            return (tokens, answer), jnp.zeros_like(tokens) if settings.trajectory else None
+
+        carry, predictions = jax.lax.cond(changes, move, rest, *carry)
+        return carry, (carry[0], predictions) if settings.trajectory else None
+
+    carry, seen = jax.lax.scan(step, (chain.tokens, nothing), (steps, changes, is_last))
+    return chain._replace(tokens=carry[0]), carry[1], seen
+
+
+def _moved(key, log_x0, tokens, chain, at, schedule, settings):
+    """Tokens [B, N] after the step ``at``, one of ``Steps``."""
+    keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(key, at.number)
+    rule = jax.vmap(settings.rule, in_axes=(0, 0, 0, 0, None))
+    part = jnp.broadcast_to(at.part, at.t.shape)
+    step = rules.Step(at.s, at.t, chain.start, chain.num_masked, chain.masked_share, part)
+    moved = jnp.where((at.s < at.t)[:, None], rule(keys, log_x0, tokens, step, schedule), tokens)
+    return _restore(moved, schedule, settings)
+
+
+def _answer(log_x0, tokens, num_candidates):
+    best, candidates = jax.lax.top_k(log_x0, num_candidates)
+    shown = jnp.where(tokens < log_x0.shape[-1], tokens, candidates[..., 0])
+    there = jnp.take_along_axis(log_x0, shown[..., None], axis=-1)[..., 0]
+    return Answer(candidates, jnp.exp(best), jnp.exp(there))
+
+
+def next_call(called: jax.Array) -> jax.Array:
+    """int32 [S]: of every step the one that calls the network next; ``called`` is bool [S].
+
+    A step without a call has the answer of the call that follows: its tokens and its time are the
+    same.
+    """
+    index = jnp.where(called, jnp.arange(len(called)), len(called) - 1)
+    return jax.lax.cummin(index, reverse=True)
 
 
 def _times(shape, schedule, settings):

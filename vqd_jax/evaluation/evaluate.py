@@ -52,7 +52,7 @@ def run(
       pictures: a folder of pictures that something else made; None draws them.
       sweep: "axis=value,value" of every axis in ``AXES`` that varies.
       seed: decides the pictures.
-      draw: ``modes.sample_many``.
+      draw: ``bulk.sample_many``.
       **options: of ``VQDiffusion.generate``; None takes the config's.
 
     Raises:

@@ -5,10 +5,12 @@ Letters: B batch, L text tokens, D text width.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
@@ -158,8 +160,12 @@ class Model(NamedTuple):
     tokenizer: ClipTokenizer | None = None
 
 
-def load_run(workdir: str) -> Model:
+def load_run(workdir: str, dtype: str | None = None) -> Model:
     """The newest checkpoint of a training run, with averaged parameters.
+
+    Args:
+      workdir: of the run.
+      dtype: see ``load_model``.
 
     Raises:
       UserError: nothing was trained there, or it cannot be read.
@@ -171,12 +177,33 @@ def load_run(workdir: str) -> Model:
     if not Path(model_folder(workdir)).exists():
         raise UserError(f"stage one of {path} is not finished; run the training command again")
     codec = load_autoencoder(config, model_folder(workdir))
+    params = load_averaged(config, workdir)
+    return Model(config, _in_dtype(params, config, dtype), codec)
+
+
+def _in_dtype(params: Any, config: ConfigDict, dtype: str | None) -> Any:
+    """The parameters, to be kept and to compute in another dtype, unless it is None."""
+    if dtype is not None:
+        if dtype not in ("float32", "bfloat16"):
+            raise UserError(f"dtype={dtype!r}: must be float32 or bfloat16")
+        config.denoiser.dtype = dtype
+        params = jax.tree.map(lambda x: x.astype(dtype), params)
     sharding.warn_of_slow_dtype(config, jax.devices()[0])
-    return Model(config, load_averaged(config, workdir), codec)
+    return params
 
 
-def load_model(directory: str) -> Model:
+def load_model(
+    directory: str,
+    dtype: str | None = None,
+    place: Callable[[np.ndarray], Any] = jax.device_put,
+) -> Model:
     """The model in a folder that ``VQDiffusion.save_pretrained`` wrote, or in a workdir.
+
+    Args:
+      directory: the folder.
+      dtype: "float32" or "bfloat16", in which the text encoder and the denoiser compute and keep
+        their parameters; None is that of the config, with parameters as they are stored.
+      place: called with every array of a model folder as soon as it is read.
 
     Raises:
       UserError: there is no model, or it is damaged or of another kind.
@@ -191,20 +218,20 @@ def load_model(directory: str) -> Model:
         raise UserError(f"{path} is no model folder and no workdir of a run: it has no config.json")
     kind = folder.load_config(path).get("kind")
     if kind is None:
-        return load_run(directory)
+        return load_run(directory, dtype)
     if kind != config_lib.MODEL_KIND:
         raise UserError(
             f"{path} holds a model of kind {kind!r}; pictures need a whole one: denoiser and "
             "autoencoder"
         )
     config = config_lib.load(str(path / "config.json"))
-    sharding.warn_of_slow_dtype(config, jax.devices()[0])
     abstract = {
         **conditioned.abstract_params(config_lib.model_config(config)),
         "autoencoder": autoencoder.abstract_params(config_lib.autoencoder_config(config)),
     }
-    params = folder.load_params(path, abstract, place=jax.device_put)
+    params = folder.load_params(path, abstract, place=place)
     codec = params.pop("autoencoder")
+    params = _in_dtype(params, config, dtype)
     tokenizer = None
     if (path / "tokenizer").is_dir():
         length = config.text_encoder.context_length

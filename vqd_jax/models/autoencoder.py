@@ -372,9 +372,23 @@ def encode(params: Any, images: jax.Array, *, config: AutoencoderConfig) -> jax.
     return bind(config, params).codes(from_pixels(images))
 
 
-def decode(params: Any, codes: jax.Array, *, config: AutoencoderConfig) -> jax.Array:
-    """Codes int32 [B, N] -> images uint8 [B, S, S, 3]; pure, like ``encode``."""
-    return to_pixels(bind(config, params).decode(codes))
+def decode(
+    params: Any, codes: jax.Array, *, config: AutoencoderConfig, dtype: str = "float32"
+) -> jax.Array:
+    """Codes int32 [B, N] -> images uint8 [B, S, S, 3]; pure, like ``encode``.
+
+    Args:
+      params: of the autoencoder.
+      codes: int32 [B, N].
+      config: sizes.
+      dtype: that the decoder computes in.
+    """
+
+    def cast(x):
+        return x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+    images = bind(config, jax.tree.map(cast, params)).decode(codes)
+    return to_pixels(images.astype(jnp.float32))
 
 
 def init_params(config: AutoencoderConfig, key: jax.Array) -> Any:

@@ -21,16 +21,32 @@ def padded(tree: Any, size: int) -> Any:
     return jax.tree.map(pad, tree)
 
 
-def even_size(num_rows: int, largest: int, multiple_of: int = 1) -> int:
-    """Rows a batch, so that all batches are about equal: 20 rows of at most 16 are 10 and 10.
+def sizes(largest: int, multiple_of: int = 1) -> list[int]:
+    """Rows that a batch may have: B, B/4, B/16 ... 1, so that few shapes are compiled.
 
     Args:
-      num_rows: R >= 1.
-      largest: B is at most this, rounded up to a multiple of ``multiple_of``.
-      multiple_of: devices that share a batch.
+      largest: B.
+      multiple_of: devices that share a batch; every size is rounded up to a multiple.
     """
-    size = math.ceil(num_rows / math.ceil(num_rows / largest))
-    return multiple_of * math.ceil(size / multiple_of)
+    found = [largest]
+    while found[-1] > 1:
+        found.append(math.ceil(found[-1] / 4))
+    return sorted({multiple_of * math.ceil(x / multiple_of) for x in found}, reverse=True)
+
+
+def few_shapes(tree: Any, largest: int, multiple_of: int = 1) -> Iterator[tuple[Any, range]]:
+    """Batches of all rows, each of one of ``sizes``, at least three quarters full if not the least.
+
+    Yields:
+      Arrays [B, ...] and the numbers of the rows that count.
+    """
+    num_rows, start = len(jax.tree.leaves(tree)[0]), 0
+    while start < num_rows:
+        left, possible = num_rows - start, sizes(largest, multiple_of)
+        size = next((x for x in possible if 4 * left >= 3 * x), possible[-1])
+        end = min(start + size, num_rows)
+        yield padded(jax.tree.map(lambda x, a=start, b=end: x[a:b], tree), size), range(start, end)
+        start = end
 
 
 def batches(tree: Any, size: int) -> Iterator[tuple[Any, int]]:

@@ -8,7 +8,7 @@ from array_record.python import array_record_module
 from jax.sharding import AxisType
 from PIL import Image
 
-from vqd_jax import modes
+from vqd_jax import bulk, modes
 from vqd_jax.errors import UserError
 from vqd_jax.parallel import sharding
 
@@ -29,7 +29,7 @@ def mesh():
 
 def make(model, mesh, output, **options):
     options = {"num_images": 8, "seed": 1, "num_steps": 3, "batch_size": 4} | options
-    modes.sample_many(model, PROMPTS, str(output), mesh=mesh, **options)
+    bulk.sample_many(model, PROMPTS, str(output), mesh=mesh, **options)
 
 
 def names(folder):
@@ -59,7 +59,7 @@ def test_only_what_is_missing_is_made(model, mesh, tmp_path, monkeypatch):
 
 
 def test_array_records_hold_the_same_pictures(model, mesh, tmp_path, monkeypatch):
-    monkeypatch.setattr(modes, "BLOCK", 5)
+    monkeypatch.setattr(bulk, "BLOCK", 5)
     make(model, mesh, tmp_path / "png")
     make(model, mesh, tmp_path / "records", format="array_record")
     files = [
@@ -85,7 +85,7 @@ def read_records(path):
 
 
 def test_a_short_file_of_records_is_filled_up(model, mesh, tmp_path, monkeypatch):
-    monkeypatch.setattr(modes, "BLOCK", 4)
+    monkeypatch.setattr(bulk, "BLOCK", 4)
     make(model, mesh, tmp_path, format="array_record", num_images=6)
     before = [read_records(tmp_path / f"images-0000{k}.array_record") for k in range(2)]
     assert [len(block) for block in before] == [4, 2]
@@ -119,13 +119,13 @@ def test_a_folder_of_another_model_or_of_other_prompts_is_left_alone(model, mesh
     make(model, mesh, tmp_path, num_images=1)
     options = {"num_images": 1, "seed": 1, "num_steps": 3, "mesh": mesh}
     with pytest.raises(UserError, match="another request .prompts: "):
-        modes.sample_many(model, ["a dog"], str(tmp_path), **options)
-    params = jax.tree.map(lambda x: x + 1, model._params)
+        bulk.sample_many(model, ["a dog"], str(tmp_path), **options)
+    params = jax.tree.map(lambda x: x + 1, model._networks.params)
     with pytest.raises(UserError, match="another request .model: "):
-        modes.sample_many(model.with_params(params), PROMPTS, str(tmp_path), **options)
+        bulk.sample_many(model.with_params(params), PROMPTS, str(tmp_path), **options)
     (tmp_path / "manifest.json").unlink()
     with pytest.raises(UserError, match="holds pictures but no manifest.json"):
-        modes.sample_many(model, PROMPTS, str(tmp_path), **options)
+        bulk.sample_many(model, PROMPTS, str(tmp_path), **options)
 
 
 def test_a_file_of_prompts(tmp_path):
