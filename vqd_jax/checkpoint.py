@@ -95,8 +95,10 @@ class Checkpoints:
 
     @property
     def latest_step(self) -> int | None:
-        """Step of the newest complete checkpoint."""
-        return self._manager.latest_step()
+        """Step of the newest complete checkpoint that the first process sees; all must ask."""
+        found = self._manager.latest_step()
+        step = processes.of_first(-1 if found is None else found)
+        return None if step < 0 else step
 
     def save(self, step: int, state: Any, iterator: grain.DatasetIterator, config: dict) -> None:
         """Begins to write a checkpoint; returns when ``state`` may be overwritten.
@@ -159,7 +161,7 @@ class Checkpoints:
             iterator.set_state(restored.data)
             return restored.state
 
-        steps = sorted(self._manager.all_steps(), reverse=True)
+        steps = _agreed(sorted(self._manager.all_steps(), reverse=True))
         found = _newest_readable(self.directory, steps, read, abstract_state)
         damaged = [step for step in steps if step > found.step]
         if damaged:
@@ -193,7 +195,7 @@ def load(directory: str | epath.Path, abstract_state: Any) -> Restored:
       UserError: there is no checkpoint, or none can be read; see ``Checkpoints.restore``.
     """
     path = _absolute(str(directory))
-    steps = _steps(path)
+    steps = _agreed(_steps(path))
     if not steps:
         raise UserError(f"no checkpoint in {path}; train first: run without --mode=sample")
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
@@ -225,6 +227,12 @@ def _absolute(directory: str) -> epath.Path:
     if not importlib.util.find_spec("gcsfs"):
         raise UserError(f"{directory} needs gcsfs: pip install 'vqd_jax[gcs]'")
     return epath.Path(directory)
+
+
+def _agreed(steps: list[int]) -> list[int]:
+    """The steps that the first process sees: a storage may show other processes older ones."""
+    count = processes.of_first(len(steps))
+    return [processes.of_first(steps[i] if i < len(steps) else -1) for i in range(count)]
 
 
 def _steps(path: epath.Path) -> list[int]:
@@ -263,7 +271,11 @@ def _newest_readable(
                 problem = error
             changes = _changes(place, abstract_state) if problem else []
             # Processes that read together try again together.
-            verdict = processes.largest(_verdict(problem, changes))
+            mine = _verdict(problem, changes)
+            verdict = processes.largest(mine)
+            if verdict == _DAMAGE and processes.of_first(mine) == _NOTHING:
+                # The first one reads what another cannot: their storages do not agree yet.
+                verdict = _NO_ANSWER
             if verdict != _NO_ANSWER:
                 break
             time.sleep(pause)

@@ -337,15 +337,21 @@ def sample_file(
 
 
 def read_prompts(path: str) -> list[str]:
-    """The lines of a UTF-8 file without the white space around them; empty lines are left out.
+    """The lines of a text file without the white space around them; empty lines are left out.
+
+    The encoding is found as ``files.decode_text`` says.
 
     Raises:
       UserError: the file cannot be read, or has no prompt.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        text = files.decode_text(Path(path).read_bytes(), path)
+    except OSError as error:
         raise UserError(f"{path} cannot be read as a file of prompts: {error}") from error
+    if "\0" in text:
+        raise UserError(f"{path} is no text: it holds bytes of zero")
+    # `splitlines` would also cut at separators inside of texts.
+    lines = files.whole_characters(text).replace("\r", "\n").split("\n")
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise UserError(f"{path} has no prompt: write one on each line")

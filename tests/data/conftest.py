@@ -51,7 +51,11 @@ def plain_records(count, bad=()):
         if r in bad:
             return {"image": b"no image", "captions": ["a"], "label": 0, "file": f"{r}.png"}
         captions = [f"{r} {i}" for i in range(1 + r % 3)]
-        return {"image": np.full((8, 8, 3), r, np.uint8), "captions": captions, "label": r % 5}
+        return {
+            "image": np.full((8, 8, 3), r % 256, np.uint8),
+            "captions": captions,
+            "label": r % 5,
+        }
 
     return [record(r) for r in range(count)]
 

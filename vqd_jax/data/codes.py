@@ -14,7 +14,10 @@ each with a ``.json`` of its counts. A record is a row of little-endian 16-bit w
     text features                          n L D words, float16, where they are cached
 """
 
+import collections
 import functools
+import resource
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -141,7 +144,7 @@ class CodesSource:
         self.context_length: int = layout["context_length"]
         self.feature_width: int = layout["feature_width"]
         self.num_classes: int = layout["num_classes"]
-        self._readers = [_open(folder / shard["file"]) for shard in manifest["shards"]]
+        self._paths = [folder / shard["file"] for shard in manifest["shards"]]
         self._ends = np.cumsum([shard["records"] for shard in manifest["shards"]])
         self.null: dict[str, np.ndarray] = {}
         if self.context_length:
@@ -216,9 +219,9 @@ class CodesSource:
         found = []
         # One by one: reading two records together takes longer than reading one after the other.
         for shard, place in zip(shards.tolist(), places.tolist(), strict=True):
-            read = functools.partial(self._readers[shard].read, [place])
+            read = functools.partial(_READERS.read, self._paths[shard], place)
             try:
-                found += bad_records.read_stored(read)
+                found.append(bad_records.read_stored(read))
             except (RuntimeError, ValueError, IndexError) as error:
                 name = self.manifest["shards"][shard]["file"]
                 raise UserError(
@@ -258,11 +261,44 @@ class CodesSource:
             )
 
 
-def _open(path: Path) -> array_record_module.ArrayRecordReader:
-    try:
-        reader = functools.partial(array_record_module.ArrayRecordReader, str(path))
-        return bad_records.read_stored(
-            functools.partial(reader, options=_READ_OPTIONS, file_reader_buffer_size=32768)
-        )
-    except (RuntimeError, ValueError) as error:
-        raise UserError(f"{path} is damaged ({error}); {REMEDY}") from error
+class _Readers:
+    """Open shards, as many as the system allows to be open; the one unused for longest is closed.
+
+    A process may open 1,024 files on many systems, and all caches of a run share that.
+    """
+
+    # Of the files that may be open, for the rest of the program.
+    _SHARE = 0.5
+
+    def __init__(self):
+        self._open: collections.OrderedDict[Path, array_record_module.ArrayRecordReader]
+        self._open = collections.OrderedDict()
+        self._lock = threading.Lock()
+
+    def read(self, path: Path, place: int) -> bytes:
+        """A record of a shard.
+
+        Raises:
+          RuntimeError, ValueError, IndexError: the shard is damaged.
+        """
+        # A reader must not be closed while another thread reads.
+        with self._lock:
+            reader = self._open.pop(path, None) or array_record_module.ArrayRecordReader(
+                str(path), options=_READ_OPTIONS, file_reader_buffer_size=32768
+            )
+            self._open[path] = reader
+            if len(self._open) > self._most():
+                self._open.popitem(last=False)[1].close()
+            try:
+                return reader.read([place])[0]
+            except Exception:
+                # Another attempt opens it again, which helps after "Stale file handle".
+                self._open.pop(path).close()
+                raise
+
+    def _most(self) -> int:
+        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        return 2**16 if limit == resource.RLIM_INFINITY else max(8, int(limit * self._SHARE))
+
+
+_READERS = _Readers()
