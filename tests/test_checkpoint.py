@@ -1,6 +1,12 @@
 """Checkpoints in a folder: what counts as damage, and what does not."""
 
 import errno
+import os
+import pathlib
+import shutil
+import socket
+import subprocess
+import sys
 
 import flax.struct
 import grain
@@ -107,3 +113,53 @@ def test_a_part_of_a_state_is_read(saved):
     step, found = checkpoint.load(saved.directory, {"params": abstract(w=(3,)).params})
     assert step == 2
     np.testing.assert_array_equal(found["params"]["w"], 2.0)
+
+
+ROOT = pathlib.Path(__file__).parents[1]
+LOAD = """
+import sys
+import jax, numpy as np
+from vqd_jax import checkpoint
+from vqd_jax.errors import UserError
+port, index, folder = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+jax.distributed.initialize(f"127.0.0.1:{port}", 2, index)
+abstract = {"x": np.zeros(2, np.float32)}
+try:
+    found = checkpoint.load(folder, abstract)
+    print("read", found.step, found.state["x"].tolist())
+except UserError as error:
+    print("refused", error)
+"""
+
+
+def loaded_by_two(folders):
+    """What two processes print that load from a folder each, as two views of one storage."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", LOAD, str(port), str(i), str(folder)],
+            env=os.environ | {"JAX_PLATFORMS": "cpu"}, **options,
+        )
+        for i, folder in enumerate(folders)
+    ]  # fmt: skip
+    found = [process.communicate(timeout=120) for process in both]
+    assert all(out for out, _ in found), found
+    return [out.strip().splitlines()[-1] for out, _ in found]
+
+
+def test_the_first_process_decides_which_checkpoint_is_read(tmp_path):
+    saver = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
+    for step in (5, 10):
+        saver.save(tmp_path / "new" / str(step) / "state", {"x": np.full(2, step, np.float32)})
+        (tmp_path / "new" / str(step) / "_CHECKPOINT_METADATA").write_text("{}")
+    shutil.copytree(tmp_path / "new", tmp_path / "old")
+    shutil.rmtree(tmp_path / "old/10")
+    # The second process sees one more: each read its own newest, and so another state.
+    found = loaded_by_two([tmp_path / "old", tmp_path / "new"])
+    assert found == ["read 5 [5.0, 5.0]"] * 2
+    # The first one sees one that the other cannot read yet: it is not taken for damaged.
+    for told in loaded_by_two([tmp_path / "new", tmp_path / "old"]):
+        assert told.startswith("refused checkpoint") and "10 cannot be read now" in told

@@ -26,20 +26,24 @@ class _BesideBars(io.TextIOBase):
         sys.stderr.flush()
 
 
-def quiet() -> None:
-    """Shows the log messages of this package alone, beside progress bars.
+# A warning of TFDS at every start with a folder of one's own; it warns of nothing.
+_SAID_IN_VAIN = ("Using custom data configuration",)
 
-    A failure inside a library reaches the user as an error.
-    """
+
+def quiet() -> None:
+    """Shows the log messages of this package and the warnings of all others, beside bars."""
     package = Path(__file__).parent
 
-    def is_ours(record):
-        return Path(record.pathname).is_relative_to(package)
+    def is_shown(record):
+        if Path(record.pathname).is_relative_to(package):
+            return True
+        in_vain = str(record.msg).startswith(_SAID_IN_VAIN)
+        return record.levelno >= python_logging.WARNING and not in_vain
 
     logging.set_verbosity(logging.INFO)
     # TensorStore's threads write hundreds of lines about a damaged checkpoint, after its own error.
     sys.unraisablehook = lambda found: logging.debug("in a thread: %s", found.exc_value)
     handler = logging.get_absl_handler()
     handler.python_handler.setStream(_BesideBars())
-    handler.addFilter(is_ours)
+    handler.addFilter(is_shown)
     handler.setFormatter(python_logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))

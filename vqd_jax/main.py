@@ -254,7 +254,7 @@ def _use_config(mode: str) -> None:
         modes.plan(config, _TOPOLOGY.value, _HBM.value, _STAGE.value)
         return
     config_lib.require_data(config)
-    with processes.session(_DISTRIBUTED.value):
+    with processes.session(_DISTRIBUTED.value, uses_devices=mode != "prepare"):
         getattr(modes, mode)(config, *([workdir] if workdir else []))
 
 

@@ -25,8 +25,10 @@ _FAILED = "vqd_jax/failed"
 
 
 @contextlib.contextmanager
-def session(distributed: bool) -> Iterator[None]:
+def session(distributed: bool, uses_devices: bool = True) -> Iterator[None]:
     """What a command runs in; with ``distributed`` it is one of several processes.
+
+    The first line of the log says which devices it has, if it uses any.
 
     The address of the first process and the number of this one come from the environment: Cloud
     TPU, GKE, SLURM and Open MPI are recognised; elsewhere set ``JAX_COORDINATOR_ADDRESS``,
@@ -35,6 +37,8 @@ def session(distributed: bool) -> Iterator[None]:
     """
     _keep_compiled_programs()
     if not distributed:
+        if uses_devices:
+            logging.info("%d x %s", jax.device_count(), jax.devices()[0].device_kind)
         yield
         return
     count, index = (os.environ.get(f"JAX_{key}") for key in ("NUM_PROCESSES", "PROCESS_ID"))
@@ -46,6 +50,7 @@ def session(distributed: bool) -> Iterator[None]:
     )
     which = f"process {jax.process_index()} of {jax.process_count()}"
     devices = f"{jax.local_device_count()} devices here and {jax.device_count()} in all"
+    devices += f", each a {jax.devices()[0].device_kind}"
     logging.info("%s, %s", which, devices)
     if not is_writer():
         # One of them tells how the run goes; the others speak when something is wrong.
