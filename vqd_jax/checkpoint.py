@@ -1,6 +1,7 @@
 """Checkpoints of a run: state, place in the data, config. The only module that imports Orbax."""
 
 import contextlib
+import errno
 import importlib.util
 import json
 import os
@@ -264,18 +265,17 @@ def _newest_readable(
     for step in steps:
         place = path / str(step)
         for pause in (*_PAUSES, 0.0):
-            state, problem = None, None
-            try:
-                state = read(step)
-            except Exception as error:  # Orbax and TensorStore raise many kinds.
-                problem = error
-            changes = _changes(place, abstract_state) if problem else []
-            # Processes that read together try again together.
-            mine = _verdict(problem, changes)
-            verdict = processes.largest(mine)
-            if verdict == _DAMAGE and processes.of_first(mine) == _NOTHING:
-                # The first one reads what another cannot: their storages do not agree yet.
-                verdict = _NO_ANSWER
+            state, problem, changes = None, None, []
+            # Processes read together, or a part of them would wait for the others in vain.
+            if processes.largest(not place.exists()):
+                problem = OSError(errno.ESTALE, "not all processes see it yet")
+            else:
+                try:
+                    state = read(step)
+                except Exception as error:  # Orbax and TensorStore raise many kinds.
+                    problem = error
+                    changes = _changes(place, abstract_state)
+            verdict = processes.largest(_verdict(problem, changes))
             if verdict != _NO_ANSWER:
                 break
             time.sleep(pause)
