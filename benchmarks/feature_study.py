@@ -139,9 +139,10 @@ def study_of(net, sets, real, training):
     reference = distances.Reference(seen.mean(axis=0).astype(float), np.cov(seen.T.astype(float)))
     known = extractor.features(training)
     spacing = distances.nearest(known, known, same=True).distance
-    found = {}
+    found, pictures = {}, sets["real"][0]
+    of_pictures = extractor.features(pictures)
     for name, (pixels, places) in sets.items():
-        of_set = extractor.features(pixels)
+        of_set = of_pictures if pixels is pictures else extractor.features(pixels)
         of_set = of_set if places is None else of_set[places]
         found[name] = figures(of_set, seen, reference)
         copied = distances.is_copy(distances.nearest(of_set, known), spacing)

@@ -169,6 +169,16 @@ def test_a_sweep_is_read():
         evaluate.read_sweep(["num_steps=1", "num_steps=2"])
 
 
+def test_a_report_says_how_pictures_were_drawn(tiny_model):
+    config = tiny_model.config
+    shown = evaluate._shown(config, {"guidance_scale": (5.0,), "guidance_ramp": False, "top_k": 3})
+    assert shown == {
+        "rule": "ordinary", "num_steps": 10, "guidance_scale": 5.0, "truncation": 0.9, "top_k": 3,
+    }  # fmt: skip
+    shown = evaluate._shown(config, {"times": (0, 5, 10), "rule": "purity"})
+    assert shown["times"] == [0, 5, 10] and "num_steps" not in shown
+
+
 def test_curves_join_settings_that_differ_in_one_axis():
     settings = [{"num_steps": n, "truncation": t} for n in (10, 100) for t in (0.8, 1.0)]
     results = [(s, {"kid": {"value": k + 1.0, "error": 0.1}}) for k, s in enumerate(settings)]

@@ -208,4 +208,8 @@ def _shown(config, options) -> dict[str, Any]:
         "truncation": config.sampling.truncation,
     }
     more = {name: value for name, value in options.items() if value not in (False, None)}
+    if not options.keys().isdisjoint(("times", "published_fast")):
+        del usual["num_steps"]
+    # A flag of one number is a tuple of one.
+    more = {n: v[0] if isinstance(v, tuple) and len(v) == 1 else v for n, v in more.items()}
     return json.loads(json.dumps(usual | more))
