@@ -66,6 +66,7 @@ setup(
         "test": [
             "gcp-storage-emulator>=2026.7,<2027",
             "gcsfs>=2026.8,<2028",
+            "hypothesis>=6.130,<7",
             "pytest>=8.3,<10",
             "pytest-xdist>=3.6,<4",
             "ruff>=0.17,<0.18",

@@ -254,7 +254,7 @@ class Tree:
                 tarfile.open(fileobj=file, mode="r:", ignore_zeros=True) as tar,
             ):
                 due = 0
-                while (member := tar.next()) is not None:
+                while (member := _next_member(tar)) is not None:
                     yield from _damage(file, due, member.offset)
                     due = tar.offset
                     # The library keeps the headers of all members, which nobody needs.
@@ -335,6 +335,17 @@ def _is_prepared(folder: str) -> bool:
 
 def _is_ours(names: list[str]) -> bool:
     return any(all(fnmatch.filter(names, pattern) for pattern in patterns) for patterns in _OURS)
+
+
+def _next_member(tar: tarfile.TarFile) -> tarfile.TarInfo | None:
+    """The next member whose header is whole; a damaged one may follow a sound header of a name."""
+    while True:
+        try:
+            return tar.next()
+        except tarfile.ReadError as error:
+            if "end of data" in str(error):
+                raise
+            tar.offset += _BLOCK
 
 
 def _damage(file: BinaryIO, begin: int, end: int) -> Iterator[Member]:
