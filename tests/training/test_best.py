@@ -33,10 +33,11 @@ def test_the_best_of_earlier_steps_stays(tiny_model, tmp_path):
 
 def test_pictures_are_measured_on_the_way(tiny_model, tmp_path, environment, monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", environment["TFDS_DATA_DIR"])
-    config = ConfigDict(tiny_model.config.to_dict())
+    tiny_model.save_pretrained(str(tmp_path / "model"))
+    model = VQDiffusion.from_pretrained(str(tmp_path / "model"))
+    config = model.config
     config.training.update(evaluate_with="random", evaluate_pictures=16)
     config.sampling.num_steps = 2
-    model = VQDiffusion(config, tiny_model._params, tiny_model._autoencoder_params)
     progress = Progress(config, encode.data_set(config), str(tmp_path))
     found = progress.measure(model)
     assert found == progress.measure(model)
