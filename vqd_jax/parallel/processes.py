@@ -18,6 +18,8 @@ import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
 
+from vqd_jax.errors import UserError
+
 # A process that says nothing for so long is dead, and the others stop.
 HEARTBEAT_SECONDS = 20
 _POLL_SECONDS = 2.0
@@ -38,7 +40,7 @@ def session(distributed: bool, uses_devices: bool = True) -> Iterator[None]:
     _keep_compiled_programs()
     if not distributed:
         if uses_devices:
-            logging.info("%d x %s", jax.device_count(), jax.devices()[0].device_kind)
+            logging.info("%d x %s", len(_devices()), _devices()[0].device_kind)
         yield
         return
     count, index = (os.environ.get(f"JAX_{key}") for key in ("NUM_PROCESSES", "PROCESS_ID"))
@@ -68,6 +70,18 @@ def session(distributed: bool, uses_devices: bool = True) -> Iterator[None]:
     finally:
         # A thread that is inside the runtime's client as Python ends would abort the process.
         watch.stop()
+
+
+def _devices() -> list[jax.Device]:
+    try:
+        return jax.devices()
+    # What JAX raises if it has no backend of the platform that it is told to take.
+    except AssertionError as error:
+        platform = jax.config.jax_platforms
+        raise UserError(
+            f"JAX has no backend for JAX_PLATFORMS={platform}; install what it needs (pip install "
+            "'vqd_jax[gpu]' or 'vqd_jax[tpu]'), or take another, such as JAX_PLATFORMS=cpu"
+        ) from error
 
 
 def _keep_compiled_programs() -> None:

@@ -49,6 +49,18 @@ def few_shapes(tree: Any, largest: int, multiple_of: int = 1) -> Iterator[tuple[
         start = end
 
 
+def even_size(num_rows: int, largest: int, multiple_of: int = 1) -> int:
+    """Rows a batch, so that all batches are about equal: 20 rows of at most 16 are 10 and 10.
+
+    Args:
+      num_rows: R >= 1.
+      largest: B is at most this, rounded up to a multiple of ``multiple_of``.
+      multiple_of: devices that share a batch.
+    """
+    size = math.ceil(num_rows / math.ceil(num_rows / largest))
+    return multiple_of * math.ceil(size / multiple_of)
+
+
 def batches(tree: Any, size: int) -> Iterator[tuple[Any, int]]:
     """(arrays [B, ...], rows that count) for consecutive batches of arrays [R, ...]."""
     num_rows = len(jax.tree.leaves(tree)[0])
