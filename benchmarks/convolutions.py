@@ -1,6 +1,7 @@
-"""Ways to write a 3x3 convolution for a CPU, in the sizes of a small tokenizer at 64 pixels.
+"""Ways to write the layers of a small tokenizer at 64 pixels for a CPU: mostly 3x3 convolutions.
 
 python benchmarks/convolutions.py
+python benchmarks/convolutions.py --match=doubled    # only shapes with this in their title
 
 A row is one shape and one way; forward, and forward with both gradients, in ms. The ways of a shape
 take turns, and the shortest of their times counts.
@@ -8,6 +9,7 @@ take turns, and the shortest of their times counts.
 Letters: B batch, H/W side, C channels of the input, D of the output.
 """
 
+import argparse
 import sys
 import time
 from pathlib import Path
@@ -15,6 +17,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -146,15 +149,28 @@ def repeated(x, kernel):
 UPSAMPLED = ((32, 32, 32), (16, 64, 64))
 
 
-def compare(title, ways, side, channels, out, scale=1):
+def library_norm(x, scale):
+    """Flax's group normalisation, then swish."""
+    norm = nnx.GroupNorm(x.shape[-1], num_groups=8, epsilon=1e-6, rngs=nnx.Rngs(0))
+    graphdef = nnx.split(norm)[0]
+    return jax.nn.swish(nnx.merge(graphdef, {"scale": scale, "bias": jnp.zeros_like(scale)})(x))
+
+
+def our_norm(x, scale):
+    """Ours, from sums over every channel."""
+    graphdef = nnx.split(convolution.GroupNorm(x.shape[-1], 8))[0]
+    return nnx.merge(graphdef, {"scale": scale, "bias": jnp.zeros_like(scale)})(x, swish=True)
+
+
+def compare(title, ways, x_shape, kernel_shape):
     """Prints one row for each way, after it was checked against the first."""
     rng = np.random.default_rng(0)
     draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
-    x, kernel = draw(BATCH, side, side, channels), draw(3, 3, channels, out)
-    cotangent = draw(BATCH, scale * side, scale * side, out)
-    programs, expected = {}, ways[0](x, kernel)
+    x, kernel = draw(*x_shape), draw(*kernel_shape)
+    programs, expected = {}, jax.jit(ways[0])(x, kernel)
+    cotangent = draw(*expected.shape)
     for way in ways:
-        error = jnp.abs(way(x, kernel) - expected).max() / jnp.abs(expected).max()
+        error = jnp.abs(jax.jit(way)(x, kernel) - expected).max() / jnp.abs(expected).max()
         assert error < (0.02 if way is bfloat16 else 1e-4), way
         both = lambda x, k, way=way: jax.vjp(way, x, k)[1](cotangent)  # noqa: E731
         with_value = lambda x, k, way=way, both=both: (way(x, k), both(x, k))  # noqa: E731
@@ -169,7 +185,7 @@ def compare(title, ways, side, channels, out, scale=1):
                     found.append(1e3 * (time.perf_counter() - start))
     for way in ways:
         forward, gradients = (min(found) for found in times[way])
-        says = way.__doc__.splitlines()[0].rstrip(".")
+        says = way.__doc__.splitlines()[0].rstrip(".").replace("``", "`")
         print(f"| {title} | {says} | {forward:.2f} | {gradients:.2f} |", flush=True)
 
 
@@ -179,12 +195,18 @@ def four_convolutions(x, kernel):
 
 
 def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--match", default="")
+    arguments = parser.parse_args()
     print("| side, channels | way | forward, ms | with gradients, ms |\n|---|---|---|---|")
-    for (side, channels, out), ways in SHAPES.items():
-        compare(f"{side}, {channels} to {out}", ways, side, channels, out)
-    for side, channels, out in UPSAMPLED:
-        title = f"{side}, {channels} to {out}, doubled"
-        compare(title, (repeated, four_convolutions), side, channels, out, scale=2)
+    rows = [(f"{s}, {c} to {d}", ways, (s, c), (3, 3, c, d)) for (s, c, d), ways in SHAPES.items()]
+    doubled = (repeated, four_convolutions)
+    rows += [(f"{s}, {c} to {d}, doubled", doubled, (s, c), (3, 3, c, d)) for s, c, d in UPSAMPLED]
+    norms = (library_norm, our_norm)
+    rows += [(f"{s}, {c}, normalised", norms, (s, c), (c,)) for s, c in ((64, 32), (16, 64))]
+    for title, ways, (side, channels), kernel in rows:
+        if arguments.match in title:
+            compare(title, ways, (BATCH, side, side, channels), kernel)
 
 
 if __name__ == "__main__":
