@@ -248,12 +248,12 @@ def plot(lines: Sequence[Curve], x_title: str, title: str) -> str:
                 f'<circle cx="{across:.1f}" cy="{middle:.1f}" r="3" fill="{colour}"/>'
             )
     legend = "".join(
-        f'<tspan x="{_LEFT + 8}" dy="15" fill="{_COLOURS[n % len(_COLOURS)]}">{_text(line.label)}'
+        f'<tspan x="{_WIDTH - _RIGHT}" dy="13" fill="{_COLOURS[n % len(_COLOURS)]}">{_text(line.label)}'
         "</tspan>"
         for n, line in enumerate(lines)
         if len(lines) > 1
     )
-    parts.append(f'<text x="{_LEFT + 8}" y="{_TOP}" font-size="11">{legend}</text>')
+    parts.append(f'<text y="{_TOP - 14}" font-size="11" text-anchor="end">{legend}</text>')
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{_WIDTH}" height="{_HEIGHT}" '
         f'viewBox="0 0 {_WIDTH} {_HEIGHT}" font-family="system-ui, sans-serif" font-size="12">'
