@@ -3,6 +3,7 @@
 import base64
 import html
 import io
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -248,9 +249,8 @@ def plot(lines: Sequence[Curve], x_title: str, title: str) -> str:
                 f'<circle cx="{across:.1f}" cy="{middle:.1f}" r="3" fill="{colour}"/>'
             )
     legend = "".join(
-        f'<tspan x="{_WIDTH - _RIGHT}" dy="13" fill="{_COLOURS[n % len(_COLOURS)]}">{_text(line.label)}'
-        "</tspan>"
-        for n, line in enumerate(lines)
+        f'<tspan x="{_WIDTH - _RIGHT}" dy="13" fill="{colour}">{_text(line.label)}</tspan>'
+        for line, colour in zip(lines, itertools.cycle(_COLOURS), strict=False)
         if len(lines) > 1
     )
     parts.append(f'<text y="{_TOP - 14}" font-size="11" text-anchor="end">{legend}</text>')
