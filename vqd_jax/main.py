@@ -2,6 +2,7 @@
 
 python -m vqd_jax.main --config=configs/emoji.py --workdir=DIR
 python -m vqd_jax.main --mode=sample --workdir=DIR --prompt="red heart" --num_images=4
+python -m vqd_jax.main --mode=serve --workdir=DIR
 python -m vqd_jax.main --mode=convert --source=coco_learnable.pth --target=models/coco
 python -m vqd_jax.main --mode=sample --model=models/coco --prompt="teddy bear in the pool"
 python -m vqd_jax.main --mode=evaluate --model=models/coco --config=configs/coco.py --output=DIR
@@ -49,7 +50,7 @@ _PATH_FIELDS = (
 ON_CONFIG = ("train", "train_autoencoder", "prepare", "encode", "inspect", "plan")
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file; fields as --config.a.b=1.")
 _WORKDIR = _define_path("workdir", "Folder of a run: checkpoints, metrics, samples.")
-_ON_MODEL = ("sample", "likelihood", "export")
+_ON_MODEL = ("sample", "likelihood", "serve", "export")
 _MODE = flags.DEFINE_enum(
     "mode", "train", [*ON_CONFIG, *_ON_MODEL, "evaluate", "convert"], "The task."
 )
@@ -149,6 +150,8 @@ _LOADING = [
         int, "mesh", "sample, likelihood: devices along data, fsdp and tensor, such as 1,4,1."
     ),
 ]
+_HOST = flags.DEFINE_string("host", "127.0.0.1", "serve: address to listen at.")
+_PORT = flags.DEFINE_integer("port", 7860, "serve: port to listen at; 0 takes a free one.")
 _TARGET = _define_path("target", "convert, export: file or folder to write.")
 _FORMAT = flags.DEFINE_enum(
     "format", "diffusers", ["diffusers", "published", "vqd_jax"], "export: layout."
@@ -207,6 +210,8 @@ def _use_model(model_dir: str | None) -> None:
         if _MODE.value == "likelihood":
             judged = _require(_IMAGE), _PROMPT.value, options["seed"], _DRAWS.value
             modes.likelihood(*judged, **loading)
+        elif _MODE.value == "serve":
+            modes.serve(_HOST.value, _PORT.value, **loading)
         elif _PROMPTS.value:
             modes.sample_file(_PROMPTS.value, format=_IMAGES.value, **options)
         else:

@@ -411,6 +411,18 @@ def export(model_dir: str, target: str, format: str) -> None:
     logging.info("wrote %s", target)
 
 
+def serve(host: str, port: int, **loading: Any) -> None:
+    """Serves the page of a model; see ``web.server.serve``, and ``sample`` for how it is loaded."""
+    try:
+        # An extra; nothing else needs it.
+        from vqd_jax.web import server
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"the page needs {error.name}: pip install -e '.[web]' in the folder of this program"
+        ) from error
+    server.serve(_loaded(**loading), host, port)
+
+
 def _slug(prompt: str) -> str:
     return re.sub(r"[\W_]+", "-", prompt.lower()).strip("-")[:40] or "no-prompt"
 

@@ -445,7 +445,7 @@ class VQDiffusion:
         return self.config.denoiser.condition
 
     @request.known_words(*request.OPTIONS)
-    def sample_codes(
+    def sample_rows(
         self,
         prompts: Sequence[str] | Sequence[int],
         pairs: Sequence[tuple[int, int]],
@@ -456,8 +456,8 @@ class VQDiffusion:
         callback: Callback | None = None,
         callback_steps: int = 10,
         **options: Any,
-    ) -> np.ndarray:
-        """Codes int32 [R, N] of single images out of large calls of ``generate``.
+    ) -> sampler.Sample:
+        """Single images out of large calls of ``generate``, as NumPy arrays.
 
         Args:
           prompts: R texts or labels, one for each image.
@@ -468,7 +468,7 @@ class VQDiffusion:
         """
         settings = self.settings(**options)
         wanted = self._rows(prompts, pairs, settings, seed, negative_prompt)
-        return self._networks.draw(wanted, settings, batch_size, callback, callback_steps).codes
+        return self._networks.draw(wanted, settings, batch_size, callback, callback_steps)
 
     def _rows(self, prompts, pairs, settings, seed, negative) -> request.Rows:
         sizes = (self._networks.num_tokens, self._networks.num_codes)

@@ -67,7 +67,7 @@ _LABEL_HEIGHT = 26
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
-def decode(data: bytes, min_side: int = 0) -> np.ndarray:
+def decode(data: bytes, min_side: int = 0, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """The upright RGB pixels of an encoded image of any colour mode.
 
     The EXIF orientation is applied, 16-bit pixels are scaled to 8 bits, colours of another profile
@@ -77,19 +77,20 @@ def decode(data: bytes, min_side: int = 0) -> np.ndarray:
       data: the bytes of a JPEG, PNG, WebP, GIF, BMP, TIFF, PPM or AVIF file.
       min_side: if positive, a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, which is faster,
         as long as neither side falls below this.
+      max_pixels: a larger image is refused before it is decoded.
 
     Returns:
       uint8 [H, W, 3].
 
     Raises:
       ValueError: with the reason: the data are empty, no image, cut short or damaged, or have more
-        than ``MAX_PIXELS`` pixels or values of an unknown range.
+        than ``max_pixels`` pixels or values of an unknown range.
     """
     if not data:
         raise ValueError("the file is empty")
     try:
         encoded.require_sound(data)
-        return _decoded(data, min_side)
+        return _decoded(data, min_side, max_pixels)
     except Image.UnidentifiedImageError:
         problem = ValueError("not an image of a known format")
     # Pillow reports damage as OSError, SyntaxError, struct.error, EOFError, ...
@@ -100,15 +101,15 @@ def decode(data: bytes, min_side: int = 0) -> np.ndarray:
     if (bare := encoded.bare(data)) is not None:
         with contextlib.suppress(Exception):
             encoded.require_sound(data)
-            return _decoded(bare, min_side)
+            return _decoded(bare, min_side, max_pixels)
     raise problem
 
 
-def _decoded(data: bytes, min_side: int) -> np.ndarray:
+def _decoded(data: bytes, min_side: int, max_pixels: int) -> np.ndarray:
     with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-        if image.width * image.height > MAX_PIXELS:
+        if image.width * image.height > max_pixels:
             raise ValueError(
-                f"{image.width} x {image.height} pixels, more than the {MAX_PIXELS:,} allowed"
+                f"{image.width} x {image.height} pixels, more than the {max_pixels:,} allowed"
             )
         found = _jpeg_pixels(data, image, min_side)
         if found is None:
@@ -442,10 +443,16 @@ def save(path: str | os.PathLike, image: Image.Image, **options) -> None:
         image.save(scratch, **options)
 
 
-def save_animation(
-    path: str | os.PathLike, frames: Sequence[Image.Image], milliseconds: int = 60
-) -> None:
-    """Writes a GIF that rests on its last frame; the others are shown for so many milliseconds."""
+def animation(frames: Sequence[Image.Image], milliseconds: int = 60) -> bytes:
+    """A GIF that rests on its last frame; the others are shown for so many milliseconds."""
     durations = [milliseconds] * (len(frames) - 1) + [1500]
+    file = io.BytesIO()
     rest = {"save_all": True, "append_images": frames[1:], "loop": 0}
-    save(path, frames[0], duration=durations, **rest)
+    frames[0].save(file, "GIF", duration=durations, **rest)
+    return file.getvalue()
+
+
+def save_animation(path: str | os.PathLike, frames: Sequence[Image.Image]) -> None:
+    """Writes the GIF of ``animation`` as a file that appears whole."""
+    with files.appearing(path) as scratch:
+        scratch.write_bytes(animation(frames))

@@ -1,0 +1,77 @@
+"""A page that is served in this process, and a browser to look at it."""
+
+import shutil
+import threading
+import time
+
+import pytest
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+
+
+@pytest.fixture(scope="session")
+def web_model():
+    """An untrained model of 16 tokens and up to 1,000 steps. Not to be changed."""
+    import jax
+
+    from configs import tiny
+    from vqd_jax import config as config_lib
+    from vqd_jax.models import autoencoder, conditioned
+    from vqd_jax.pipeline import VQDiffusion
+
+    config = tiny.get_config()
+    config.diffusion.num_steps, config.sampling.num_steps = 1000, 100
+
+    @jax.jit
+    def init():
+        params = conditioned.init_params(config_lib.model_config(config), jax.random.key(0))
+        codec = config_lib.autoencoder_config(config)
+        # Large enough that the text and the guidance matter to an untrained network.
+        return jax.tree.map(lambda x: 8 * x, params), autoencoder.init_params(
+            codec, jax.random.key(1)
+        )
+
+    return VQDiffusion(config, *init())
+
+
+@pytest.fixture(scope="session")
+def page_url(web_model):
+    """The address of the page of ``web_model``."""
+    import uvicorn
+
+    from vqd_jax.web import server, work
+
+    engine = work.engine(web_model)
+    app = server.application(web_model, engine, {"127.0.0.1"})
+    listener = server.listen("127.0.0.1", 0)
+    running = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+    thread = threading.Thread(target=running.run, kwargs={"sockets": [listener]})
+    thread.start()
+    url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    while not running.started:
+        assert thread.is_alive()
+        time.sleep(0.05)
+    yield url
+    running.should_exit = True
+    thread.join()
+    engine.close()
+    listener.close()
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """Debian's chromium, driven by Playwright."""
+    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    if CHROMIUM is None:
+        pytest.skip("there is no chromium on this machine: apt-get install chromium")
+    with api.sync_playwright() as play:
+        browser = play.chromium.launch(
+            executable_path=CHROMIUM,
+            args=[
+                "--no-sandbox",
+                "--use-fake-device-for-media-stream",
+                "--use-fake-ui-for-media-stream",
+            ],
+        )
+        yield browser
+        browser.close()
