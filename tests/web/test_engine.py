@@ -60,10 +60,11 @@ def make(log):
     made = []
 
     def make(**options):
-        gate = threading.Event()
+        gate, waits = threading.Event(), threading.Event()
         engine = Engine(log.start, lambda r: r.key, lambda rs: rs[0].key, max_rows=4, **options)
         # Nothing begins before the test opens the gate.
-        engine.call(gate.wait, 20)
+        engine.call(lambda: waits.set() or gate.wait(20))
+        assert waits.wait(20)
         made.append((engine, gate))
         return engine, gate
 

@@ -4,6 +4,7 @@ import concurrent.futures
 import http.client
 import json
 import re
+import runpy
 from pathlib import Path
 
 import httpx
@@ -78,6 +79,14 @@ def test_pictures_go_in_and_out_as_text(client, web_model):
     again = client.predict(picture=pictures[0], api_name="/encode")
     pixels = web_model.decode_codes(codes[:1])
     np.testing.assert_array_equal(again["codes"], web_model.encode_images(pixels)[0])
+
+
+def test_the_example_runs(page_url, tmp_path, monkeypatch):
+    path = Path(__file__).parents[2] / "docs" / "examples" / "page_client.py"
+    monkeypatch.chdir(tmp_path)
+    example = runpy.run_path(str(path))
+    example["main"](page_url, "red heart")
+    assert {file.name for file in tmp_path.iterdir()} == {"before.png", "after.png"}
 
 
 @pytest.mark.parametrize(

@@ -57,8 +57,9 @@ def add(model: VQDiffusion, engine: Engine) -> None:
                 raise UserError(value)
             if event == "part":
                 part = value
-                yield _answer(part)
-        yield {**_answer(part), "seconds": value, "request": asked.fields(), "is_over": True}
+                yield _answer(part, model)
+        over = {"seconds": value, "request": asked.fields(), "is_over": True}
+        yield _answer(part, model) | over
 
     async def encode(picture: str) -> dict[str, Any]:
         """The codes of a picture, a data URL, and the picture that they show."""
@@ -133,8 +134,9 @@ def _rows(codes: Any, model: VQDiffusion) -> np.ndarray:
     )
 
 
-def _answer(part: work.Part) -> dict[str, Any]:
+def _answer(part: work.Part, model: VQDiffusion) -> dict[str, Any]:
     return {
+        "num_codes": form_lib.num_codes(model),
         "step": part.done,
         "num_steps": part.total,
         "codes": part.tokens.tolist(),

@@ -13,7 +13,7 @@ from absl import logging
 
 from vqd_jax.errors import UserError
 from vqd_jax.pipeline import VQDiffusion
-from vqd_jax.web import page, wire, work
+from vqd_jax.web import layout, wire, work
 
 # What the page and Gradio's clients ask for. Gradio has more: a store of uploads, a proxy, its own
 # recordings. Nothing here needs them, so nobody gets them.
@@ -97,9 +97,9 @@ def application(model: VQDiffusion, engine: Any, hosts: set[str] | None) -> Call
     theme = gr.themes.Default(primary_hue="indigo", neutral_hue="slate", **fonts).set(
         block_info_text_color="*neutral_600", block_info_text_color_dark="*neutral_300"
     )
-    blocks = page.build(model, engine)
+    blocks = layout.build(model, engine)
     gr.mount_gradio_app(
-        app, blocks, path="/", theme=theme, css=page.WIDTH, footer_links=[],
+        app, blocks, path="/", theme=theme, css=layout.WIDTH, footer_links=[],
         show_error=True, run_history=False, ssr_mode=False, mcp_server=False, pwa=False,
         enable_monitoring=False, max_file_size=1,
         app_kwargs={"exception_handlers": {TypeError: _wrong_call, KeyError: _wrong_call}},
