@@ -210,6 +210,23 @@ def test_a_gumbel_codebook_learns_by_gradients():
     assert tokenizer.result(state) is state.params
 
 
+def test_bfloat16_and_remat_change_gradients_by_rounding():
+    plain = AutoencoderOptions(num_steps=10, warmup_steps=1)
+    rounded = dataclasses.replace(plain, dtype="bfloat16", remat="full")
+    state, found = begun(plain), []
+    for options in (plain, rounded):
+        make = functools.partial(
+            tokenizer._gradients, None, config=CONFIG, options=options, whole=whole
+        )
+        made = jax.jit(lambda key, pixels, state, make=make: make(key, pixels, state=state))
+        leaves = jax.tree.leaves(made(state.key, PIXELS, state)[0])
+        assert all(leaf.dtype == jnp.float32 for leaf in leaves)
+        found.append(jnp.concatenate([leaf.reshape(-1) for leaf in leaves]))
+    # A latent between two codes may choose the other one.
+    a, b = found
+    assert float(a @ b) > 0.9 * float(jnp.linalg.norm(a) * jnp.linalg.norm(b))
+
+
 @pytest.mark.slow
 def test_four_devices_make_the_step_of_one(environment):
     if jax.device_count() < 4:

@@ -187,14 +187,15 @@ def _forward(params, codebook, pixels, key, step, *, config, options, whole):
     """(Reconstructions, weighted loss of the latents), (that loss without its weight, coded)."""
     dtype = jnp.dtype(options.dtype)
     if dtype != jnp.float32:
-        params, pixels = jax.tree.map(lambda x: x.astype(dtype), (params, pixels))
+        # Kernels are cast before they are gathered; scales and biases stay as they are.
+        params = jax.tree.map(lambda x: x.astype(dtype) if x.ndim > 1 else x, params)
     params = whole(params)
     if codebook is None:
         codebook = params["quantize"]["embedding"].astype(jnp.float32)
     else:
         params = {**params, "quantize": {"embedding": codebook}}
     model = autoencoder.bind(config, params)
-    z = model.encode(pixels)
+    z = model.encode(pixels.astype(dtype))
     if config.quantizer == "gumbel":
         temperature = quantizer.gumbel_temperature(step, options.temperature_steps)
         quantised, loss, codes = quantizer.gumbel_quantize(
