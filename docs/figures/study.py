@@ -30,6 +30,9 @@ def main() -> None:
             for kind in _KINDS:
                 grades = [found[f"{kind} {grade}"][name] for grade in range(1, 9)]
                 panel.plot(range(1, 9), grades, label=kind, marker=".")
+            if name in ("frechet", "kid"):
+                # Unbiased kernel distances may be a little below 0.
+                panel.set_yscale("symlog", linthresh=1e-3)
             panel.set_title(f"{name}, {net}", fontsize=9)
             panel.set_xlabel("grade", fontsize=8)
         runs = {}
