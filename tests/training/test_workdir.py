@@ -53,3 +53,13 @@ def test_two_runs_do_not_share_a_workdir(tmp_path):
         with pytest.raises(UserError, match="another run is at work"):
             with claim(config, str(tmp_path)):
                 pass
+
+
+def test_a_run_does_not_write_among_its_pictures(tmp_path):
+    config = tiny.get_config()
+    config.data.name, config.data.dir = "image_text_folder", f"{tmp_path}/"
+    with pytest.raises(UserError, match="is the data directory"), claim(config, str(tmp_path)):
+        pass
+    assert not list(tmp_path.iterdir())
+    with claim(config, str(tmp_path / "run")):
+        assert (tmp_path / "run/config.json").exists()

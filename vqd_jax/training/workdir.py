@@ -1,6 +1,7 @@
 """The folder of a run: held by one run at a time, with the config that belongs to it."""
 
 import contextlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,6 +32,11 @@ def claim(config: ConfigDict, workdir: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _claimed(config: ConfigDict, path: Path) -> Iterator[None]:
+    if config.data.dir and os.path.realpath(config.data.dir) == os.path.realpath(path):
+        raise UserError(
+            f"--workdir={path} is the data directory: the pictures that a run writes would become "
+            "data; use another folder, which may be below it"
+        )
     path.mkdir(parents=True, exist_ok=True)
     busy = f"another run is at work in {path}; use another --workdir"
     with files.lock(path / ".lock", busy=busy):

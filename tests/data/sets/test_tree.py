@@ -127,3 +127,12 @@ def test_facts_name_contents_and_listings(root):
 )
 def test_text_in_either_encoding(data, text):
     assert files.decode_text(data, "somewhere") == text
+
+
+def test_a_folder_is_walked_once(root, monkeypatch):
+    walked, scandir = [], os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: walked.append(path) or scandir(path))
+    tree = Tree(root)
+    assert tree.files("a") == tree.files("a") == ["a/b/two.txt", "a/one.txt"]
+    assert tree.folders("a") == ["b"]
+    assert len(walked) == 2
