@@ -57,22 +57,22 @@ async def _values(
                     "share": part.done / part.total,
                     "sides": [*sides, shown],
                 }
-        label = _label(request, requests, value)
+        shown["seconds"] = value
         if len(requests) > 1:
             bits = await asyncio.to_thread(work.bits_per_token, model, request, part.tokens)
-            label += f" · {bits.mean():.2f} bits a token"
-        sides.append(shown | {"seconds": value, "label": label})
+            label = _label(request, requests, value)
+            shown["label"] = f"{label} · {bits.mean():.2f} bits a token"
+        sides.append(shown)
     seconds = sum(side["seconds"] for side in sides)
     yield {"phase": "made", "text": f"Made in {seconds:.1f} s.", "sides": sides}
 
 
 def _label(request: Request, requests: list[Request], seconds: float) -> str:
-    words = [f"{seconds:.1f} s"]
-    if len(requests) > 1:
-        other = next(r for r in requests if r is not request)
-        for name in _COMPARED:
-            if getattr(request, name) != getattr(other, name):
-                words.append(f"{name.replace('_', ' ')} {getattr(request, name)}")
+    """What a side differs in from the other, and its time."""
+    words, other = [f"{seconds:.1f} s"], next((r for r in requests if r is not request), request)
+    for name in _COMPARED:
+        if getattr(request, name) != getattr(other, name):
+            words.append(f"{name.replace('_', ' ')} {getattr(request, name)}")
     return " · ".join(words)
 
 
