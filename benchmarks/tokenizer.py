@@ -7,7 +7,7 @@ python benchmarks/tokenizer.py --workdir=DIR --set=emoji --report
 
 The calibration times a step of every row, which takes a quiet machine. A row then has as many steps
 as fit into the minutes, so the training itself may run beside other work; the same command goes on
-with what is left. The report measures all validation pictures: PSNR, SSIM, the share of the codes
+with what is left. The report measures 64 validation pictures: PSNR, SSIM, the share of the codes
 that they use, and how far the reconstructions are from the pictures in the features of
 EfficientNet-Lite0, |f(x)/|f(x)| - f(x')/|f(x')||^2 with its 1280 features f, a network that trained
 none of the rows. It draws the first eight pictures of all rows.
@@ -41,6 +41,8 @@ _ADVERSARIAL = _PERCEPTUAL | {
     "discriminator_channels": 32,
     "discriminator_layers": 2,
 }
+# Validation pictures of the report.
+MEASURED = 64
 # Changes of config.autoencoder; the warm-up of the adversarial loss takes a third of the steps.
 ROWS = {
     "L2": {},
@@ -109,11 +111,13 @@ def train(workdir: Path, name: str, row: str, minutes: float) -> None:
 
 
 def validation_pictures(config) -> np.ndarray:
-    """All pictures of the validation split, uint8 [R, S, S, 3]."""
+    """The first pictures of the validation split, uint8 [R, S, S, 3]."""
     builder = encode.data_set(config)
     found = batches.records(builder, sets.evaluation_split(builder))
     side = config.data.image_size
-    return np.stack([images.center_crop(found[i]["image"], side) for i in range(len(found))])
+    return np.stack(
+        [images.center_crop(found[i]["image"], side) for i in range(min(MEASURED, len(found)))]
+    )
 
 
 @dataclasses.dataclass
