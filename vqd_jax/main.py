@@ -297,17 +297,12 @@ def parse(argv: list[str]) -> list[str]:
 
 
 def _outside(error: Exception) -> str | None:
-    """What to do about an error of JAX whose cause is outside the program; None of all others."""
+    """What to do about an error whose cause is outside the program; None of all others."""
     first = (str(error).splitlines() or [""])[0]
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in first:
         return (
             f"memory is not enough ({first or 'of this machine'}); take fewer pictures at once, or "
             "see what every device needs with --mode=plan"
-        )
-    if "Unable to initialize backend" in first or "Unknown backend" in first:
-        return (
-            f"{first}; install what it needs (.[gpu] or .[tpu]), or take another backend, such as "
-            "JAX_PLATFORMS=cpu"
         )
     return None
 

@@ -22,7 +22,7 @@ from vqd_jax.data import encode as encode_lib
 from vqd_jax.errors import UserError
 from vqd_jax.generation import Generation, Preview
 from vqd_jax.interop import pretrained
-from vqd_jax.parallel import program, sharding
+from vqd_jax.parallel import processes, program, sharding
 from vqd_jax.pipeline import VQDiffusion
 from vqd_jax.training import stage_one, stage_two
 from vqd_jax.training import task as task_lib
@@ -384,7 +384,7 @@ def plan(
       UserError: the mesh, the batch or the step does not fit the devices, or the compiler for them
         is missing.
     """
-    devices = jax.devices() if topology is None else program.topology(topology)
+    devices = processes.devices() if topology is None else program.topology(topology)
     mesh = sharding.make_mesh(config, devices)
     sections = ("autoencoder", "autoencoder") if stage == "one" else ("training", "denoiser")
     c = config[sections[0]]

@@ -27,7 +27,7 @@ from vqd_jax.diffusion.choices import RULES  # noqa: F401
 from vqd_jax.errors import UserError
 from vqd_jax.generation import Callback, Generation, Likelihood
 from vqd_jax.interop import folder, pretrained
-from vqd_jax.parallel import sharding
+from vqd_jax.parallel import processes, sharding
 from vqd_jax.request import require
 
 # Layouts of other programs that a model can be written in.
@@ -105,6 +105,7 @@ class VQDiffusion:
         """
         if autoencoder_dtype not in ("float32", "bfloat16"):
             raise UserError(f"autoencoder_dtype={autoencoder_dtype!r}: must be float32 or bfloat16")
+        processes.devices()
         # What goes to several devices stays on the host until it is divided.
         place = jax.device_put if mesh is None else np.asarray
         found = pretrained.load_model(directory, dtype, place)

@@ -150,7 +150,7 @@ def draw(target: Path) -> None:
             # Rooms step to the side, so that arrows do not run through them.
             side = (-1) ** height if len(rooms) == 1 else 2 * column - 1
             place[name] = (1.3 * side, height)
-    figure, axes = plt.subplots(figsize=(9, 10))
+    figure, axes = plt.subplots(figsize=(9, 0.8 * len(floors)))
     boxes = {}
     for name, (x, y) in place.items():
         box = {"boxstyle": "round,pad=0.5", "facecolor": "#e8f0fb", "edgecolor": "#3b6ea5"}

@@ -40,7 +40,7 @@ def session(distributed: bool, uses_devices: bool = True) -> Iterator[None]:
     _keep_compiled_programs()
     if not distributed:
         if uses_devices:
-            logging.info("%d x %s", len(_devices()), _devices()[0].device_kind)
+            logging.info("%d x %s", len(devices()), devices()[0].device_kind)
         yield
         return
     count, index = (os.environ.get(f"JAX_{key}") for key in ("NUM_PROCESSES", "PROCESS_ID"))
@@ -72,12 +72,19 @@ def session(distributed: bool, uses_devices: bool = True) -> Iterator[None]:
         watch.stop()
 
 
-def _devices() -> list[jax.Device]:
+def devices() -> list[jax.Device]:
+    """All devices of all processes.
+
+    Raises:
+      UserError: JAX has no backend of the platform that it is told to take.
+    """
     try:
         return jax.devices()
-    # What JAX raises if it has no backend of the platform that it is told to take.
-    except AssertionError as error:
+    # Which of them depends on what is missing: the backend, or what it runs on.
+    except (RuntimeError, AssertionError) as error:
         platform = jax.config.jax_platforms
+        if not platform:
+            raise
         raise UserError(
             f"JAX has no backend for JAX_PLATFORMS={platform}; install what it needs (pip install "
             "'vqd_jax[gpu]' or 'vqd_jax[tpu]'), or take another, such as JAX_PLATFORMS=cpu"
