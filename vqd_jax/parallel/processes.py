@@ -51,9 +51,9 @@ def session(distributed: bool, uses_devices: bool = True) -> Iterator[None]:
         shutdown_timeout_seconds=60,
     )
     which = f"process {jax.process_index()} of {jax.process_count()}"
-    devices = f"{jax.local_device_count()} devices here and {jax.device_count()} in all"
-    devices += f", each a {jax.devices()[0].device_kind}"
-    logging.info("%s, %s", which, devices)
+    here = f"{jax.local_device_count()} devices here and {jax.device_count()} in all"
+    here += f", each a {jax.devices()[0].device_kind}"
+    logging.info("%s, %s", which, here)
     if not is_writer():
         # One of them tells how the run goes; the others speak when something is wrong.
         logging.set_verbosity(logging.WARNING)
