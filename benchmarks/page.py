@@ -120,11 +120,11 @@ def ask(client, fields, fate, waits):
 
 
 def visit(url, number, wishes):
-    """Fifty requests of one visitor, five of them in the queue at a time."""
+    """Fifty requests of one visitor, one after the other: Gradio cancels all that one client runs."""
     from gradio_client import Client
 
     client, draw, told = Client(url, verbose=False), random.Random(number), []
-    with concurrent.futures.ThreadPoolExecutor(5) as pool:
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
         jobs = []
         for _ in range(REQUESTS):
             fate = draw.choices(("answered", "cancelled", "malformed"), (7, 2, 1))[0]
@@ -149,8 +149,9 @@ def memory():
 
 def crowd(model, url):
     """Prints what became of all requests, how many codes differ, and the memory."""
+    steps = min(STEPS, model.config.diffusion.num_steps)
     wishes = [
-        {"prompt": prompt, "seed": seed, "num_images": count, "num_steps": STEPS}
+        {"prompt": prompt, "seed": seed, "num_images": count, "num_steps": steps}
         for seed, prompt in enumerate(PROMPTS)
         for count in (1, 2, 4)
     ]
@@ -167,7 +168,7 @@ def crowd(model, url):
         sizes.append(memory())
         fates = collections.Counter((fate, outcome) for fate, _, outcome, _ in told)
         print(f"crowd {turn + 1}: {seconds:.0f} s, {sizes[-1]:.0f} MiB;", end=" ")
-        print(", ".join(f"{a} {b} {n}" for (a, b), n in sorted(fates.items())))
+        print(", ".join(f"{a} {b} {n}" for (a, b), n in sorted(fates.items())), flush=True)
         compare(model, wishes, told)
 
 
