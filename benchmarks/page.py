@@ -120,7 +120,7 @@ def ask(client, fields, fate, waits):
 
 
 def visit(url, number, wishes):
-    """Fifty requests of one visitor, one after the other: Gradio cancels all that one client runs."""
+    """Fifty requests of a visitor, one after the other: a cancel ends all that a client runs."""
     from gradio_client import Client
 
     client, draw, told = Client(url, verbose=False), random.Random(number), []
