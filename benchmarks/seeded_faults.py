@@ -253,8 +253,8 @@ FAULTS = (
     Fault(
         "an older checkpoint is taken although the newest is whole",
         "vqd_jax/checkpoint.py",
-        "steps = sorted(self._manager.all_steps(), reverse=True)",
-        "steps = sorted(self._manager.all_steps())",
+        "sorted(self._manager.all_steps(), reverse=True)",
+        "sorted(self._manager.all_steps())",
         ("tests/training/test_loop.py", "tests/test_checkpoint.py"),
     ),
     Fault(

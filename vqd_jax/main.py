@@ -5,7 +5,7 @@ python -m vqd_jax.main --mode=sample --workdir=DIR --prompt="red heart" --num_im
 python -m vqd_jax.main --mode=serve --workdir=DIR
 python -m vqd_jax.main --mode=convert --source=coco_learnable.pth --target=models/coco
 python -m vqd_jax.main --mode=sample --model=models/coco --prompt="teddy bear in the pool"
-python -m vqd_jax.main --mode=evaluate --model=models/coco --config=configs/coco.py --output=DIR
+python -m vqd_jax.main --mode=evaluate --model=DIR --config=configs/emoji.py --output=OUT
 """
 
 import sys

@@ -72,8 +72,8 @@ def leaves(params):
 
 
 def assert_same(ours, back):
-    for name in ("_params", "_autoencoder_params"):
-        first, second = leaves(getattr(ours, name)), leaves(getattr(back, name))
+    for name in ("params", "autoencoder_params"):
+        first, second = leaves(getattr(ours._networks, name)), leaves(getattr(back._networks, name))
         assert first.keys() == second.keys()
         for path in first:
             np.testing.assert_array_equal(first[path], second[path], err_msg=path)

@@ -86,11 +86,12 @@ def check(num_devices, values, *, whole=True):
     sharding.require_divisible("training.batch_size", c.batch_size, mesh, c.gradient_accumulation)
     if not whole or values.mode == "plan":
         return
-    assert values.workdir or values.mode == "prepare"
+    assert values.workdir or values.output or values.mode == "prepare"
     config_lib.require_data(config)
-    # Converted autoencoders cannot be trained here, and text features of length 1 are CLIP's.
+    # An autoencoder with a remap cannot be trained here, and text features of length 1 are CLIP's.
     if values.mode in ("train", "train_autoencoder", "encode"):
-        assert codec.path or not (codec.quantizer == "gumbel" or codec.codebook_size)
+        assert codec.path or not codec.codebook_size
+    if values.mode in ("train", "encode"):
         assert config.text_encoder.path or not config.text_encoder.normalize
 
 

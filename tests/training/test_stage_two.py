@@ -66,8 +66,9 @@ def coco(make_config, folder_of_all):
     """The workdir of a run, whose checkpoints are elsewhere, and its config."""
     config = make_config("coco_text", "coco")
     config.training.checkpoints = str(folder_of_all / "elsewhere")
-    stage_two.train(config, str(folder_of_all / "coco"))
-    return folder_of_all / "coco", config
+    workdir = folder_of_all / "coco_run"
+    stage_two.train(config, str(workdir))
+    return workdir, config
 
 
 def losses(workdir):
@@ -159,7 +160,7 @@ def test_mistakes_are_told_before_anything_is_made(make_config, tmp_path):
     for field, value, told in (
         ("data.more_codes", (str(tmp_path / "none"),), "has no cached codes"),
         ("training.checkpoints", config.text_encoder.path + "/config.json", "cannot be written"),
-        ("autoencoder.codebook_size", 64, "of converted autoencoders"),
+        ("autoencoder.codebook_size", 64, "of autoencoders with a remap"),
         ("autoencoder.path", str(tmp_path / "none"), "none"),
     ):
         wrong = config.copy_and_resolve_references()

@@ -53,8 +53,8 @@ class Progress:
         """
         prompts = [_prompt(record, self._config) for record in self._records]
         pairs = [(k, 0) for k in range(len(prompts))]
-        codes = pipeline.sample_codes(prompts, pairs, seed=self._config.seed, batch_size=64)
-        pixels = pipeline.decode_codes(codes)
+        drawn = pipeline.sample_rows(prompts, pairs, seed=self._config.seed, batch_size=64)
+        pixels = pipeline.decode_codes(drawn.codes)
         seen = self._extractor.features(pixels)
         kid = distances.kid(seen, self._real)
         found = {"kid": kid.value, "kid_error": kid.error}
