@@ -118,6 +118,7 @@ def _samples(config, workdir, builder, content, count) -> list[report.Sample]:
         "count": count,
         "seed": config.seed,
         "null_text_rate": config.training.null_text_rate,
+        "record_weights": encode_lib.record_weights(config, builder),
     }
     directory = encode_lib.directory(config, workdir)
     if codec is not None and (Path(directory) / encode_lib.TRAIN / codes.MANIFEST).exists():

@@ -63,6 +63,10 @@ class DataOptions:
     more_codes: tuple[str, ...] = ()  # folders of more codes to mix in, from the same autoencoder
     # Shares of the set and of each folder of more_codes in training; () goes by their sizes.
     weights: tuple[float, ...] = ()
+    # Training takes records so that each value of this feature of the set, such as "concept", has a
+    # share of n^balance_power, n its number of records; '' takes all records equally often.
+    balance_by: str = ""
+    balance_power: float = 0.5  # 1 is as without it, 0 gives all values the same share
     # Keep text features beside the codes, so that training need not run a pretrained CLIP.
     cache_text_features: bool = False
     random_crop: bool = False  # crop training pictures at random before encoding, as published
@@ -73,7 +77,7 @@ class DataOptions:
 
     def __post_init__(self):
         require_at_least(self, image_size=1, num_crops=1)
-        _require_shares(self, "max_bad_share")
+        _require_shares(self, "max_bad_share", "balance_power")
         require_choice(self, name=DATA_SETS)
         if self.weights and len(self.weights) != 1 + len(self.more_codes):
             raise ValueError(

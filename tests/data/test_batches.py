@@ -210,6 +210,20 @@ def test_sets_are_mixed_by_weight(cached, make_cache, tmp_path):
             assert sorted(ids[start : start + count]) == list(range(count))
 
 
+def test_weights_of_records_go_by_their_numbers_in_the_set(pictures, make_cache, tmp_path):
+    # Record 1 is bad, so that row 1 of the cache is record 2.
+    source = [dict(p, captions=["a"]) for p in pictures[:6]]
+    source[1] = {"image": b"no picture", "captions": ["a"]}
+    cache = codes.open_split(str(make_cache(tmp_path, 6, source=source, max_bad_share=0.5)))
+    weights = np.array([1.0, 9.0, 5.0, 1.0, 1.0, 2.0])
+    stream = batches.code_dataset(cache, 5, 0, 0.0, record_weights=weights, with_ids=True)
+    drawn = np.concatenate([batch["id"] for batch in take(iter(stream), 40)])
+    np.testing.assert_allclose(np.bincount(drawn, minlength=6), [20, 0, 100, 20, 20, 40], atol=1)
+    stream = batches.image_dataset(pictures[:6], Crop(8), 5, 0, record_weights=weights)
+    drawn = np.concatenate([b["image"][:, 0, 0, 0] for b in take(iter(stream), 38)])
+    np.testing.assert_allclose(np.bincount(drawn, minlength=6), 190 * weights / 19, atol=2)
+
+
 def test_caches_that_do_not_fit_are_not_mixed(cached, make_cache, tmp_path):
     other = codes.open_split(str(make_cache(tmp_path / "a", 20, autoencoder="second")))
     with pytest.raises(UserError, match="cannot be mixed: they differ in autoencoder"):

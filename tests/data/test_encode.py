@@ -1,3 +1,4 @@
+import collections
 import errno
 import json
 import threading
@@ -8,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from configs import emoji as emoji_config
 from vqd_jax import files
-from vqd_jax.data import bad_records, codes, encode
+from vqd_jax.data import bad_records, batches, codes, encode
 from vqd_jax.data.batches import Crop
 from vqd_jax.data.text import ClipTokenizer, TextFeatures
 from vqd_jax.errors import UserError
@@ -266,3 +268,20 @@ def test_an_autoencoder_has_the_fingerprint_that_3c677fe_gave_it():
     }
     wanted = "85584b826e8549cc3c24516d40cb0465b830570ba149e5804e1c280be1393dcf"
     assert files.fingerprint(params) == wanted
+
+
+def test_training_is_balanced_by_a_feature_of_the_set(emoji):
+    config = emoji_config.get_config()
+    config.data.balance_by = ""
+    assert encode.record_weights(config, emoji) is None
+    config.data.balance_by, config.data.balance_power = "concept", 0.0
+    weights = encode.record_weights(config, emoji)
+    concepts = [r["concept"] for r in batches.records(emoji, encode.TRAIN, decode=False)]
+    total = collections.Counter()
+    for concept, weight in zip(concepts, weights, strict=True):
+        total[concept] += weight
+    assert len(total) == 1272
+    np.testing.assert_allclose(list(total.values()), 1.0)
+    config.data.balance_by = "colour"
+    with pytest.raises(UserError, match="balance_by='colour': .* has no such feature; it has capt"):
+        encode.record_weights(config, emoji)

@@ -54,6 +54,56 @@ def test_mixed_sets_keep_their_share_and_their_epochs():
         assert sorted(mine[:whole]) == list(range(whole))
 
 
+def _drawn(weights, places, seed=3):
+    order_ = order.shuffled([len(weights)], seed, record_weights=weights)
+    return np.array([order_[place] for place in range(places)])
+
+
+def test_records_come_as_often_as_their_weights_say():
+    weights = np.array([5.0, 1.0, 1.0, 0.5, 0.5, 2.0])
+    keys = _drawn(weights, 600)
+    assert len(set(keys.tolist())) == 600
+    drawn = keys.reshape(100, 6) % 6
+    due = 6 * weights / weights.sum()
+    for epoch in drawn:
+        counts = np.bincount(epoch, minlength=6)
+        assert (np.floor(due) <= counts).all() and (counts <= np.ceil(due)).all()
+    # In 100 epochs a record is never more than two draws from its share.
+    assert np.abs(np.bincount(drawn.reshape(-1), minlength=6) - 100 * due).max() < 2
+
+
+def test_equal_weights_leave_every_epoch_whole():
+    drawn = _drawn(np.ones(30), 90).reshape(3, 30) % 30
+    assert (np.sort(drawn) == np.arange(30)).all()
+    assert not (drawn[0] == drawn[1]).all()
+
+
+def test_groups_are_balanced_by_a_power_of_their_sizes():
+    groups = ["hand"] * 16 + ["sun"] + ["cat"] * 4
+    for power, shares in ((1, (16, 1, 4)), (0.5, (4, 1, 2)), (0, (1, 1, 1))):
+        weights = order.balanced_weights(groups, power)
+        found = [weights[:16].sum(), weights[16], weights[17:].sum()]
+        np.testing.assert_allclose(found, shares)
+        drawn = _drawn(weights, 21 * 40) % 21
+        counts = np.array([(drawn < 16).sum(), (drawn == 16).sum(), (drawn > 16).sum()])
+        np.testing.assert_allclose(counts / counts.sum(), np.array(shares) / sum(shares), atol=2e-3)
+
+
+def test_a_balanced_set_may_be_mixed_with_another():
+    weights = order.balanced_weights(["a"] * 9 + ["b"], 0.0)
+    places = order.shuffled([10, 5], 0, [2, 1], weights)
+    sets, keys = order.split_keys(np.array([places[place] for place in range(300)]), 2)
+    assert np.bincount(sets).tolist() == [200, 100]
+    # An interval that ends where a point lies may lose it to rounding.
+    assert abs(np.bincount(keys[sets == 0] % 10)[9] - 100) <= 1
+    assert np.bincount(keys[sets == 1] % 5).tolist() == [20] * 5
+
+
+def test_weights_of_another_number_of_records_are_refused():
+    with pytest.raises(UserError, match="3 weights do not fit 4 records"):
+        order.shuffled([4], 0, record_weights=np.ones(3))
+
+
 def test_without_weights_sets_count_by_their_records():
     places = order.shuffled([30, 10], 0)
     sets = np.array([places[place] for place in range(40)]) % 2

@@ -120,6 +120,7 @@ def image_dataset(
     seed: int,
     max_bad_share: float = 0.01,
     *,
+    record_weights: np.ndarray | None = None,
     num_threads: int | None = None,
     bad_log: str | None = None,
     process_index: int | None = None,
@@ -135,6 +136,7 @@ def image_dataset(
       batch_size: B, records in a batch of this process.
       seed: of the shuffling and the crops, 0 to 2**32 - 1.
       max_bad_share, bad_log: see ``bad_records.CheckedReader``.
+      record_weights: how often each record comes; see ``order.shuffled``.
       num_threads: threads that read and decode; None is one for each core, up to 8.
       process_index, process_count: None asks JAX.
 
@@ -160,7 +162,7 @@ def image_dataset(
         keys = local.batch(batch_size, drop_remainder=True, batch_fn=np.array)
         return keys.map(images_of).to_iter_dataset(options)
 
-    places = order.shuffled([len(source)], seed)
+    places = order.shuffled([len(source)], seed, record_weights=record_weights)
     return order.Batches(places, make, len(source), batch_size, process_index, process_count)
 
 
@@ -180,6 +182,7 @@ def code_dataset(
     null_text_rate: float,
     *,
     weights: Sequence[float] | None = None,
+    record_weights: np.ndarray | None = None,
     with_ids: bool = False,
     process_index: int | None = None,
     process_count: int | None = None,
@@ -192,6 +195,8 @@ def code_dataset(
       seed: of the shuffling and of ``choose``, 0 to 2**32 - 1.
       null_text_rate: probability that a caption or label is emptied, 0 to 1.
       weights: shares of several sets; None is by their numbers of records.
+      record_weights: how often each record of the first set comes, by its number in the data set;
+        see ``order.shuffled``.
       with_ids: add ``id`` (the number of the record in its data set), ``set``, ``crop`` and
         ``caption``, int64 [B].
       process_index, process_count: None asks JAX.
@@ -222,7 +227,9 @@ def code_dataset(
         return batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=8))
 
     counts = [len(source) for source in sources]
-    places = order.shuffled(counts, seed, weights)
+    if record_weights is not None:
+        record_weights = record_weights[[record.id for record in sources[0]]]
+    places = order.shuffled(counts, seed, weights, record_weights)
     return order.Batches(places, make, sum(counts), batch_size, process_index, process_count)
 
 

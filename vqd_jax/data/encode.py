@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from vqd_jax import config as config_lib
 from vqd_jax import files
-from vqd_jax.data import bad_records, batches, codes, sets
+from vqd_jax.data import bad_records, batches, codes, order, sets
 from vqd_jax.data.batches import Crop
 from vqd_jax.data.shard_writer import Content, ShardWriter, counts_of
 from vqd_jax.data.text import ClipTokenizer, TextFeatures
@@ -90,6 +90,25 @@ def crop(config: ConfigDict, split: str) -> Crop:
     if split != TRAIN:
         return Crop(size)
     return Crop(size, random=config.data.random_crop, flip=config.data.flip)
+
+
+def record_weights(config: ConfigDict, builder: tfds.core.DatasetBuilder) -> np.ndarray | None:
+    """How often training takes each record of the train split, float64 [R]; None is equally often.
+
+    Raises:
+      UserError: the records have no such feature as ``config.data.balance_by`` names.
+    """
+    name = config.data.balance_by
+    if not name:
+        return None
+    if name not in (builder.info.features or ()):
+        raise UserError(
+            f"config.data.balance_by={name!r}: {builder.info.full_name} has no such feature; it "
+            f"has {', '.join(sorted(builder.info.features))}"
+        )
+    source = batches.records(builder, TRAIN, decode=False)
+    groups = [str(source[i][name]) for i in range(len(source))]
+    return order.balanced_weights(groups, config.data.balance_power)
 
 
 def num_crops(config: ConfigDict, split: str) -> int:

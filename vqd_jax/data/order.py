@@ -3,7 +3,8 @@
 Letters: B batch (of this process), P processes.
 
 Every epoch is shuffled anew, the epochs follow each other without a gap, and several sets are mixed
-by weight. The places of this endless order are numbered. Batch b of process p has the places
+by weight. An epoch has every record once, or as often as the records' own weights say. The places
+of this endless order are numbered. Batch b of process p has the places
 ``(b P + p) B ... (b P + p + 1) B - 1``. A step therefore sees the same records, in the same order,
 on any number of processes, and a checkpoint keeps one number: the records that all processes have
 consumed.
@@ -51,7 +52,10 @@ def _start(seed: int | tuple[int, ...]) -> np.uint64:
 
 
 def shuffled(
-    counts: Sequence[int], seed: int, weights: Sequence[float] | None = None
+    counts: Sequence[int],
+    seed: int,
+    weights: Sequence[float] | None = None,
+    record_weights: np.ndarray | None = None,
 ) -> grain.MapDataset:
     """The endless order of training: an element for every place.
 
@@ -59,10 +63,12 @@ def shuffled(
       counts: records of each set.
       seed: 0 to 2**32 - 1.
       weights: positive shares of the sets; None is by their numbers of records.
+      record_weights: of the first set, positive float64 [count]; None are equal ones. Those of
+        ``balanced_weights`` are one example.
 
     Returns:
-      Integers ``key * len(counts) + set`` with ``key = epoch * count + record``, which
-      ``split_keys`` takes apart.
+      Integers ``key * len(counts) + set``, which ``split_keys`` takes apart. No key comes twice in
+      a set, and ``key % count`` is the record.
 
     Raises:
       UserError: the weights are not one positive number for each set, or a set is empty.
@@ -73,6 +79,10 @@ def shuffled(
     if min(counts) < 1:
         raise UserError(f"the data sets have {list(counts)} records; an empty one cannot be mixed")
     parts = [_epochs(count, s, len(counts), seed) for s, count in enumerate(counts)]
+    if record_weights is not None:
+        if len(record_weights) != counts[0]:
+            raise UserError(f"{len(record_weights)} weights do not fit {counts[0]} records")
+        parts[0] = parts[0].map(_Weighted(record_weights, len(counts), seed))
     return parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, weights)
 
 
@@ -85,6 +95,49 @@ def _epochs(count: int, index: int, num_sets: int, seed: int) -> grain.MapDatase
         return place * num_sets + index
 
     return grain.MapDataset.range(count).map_with_index(element).seed(own_seed).shuffle().repeat()
+
+
+class _Weighted:
+    """Replaces the records of an epoch by those that their weights call for.
+
+    Place i of an epoch of R records takes the record in which (i + offset) / R falls, where each
+    record covers an interval of its share. So a record of weight w comes floor(R w) or ceil(R w)
+    times in an epoch. The offset of epoch e is the fractional part of e times the golden ratio,
+    which visits every part of [0, 1) equally often: rare records take turns.
+    """
+
+    _GOLDEN = 0.5 * (5.0**0.5 - 1.0)
+
+    def __init__(self, weights: np.ndarray, num_sets: int, seed: int):
+        weights = np.asarray(weights, np.float64)
+        # Records of one weight stand in any order, so that those of one kind do not alternate.
+        mixed = np.random.default_rng(seed).permutation(len(weights))
+        self._records = mixed[np.argsort(weights[mixed], kind="stable")]
+        shares = weights[self._records] / weights.sum()
+        self._ends = np.cumsum(shares) * len(weights)
+        self._num_sets = num_sets
+
+    def __call__(self, element: int) -> int:
+        place, index = divmod(int(element), self._num_sets)
+        count = len(self._records)
+        epoch, slot = divmod(place, count)
+        point = slot + epoch * self._GOLDEN % 1.0
+        found = min(int(np.searchsorted(self._ends, point, side="right")), count - 1)
+        return (place * count + int(self._records[found])) * self._num_sets + index
+
+
+def balanced_weights(groups: Sequence[str], power: float) -> np.ndarray:
+    """Weights with which every group has a share in proportion to its size to a power.
+
+    Args:
+      groups: the group of each record.
+      power: 1 leaves the records equal, 0 makes the groups equal.
+
+    Returns:
+      float64 [records]: n^(power - 1), for a group of n records.
+    """
+    _, inverse, sizes = np.unique(np.asarray(groups), return_inverse=True, return_counts=True)
+    return sizes[inverse].astype(np.float64) ** (power - 1.0)
 
 
 def split_keys(elements: np.ndarray, num_sets: int) -> tuple[np.ndarray, np.ndarray]:

@@ -53,6 +53,7 @@ def cached_samples(
     count: int,
     seed: int,
     null_text_rate: float,
+    record_weights: np.ndarray | None = None,
 ) -> list[Sample]:
     """The first records that training reads from a cache.
 
@@ -62,11 +63,18 @@ def cached_samples(
       codec: the autoencoder that made the cache.
       crop, content: with which the cache was made.
       count: number of records.
-      seed, null_text_rate: of the training.
+      seed, null_text_rate, record_weights: of the training.
     """
     count = min(count, len(cache))
     dataset = code_dataset(
-        cache, count, seed, null_text_rate, with_ids=True, process_index=0, process_count=1
+        cache,
+        count,
+        seed,
+        null_text_rate,
+        record_weights=record_weights,
+        with_ids=True,
+        process_index=0,
+        process_count=1,
     )
     batch = next(iter(dataset))
     decoded = np.asarray(codec.decode(batch["codes"]))
@@ -91,12 +99,13 @@ def source_samples(
     count: int,
     seed: int,
     null_text_rate: float,
+    record_weights: np.ndarray | None = None,
 ) -> list[Sample]:
     """As ``cached_samples``, before there is a cache. Records that cannot be read are left out.
 
     Without bad records the two give the same; a cache leaves those out before it is shuffled.
     """
-    places = shuffled([len(source)], seed)
+    places = shuffled([len(source)], seed, record_weights=record_weights)
     elements = np.array([places[place] for place in range(min(count, len(source)))])
     choice = choose(elements, [source], seed, null_text_rate)
     read, samples = CheckedReader(source, 1.0, needs_captions=False), []

@@ -158,6 +158,7 @@ def _train(config: ConfigDict, directory: str, builder) -> Any:
         c.batch_size // jax.process_count(),
         config.seed,
         config.data.max_bad_share,
+        record_weights=encode.record_weights(config, builder),
         bad_log=f"{directory}/bad_records.jsonl",
     )
     schedule = loop.Schedule.of(

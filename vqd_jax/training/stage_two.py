@@ -263,6 +263,7 @@ def _train(config, workdir, builder, splits, mixed, autoencoder_params) -> None:
         config.seed,
         c.null_text_rate,
         weights=tuple(config.data.weights) or None,
+        record_weights=encode.record_weights(config, builder),
     )
     evaluation = Evaluation(config, workdir, splits, autoencoder_params, mesh)
     if c.evaluate_with:
