@@ -165,6 +165,9 @@ def test_two_processes_share_the_work_and_check_each_other(start, model, tmp_pat
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
     flags = ("--mode=sample", "--distributed", f"--model={tmp_path}/model", "--num_steps=3")
     flags += (f"--prompts={tmp_path}/prompts.txt", f"--output={tmp_path}/out")
+    # One more than a block: each process has its own.
+    count = bulk.BLOCK + 1
+    flags += (f"--num_images={count}",)
 
     def run(*seeds):
         with socket.socket() as s:
@@ -184,7 +187,8 @@ def test_two_processes_share_the_work_and_check_each_other(start, model, tmp_pat
     assert names(tmp_path / "out") == ["manifest.json", "prompts.txt"]
     status, outputs = run(1, 1)
     assert status == [0, 0], outputs
-    assert "3 pictures of 3 prompts" in outputs[0]
+    assert f"{count} pictures of 3 prompts" in outputs[0]
+    assert len(list((tmp_path / "out").glob("*.png"))) == count
     made = [np.asarray(Image.open(tmp_path / "out" / f"0000000{k}.png")) for k in range(3)]
     expected = model.generate(PROMPTS, seed=1, num_steps=3).pixels[:, 0]
     np.testing.assert_array_equal(made, expected)

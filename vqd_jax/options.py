@@ -67,6 +67,7 @@ class DataOptions:
     # share of n^balance_power, n its number of records; '' takes all records equally often.
     balance_by: str = ""
     balance_power: float = 0.5  # 1 is as without it, 0 gives all values the same share
+    hold_out: tuple[str, ...] = ()  # captions whose training pictures are never taken
     # Keep text features beside the codes, so that training need not run a pretrained CLIP.
     cache_text_features: bool = False
     random_crop: bool = False  # crop training pictures at random before encoding, as published
@@ -96,6 +97,8 @@ class AutoencoderOptions:
     """
 
     init_from: str = ""  # a trained tokenizer to begin from: its folder or a workdir; '' is none
+    # Encoder and codebook stay as they are, so that a denoiser of their codes fits the new decoder.
+    decoder_only: bool = False
     num_steps: int = 1000  # of a linear warm-up and a cosine
     batch_size: int = 8
     learning_rate: float = 2e-3  # the peak
@@ -142,6 +145,8 @@ class AutoencoderOptions:
             profile_steps=0,
         )  # fmt: skip
         _require_positive(self, "learning_rate", "discriminator_learning_rate", "clip_norm")
+        if self.decoder_only and not self.init_from:
+            raise ValueError("decoder_only=True: name the trained tokenizer with init_from")
         if not 0 <= self.warmup_steps < self.num_steps:
             under = f"must be at least 0 and under num_steps={self.num_steps}"
             raise ValueError(f"warmup_steps={self.warmup_steps}: {under}")

@@ -282,6 +282,20 @@ def test_training_is_balanced_by_a_feature_of_the_set(emoji):
         total[concept] += weight
     assert len(total) == 1272
     np.testing.assert_allclose(list(total.values()), 1.0)
+    held = ("woman judge, dark skin tone", "red heart")
+    config.data.hold_out = held
+    weights = encode.record_weights(config, emoji)
+    left_out = np.flatnonzero(weights == 0)
+    source = batches.records(emoji, encode.TRAIN, decode=False)
+    assert sorted(source[int(i)]["captions"][0] for i in left_out) == sorted(held)
+    # The other pictures of a concept take its whole share.
+    judges = [w for c, w in zip(concepts, weights, strict=True) if c == "judge"]
+    np.testing.assert_allclose(sum(judges), 1.0)
+    config.data.hold_out = ("no such caption",)
+    with pytest.raises(UserError, match="hold_out: no training record has 'no such caption'"):
+        encode.record_weights(config, emoji)
     config.data.balance_by = "colour"
-    with pytest.raises(UserError, match="balance_by='colour': .* has no such feature; it has capt"):
+    with pytest.raises(
+        UserError, match="balance_by='colour'.* has no feature 'colour'; it has capt"
+    ):
         encode.record_weights(config, emoji)

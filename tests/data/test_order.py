@@ -72,6 +72,11 @@ def test_records_come_as_often_as_their_weights_say():
     assert np.abs(np.bincount(drawn.reshape(-1), minlength=6) - 100 * due).max() < 2
 
 
+def test_a_record_of_weight_0_is_left_out():
+    drawn = _drawn(np.array([0.0, 1.0, 0.0, 1.0, 1.0, 0.0]), 600) % 6
+    assert np.bincount(drawn, minlength=6).tolist() == [0, 200, 0, 200, 200, 0]
+
+
 def test_equal_weights_leave_every_epoch_whole():
     drawn = _drawn(np.ones(30), 90).reshape(3, 30) % 30
     assert (np.sort(drawn) == np.arange(30)).all()

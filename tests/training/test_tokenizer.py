@@ -158,3 +158,22 @@ def test_reconstruction_terms_by_hand(start):
 def test_impossible_options_are_named(change):
     with pytest.raises(ValueError, match=next(iter(change))):
         AutoencoderOptions(**({"num_steps": 10, "learning_rate": 1e-3, "warmup_steps": 1} | change))
+
+
+def test_decoder_only_leaves_the_codes_as_they_are(step, start):
+    pictures = _pictures(64)
+    trained, before = _run(step, start, pictures, 40)
+    options = dataclasses.replace(OPTIONS, decoder_only=True, init_from="trained")
+    further = jax.jit(functools.partial(training.train_step, config=CONFIG, options=options))
+    state = trained.replace(
+        opt_state=jax.tree.map(jnp.zeros_like, trained.opt_state), step=jnp.zeros((), jnp.int32)
+    )
+    state, after = _run(further, state, pictures, 40)
+    for name, part in training.complete(trained).items():
+        same = jax.tree.map(np.array_equal, part, training.complete(state)[name])
+        assert all(jax.tree.leaves(same)) == (name not in ("decoder", "post_quant_conv"))
+    coded = jax.jit(functools.partial(training.reconstruct, config=CONFIG))
+    np.testing.assert_array_equal(
+        *(coded(training.result(s), pictures)[1] for s in (trained, state))
+    )
+    assert after[-1]["psnr"] > before[-1]["psnr"] + 1.0

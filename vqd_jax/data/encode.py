@@ -96,19 +96,27 @@ def record_weights(config: ConfigDict, builder: tfds.core.DatasetBuilder) -> np.
     """How often training takes each record of the train split, float64 [R]; None is equally often.
 
     Raises:
-      UserError: the records have no such feature as ``config.data.balance_by`` names.
+      UserError: no record has what ``config.data.balance_by`` or ``hold_out`` names.
     """
-    name = config.data.balance_by
-    if not name:
+    name, hold_out = config.data.balance_by, set(config.data.hold_out)
+    if not name and not hold_out:
         return None
-    if name not in (builder.info.features or ()):
-        raise UserError(
-            f"config.data.balance_by={name!r}: {builder.info.full_name} has no such feature; it "
-            f"has {', '.join(sorted(builder.info.features))}"
-        )
+    for feature in {name} - {""} | ({"captions"} if hold_out else set()):
+        if feature not in builder.info.features:
+            raise UserError(
+                f"config.data.balance_by={name!r}, hold_out={len(hold_out)} captions: "
+                f"{builder.info.full_name} has no feature {feature!r}; it has "
+                f"{', '.join(sorted(builder.info.features))}"
+            )
     source = batches.records(builder, TRAIN, decode=False)
-    groups = [str(source[i][name]) for i in range(len(source))]
-    return order.balanced_weights(groups, config.data.balance_power)
+    records = [source[i] for i in range(len(source))]
+    held = np.array([bool(hold_out.intersection(r.get("captions", ()))) for r in records])
+    if missing := hold_out.difference(*(r.get("captions", ()) for r in records)):
+        raise UserError(f"config.data.hold_out: no training record has {sorted(missing)[0]!r}")
+    groups = [str(record[name]) if name else str(i) for i, record in enumerate(records)]
+    weights = np.zeros(len(records))
+    weights[~held] = order.balanced_weights(np.array(groups)[~held], config.data.balance_power)
+    return weights
 
 
 def num_crops(config: ConfigDict, split: str) -> int:

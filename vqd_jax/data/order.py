@@ -63,8 +63,8 @@ def shuffled(
       counts: records of each set.
       seed: 0 to 2**32 - 1.
       weights: positive shares of the sets; None is by their numbers of records.
-      record_weights: of the first set, positive float64 [count]; None are equal ones. Those of
-        ``balanced_weights`` are one example.
+      record_weights: of the first set, float64 [count], such as ``balanced_weights``; one of 0
+        leaves its record out. None are equal ones.
 
     Returns:
       Integers ``key * len(counts) + set``, which ``split_keys`` takes apart. No key comes twice in

@@ -10,7 +10,8 @@ den Oord et al., "Neural Discrete Representation Learning", 2017):
 The gradient of the decoder's input goes straight through to z. A Gumbel quantiser draws e, learns
 it by gradients, and has a KL term in the place of the last one. The discriminator D learns to tell
 x from x' by the hinge loss (``adversarial``). With all weights but the first and the last at 0, no
-other network is made.
+other network is made. With ``decoder_only``, the codes stay as they are: encoder and codebook have
+no gradient, and x' = decode(e).
 
 There is one forward pass of every network. The losses of the picture are differentiated by x', and
 one pullback takes the sum of these gradients through the decoder and the encoder. The
@@ -183,6 +184,10 @@ class _Coded(NamedTuple):
     codes: jax.Array
 
 
+# What ``decoder_only`` trains.
+_DECODER = ("post_quant_conv", "decoder")
+
+
 def _forward(params, codebook, pixels, key, step, *, config, options, whole):
     """(Reconstructions, weighted loss of the latents), (that loss without its weight, coded)."""
     dtype = jnp.dtype(options.dtype)
@@ -194,9 +199,16 @@ def _forward(params, codebook, pixels, key, step, *, config, options, whole):
         codebook = params["quantize"]["embedding"].astype(jnp.float32)
     else:
         params = {**params, "quantize": {"embedding": codebook}}
+    if options.decoder_only:
+        params = {n: p if n in _DECODER else jax.lax.stop_gradient(p) for n, p in params.items()}
     model = autoencoder.bind(config, params)
     z = model.encode(pixels.astype(dtype))
-    if config.quantizer == "gumbel":
+    if options.decoder_only:
+        z = z.astype(jnp.float32)
+        codes = model.quantize.codes(z, None)
+        decoded = quantizer.lookup(codes, codebook)
+        loss, weight = jnp.mean((z - decoded) ** 2), 0.0
+    elif config.quantizer == "gumbel":
         temperature = quantizer.gumbel_temperature(step, options.temperature_steps)
         quantised, loss, codes = quantizer.gumbel_quantize(
             model.quantize.proj(z), codebook, key, temperature=temperature
@@ -433,8 +445,8 @@ def train_step(
 
 
 def _updated_codebook(codebook, z, codes, key, options) -> quantizer.CodebookState | None:
-    if codebook is None:
-        return None
+    if codebook is None or options.decoder_only:
+        return codebook
     return quantizer.update_codebook(
         codebook,
         z,
