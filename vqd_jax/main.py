@@ -1,5 +1,6 @@
 """Trains, samples and converts VQ-Diffusion.
 
+python -m vqd_jax.main --prompt="red heart" --prompt="woman astronaut, medium skin tone"
 python -m vqd_jax.main --config=configs/emoji.py --workdir=DIR
 python -m vqd_jax.main --mode=sample --workdir=DIR --prompt="red heart" --num_images=4
 python -m vqd_jax.main --mode=serve --workdir=DIR
@@ -52,11 +53,16 @@ _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file; fields a
 _WORKDIR = _define_path("workdir", "Folder of a run: checkpoints, metrics, samples.")
 _ON_MODEL = ("sample", "likelihood", "serve", "export")
 _MODE = flags.DEFINE_enum(
-    "mode", "train", [*ON_CONFIG, *_ON_MODEL, "evaluate", "convert"], "The task."
-)
+    "mode", None, [*ON_CONFIG, *_ON_MODEL, "evaluate", "convert"],
+    "The task; if unset, train with --config and sample with a prompt alone.",
+)  # fmt: skip
 _DISTRIBUTED = flags.DEFINE_bool("distributed", False, "This is one of several processes.")
 
-_MODEL = _define_path("model", f"{', '.join(_ON_MODEL)}: model folder; or give --workdir.")
+# The packaged model, which is used where no other is named.
+_PACKAGED = "emoji"
+_MODEL = _define_path(
+    "model", f"{', '.join(_ON_MODEL)}: model folder, or give --workdir; {_PACKAGED} if unset."
+)
 _PROMPT = flags.DEFINE_multi_string(
     "prompt", None, "sample, likelihood: a text; may be given several times."
 )
@@ -176,29 +182,29 @@ def main(argv: list[str]) -> None:
     """Runs the task that the flags name."""
     if len(argv) > 1:
         raise UserError(f"unexpected argument {argv[1]!r}; every option begins with --")
-    if _MODE.value == "convert":
+    prompted = _CONFIG.value is None and _PROMPT.value
+    mode = _MODE.value or ("sample" if prompted else "train")
+    if mode == "convert":
         source, target = _require(_SOURCE), _require(_TARGET)
         # Imported after the flags are read: --help and mistakes in flags do not wait for JAX.
         from vqd_jax.interop import convert
 
         dtype = _DTYPE.value or "float32"
         convert.convert(source, target, dtype=dtype, **_values(_CONVERSION))
-    elif _MODE.value == "evaluate":
+    elif mode == "evaluate":
         _evaluate(_MODEL.value or _WORKDIR.value)
-    elif _MODE.value in _ON_MODEL:
-        _use_model(_MODEL.value or _WORKDIR.value)
+    elif mode in _ON_MODEL:
+        _use_model(mode, _MODEL.value or _WORKDIR.value or _PACKAGED)
     else:
-        _use_config(_MODE.value)
+        _use_config(mode)
 
 
-def _use_model(model_dir: str | None) -> None:
-    if not model_dir:
-        raise UserError("--model=MODEL is missing, or --workdir: the folder of a run")
+def _use_model(mode: str, model_dir: str) -> None:
     from vqd_jax import config as config_lib
     from vqd_jax import modes
     from vqd_jax.parallel import processes
 
-    if _MODE.value == "export":
+    if mode == "export":
         modes.export(model_dir, _require(_TARGET), _FORMAT.value)
         return
     if _CONFIG.value is not None:
@@ -207,10 +213,10 @@ def _use_model(model_dir: str | None) -> None:
     loading, options = {"model_dir": model_dir, **_values(_LOADING)}, _values(_SAMPLING)
     options |= {"config": _CONFIG.value, "output": _OUTPUT.value} | loading
     with processes.session(_DISTRIBUTED.value):
-        if _MODE.value == "likelihood":
+        if mode == "likelihood":
             judged = _require(_IMAGE), _PROMPT.value, options["seed"], _DRAWS.value
             modes.likelihood(*judged, **loading)
-        elif _MODE.value == "serve":
+        elif mode == "serve":
             modes.serve(_HOST.value, _PORT.value, **loading)
         elif _PROMPTS.value:
             modes.sample_file(_PROMPTS.value, format=_IMAGES.value, **options)

@@ -171,7 +171,7 @@ def sample(
       dtype, autoencoder_dtype: of ``VQDiffusion.from_pretrained``.
       mesh: devices along data, fsdp and tensor; None is one device.
       config: its ``sampling`` part replaces that of the run; None keeps the run's.
-      output: folder; None is ``model_dir/samples``.
+      output: folder; None is ``model_dir/samples``, or ``samples`` of a packaged model.
       animate: also write an animation of the denoising of every picture.
       predictions: also write an animation of the likeliest codes at every step.
       preview_steps: also write ``preview_seed<seed>.png`` after every so many network calls.
@@ -185,7 +185,7 @@ def sample(
     num_images = 4 if num_images is None else num_images
     model = _loaded(model_dir, dtype, autoencoder_dtype, mesh)
     prompts = _asked(model, prompts, config, model_dir)
-    folder = Path(output or Path(model_dir) / "samples")
+    folder = Path(output or pretrained.beside(model_dir) / "samples")
     folder.mkdir(parents=True, exist_ok=True)
     logging.info("sampling %d pictures of %d prompts", num_images, len(prompts))
     options |= {"num_images": num_images, "seed": seed, "trajectory": animate or predictions}
@@ -329,7 +329,7 @@ def sample_file(
     bulk.sample_many(
         model,
         prompts,
-        output or str(Path(model_dir) / f"samples_{Path(prompts_file).stem}"),
+        output or str(pretrained.beside(model_dir) / f"samples_{Path(prompts_file).stem}"),
         num_images=len(prompts) if num_images is None else num_images,
         mesh=on,
         format=format,

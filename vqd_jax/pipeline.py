@@ -93,7 +93,7 @@ class VQDiffusion:
         A workdir of a training run will do as well.
 
         Args:
-          directory: the folder.
+          directory: the folder, or "emoji": the model that comes with this package.
           dtype: "float32" or "bfloat16": what the text encoder and the denoiser compute and keep
             their parameters in; None is what the config says.
           autoencoder_dtype: likewise, of the decoder.

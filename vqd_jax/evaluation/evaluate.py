@@ -125,7 +125,7 @@ def _request(model_dir, config, output) -> Request:
         num_classes=config.denoiser.num_classes,
         num_generated=config.evaluation.num_generated,
     )
-    folder = Path(output or Path(model_dir) / "evaluation")
+    folder = Path(output or pretrained.beside(model_dir) / "evaluation")
     folder.mkdir(parents=True, exist_ok=True)
     return Request(config, model, params, codec, plan, builder, records, folder)
 

@@ -6,6 +6,7 @@ Letters: B batch, L text tokens, D text width.
 import dataclasses
 import functools
 from collections.abc import Callable
+from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +27,22 @@ from vqd_jax.parallel import sharding
 _MAY_BE_NEW = ("null_text",)
 
 
+# Models that come with this package.
+PACKAGED = ("emoji",)
+
+
+def located(directory: str) -> str:
+    """The folder of a model: that of a packaged one for its name, unless there is such a folder."""
+    if directory in PACKAGED and not (Path(directory) / "config.json").exists():
+        return str(Path(str(resources.files("vqd_jax") / "assets")) / directory)
+    return directory
+
+
+def beside(directory: str) -> Path:
+    """Where what a model makes goes: its folder, or of a packaged one the working directory."""
+    return Path(directory if located(directory) == directory else ".")
+
+
 def model_folder(workdir: str) -> str:
     """Where a workdir keeps its autoencoder."""
     return str(Path(workdir) / "autoencoder" / "model")
@@ -37,7 +54,7 @@ def find_autoencoder(config: ConfigDict, workdir: str) -> str | None:
     It is the workdir's own or else that in ``config.autoencoder.path``, which may be another
     workdir.
     """
-    own, given = model_folder(workdir), config.autoencoder.path
+    own, given = model_folder(workdir), located(config.autoencoder.path)
     if (Path(own) / "config.json").exists():
         return own
     if given and (Path(given) / "autoencoder").exists():
@@ -53,7 +70,7 @@ def load_initial_autoencoder(config: ConfigDict) -> Any:
     Raises:
       UserError: see ``load_autoencoder``.
     """
-    given = config.autoencoder.init_from
+    given = located(config.autoencoder.init_from)
     if (Path(given) / "autoencoder").exists():
         given = model_folder(given)
     stored = folder.load_config(given)
@@ -99,7 +116,7 @@ def load_text_encoder(config: ConfigDict) -> Any:
     Raises:
       UserError: it cannot be read, or has other sizes than the config says.
     """
-    directory = config.text_encoder.path
+    directory = located(config.text_encoder.path)
     kind = folder.load_config(directory).get("kind")
     parts = {"clip": "text", config_lib.MODEL_KIND: "text_encoder"}
     if kind not in parts:
@@ -200,7 +217,7 @@ def load_model(
     """The model in a folder that ``VQDiffusion.save_pretrained`` wrote, or in a workdir.
 
     Args:
-      directory: the folder.
+      directory: the folder, or the name of a packaged model.
       dtype: "float32" or "bfloat16", in which the text encoder and the denoiser compute and keep
         their parameters; None is that of the config, with parameters as they are stored.
       place: called with every array of a model folder as soon as it is read.
@@ -208,7 +225,7 @@ def load_model(
     Raises:
       UserError: there is no model, or it is damaged or of another kind.
     """
-    path = Path(directory)
+    path = Path(located(directory))
     if (path / "model_index.json").exists():
         raise UserError(
             f"{path} is a folder of diffusers; convert it first: "
@@ -258,7 +275,7 @@ def load_initial(config: ConfigDict, abstract: Any) -> dict[str, Any]:
     """
     found = {}
     if config.training.init_from:
-        found = _whole_model(config.training.init_from, abstract)
+        found = _whole_model(located(config.training.init_from), abstract)
     if config.text_encoder.path and "text_encoder" in abstract:
         found["text_encoder"] = load_text_encoder(config)
     return found
