@@ -46,6 +46,8 @@ def test_config_survives_json(name, tmp_path):
         ("autoencoder.channels", 12, "channels=12: must be a multiple of norm_groups=8"),
         ("denoiser.num_heads", 3, "denoiser.width=32 is not divisible by denoiser.num_heads=3"),
         ("denoiser.dtype", "float16", "denoiser.dtype='float16': must be one of float32, bfloat16"),
+        ("autoencoder.decoder_only", True, "decoder_only=True: name the trained tokenizer with"),
+        ("data.balance_power", 1.5, "config.data.balance_power=1.5: must lie in 0..1"),
         ("autoencoder.warmup_steps", -1, "config.autoencoder.warmup_steps=-1: must be at least 0"),
         ("denoiser.scan_unroll", 0, "config.denoiser.scan_unroll=0: must be at least 1"),
         ("denoiser.remat", "some", "denoiser.remat='some': must be one of none, dots, full"),

@@ -1,0 +1,199 @@
+"""Does a caption bring its own picture? Retrieval, sharpness and copies of a model of the emoji.
+
+python benchmarks/emoji_retrieval.py --model=emoji
+python benchmarks/emoji_retrieval.py --model=DIR --guidance_scale=1,1.5,2,3 --num_steps=25
+
+A picture is drawn for each of 200 captions of training objects (all categories but people and
+body), of 200 training people, of the combinations that the model's config holds out, and of the
+validation and test pictures, whose concepts it never saw. A picture counts as right if the true one
+is the nearest of a pool: all training pictures, all pictures of its concept for a combination, and
+all pictures of the set for unseen concepts. The distance is that of pixels after the mean over
+squares, at 16x16, and a tie counts against. ``--features`` adds EfficientNet-Lite0 (extra `eval`).
+
+The ceiling is the same for the true pictures after a pass through the tokenizer. Sharpness is the
+mean squared difference of neighbouring pixels over that of the true pictures. A copy is nearer to
+some training picture than that picture's own nearest neighbour, a third of the distance away.
+"""
+
+import argparse
+from typing import NamedTuple
+
+import numpy as np
+
+from vqd_jax.data import batches, encode, images
+from vqd_jax.evaluation import features
+from vqd_jax.pipeline import VQDiffusion
+
+_SIDE = 16
+
+
+class Records(NamedTuple):
+    """Pictures uint8 [R, S, S, 3] of a split, with a caption, concept and category of each."""
+
+    pixels: np.ndarray
+    captions: list[str]
+    concepts: np.ndarray
+    categories: np.ndarray
+
+    @property
+    def objects(self) -> np.ndarray:
+        return self.categories != "People & Body"
+
+
+class Asked(NamedTuple):
+    """A group of captions: places [P] of their pictures in a pool, and that pool's members.
+
+    Attributes:
+      places: of the true pictures among all records.
+      pools: bool [P, R], among which each true picture has to be the nearest.
+    """
+
+    places: np.ndarray
+    pools: np.ndarray
+
+
+def read(builder, side: int, splits: tuple[str, ...]) -> Records:
+    """The records of some splits, one after the other."""
+    found = [r for s in splits for r in batches.records(builder, s)]
+    return Records(
+        np.stack([images.center_crop(record["image"], side) for record in found]),
+        [record["captions"][0] for record in found],
+        np.array([record["concept"] for record in found]),
+        np.array([record["category"] for record in found]),
+    )
+
+
+def groups(records: Records, num_train: int, held_out: set[str], count: int) -> dict[str, Asked]:
+    """The captions to ask for. The first ``num_train`` records are the training split."""
+    total = np.arange(len(records.captions))
+    training = total < num_train
+    held = np.array([caption in held_out for caption in records.captions])
+    seen, order = training & ~held, np.random.default_rng(0).permutation(len(total))
+    made = {}
+    for name, chosen in (
+        ("objects", seen & records.objects),
+        ("people", seen & ~records.objects),
+    ):
+        places = order[chosen[order]][:count]
+        made[name] = Asked(places, np.repeat(training[None], len(places), 0))
+    places = total[held]
+    if len(places):
+        same = records.concepts[places][:, None] == records.concepts[None]
+        made["unseen combinations"] = Asked(places, same)
+    places = total[~training]
+    made["unseen concepts"] = Asked(places, np.ones((len(places), len(total)), bool))
+    return made
+
+
+def small(pixels: np.ndarray) -> np.ndarray:
+    """Means over squares: uint8 [P, S, S, 3] -> float32 [P, 16 * 16 * 3]."""
+    count, side = pixels.shape[:2]
+    block = side // _SIDE
+    means = pixels.reshape(count, _SIDE, block, _SIDE, block, 3).mean(axis=(2, 4))
+    return means.reshape(count, -1).astype(np.float32)
+
+
+def squared(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Squared distances [P, R] of rows."""
+    apart = (first**2).sum(1)[:, None] + (second**2).sum(1)[None] - 2.0 * first @ second.T
+    return np.maximum(apart, 0.0)
+
+
+def right(made: np.ndarray, real: np.ndarray, asked: Asked) -> np.ndarray:
+    """Whether each true picture is the only nearest of its pool, bool [P]."""
+    apart = squared(made.astype(np.float64), real.astype(np.float64))
+    own = apart[np.arange(len(made)), asked.places]
+    return ((apart <= own[:, None]) & asked.pools).sum(axis=1) == 1
+
+
+def sharpness(pixels: np.ndarray) -> float:
+    """Mean squared difference of neighbouring pixels."""
+    values = pixels.astype(np.float64)
+    return float(np.mean(np.diff(values, axis=1) ** 2) + np.mean(np.diff(values, axis=2) ** 2))
+
+
+def copies(made: np.ndarray, training: np.ndarray) -> float:
+    """Share of pictures that are three times as near to a training picture as its neighbours."""
+    between = squared(training, training)
+    np.fill_diagonal(between, np.inf)
+    apart = squared(made, training)
+    nearest = apart.argmin(axis=1)
+    return float(np.mean(apart.min(axis=1) < between.min(axis=1)[nearest] / 9.0))
+
+
+def share(values: np.ndarray) -> str:
+    """A percentage with its standard error."""
+    mean = float(np.mean(values))
+    return f"{100 * mean:.1f} ± {100 * np.sqrt(mean * (1 - mean) / len(values)):.1f} %"
+
+
+def numbers(kind):
+    return lambda text: [kind(part) for part in text.split(",")]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="emoji", help="folder, workdir or packaged name")
+    parser.add_argument("--count", type=int, default=200, help="captions of each training group")
+    parser.add_argument("--guidance_scale", type=numbers(float), default=[None])
+    parser.add_argument("--truncation", type=numbers(float), default=[None])
+    parser.add_argument("--num_steps", type=numbers(int), default=[None])
+    parser.add_argument("--group", action="append", help="some groups alone")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--features", action="store_true", help="measure in features, too")
+    chosen = parser.parse_args()
+    model = VQDiffusion.from_pretrained(chosen.model)
+    builder = encode.data_set(model.config)
+    splits = ("train", "validation", "test")
+    records = read(builder, model.config.data.image_size, splits)
+    num_train = builder.info.splits["train"].num_examples
+    real = {"pixels": small(records.pixels)}
+    net = features.efficientnet_lite0() if chosen.features else None
+
+    def seen(pixels):
+        found = {"pixels": small(pixels)}
+        if net:
+            parts = [net.features(pixels[i : i + 16]) for i in range(0, len(pixels), 16)]
+            found["features"] = np.concatenate(parts)
+        return found
+
+    if net:
+        real = seen(records.pixels)
+    asked_for = groups(records, num_train, set(model.config.data.hold_out), chosen.count)
+    print("| pictures | captions | right in pixels | in features | sharpness | copies |")
+    print("|---|---|---|---|---|---|")
+
+    def line(name, pixels, asked):
+        found = {key: right(x, real[key], asked) for key, x in seen(pixels).items()}
+        sharp = sharpness(pixels) / sharpness(records.pixels[asked.places])
+        copied = copies(small(pixels), real["pixels"][:num_train])
+        in_features = share(found["features"]) if net else "-"
+        print(
+            f"| {name} | {len(pixels)} | {share(found['pixels'])} | {in_features} | {sharp:.2f} | "
+            f"{100 * copied:.0f} % |",
+            flush=True,
+        )
+
+    for name, asked in asked_for.items():
+        if chosen.group and name not in chosen.group:
+            continue
+        line(
+            f"{name}: through the tokenizer", model.reconstruct(records.pixels[asked.places]), asked
+        )
+        prompts = [records.captions[place] for place in asked.places]
+        for num_steps in chosen.num_steps:
+            for truncation in chosen.truncation:
+                for scale in chosen.guidance_scale:
+                    given = {
+                        "num_steps": num_steps, "truncation": truncation, "guidance_scale": scale,
+                    }  # fmt: skip
+                    options = {key: value for key, value in given.items() if value is not None}
+                    made = model.generate(
+                        prompts, num_images=1, seed=chosen.seed, batch_size=50, **options
+                    )
+                    told = ", ".join(f"{key} {value}" for key, value in options.items())
+                    line(f"{name}: drawn {told}".rstrip(), made.pixels[:, 0], asked)
+
+
+if __name__ == "__main__":
+    main()
