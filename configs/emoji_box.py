@@ -37,6 +37,28 @@ def get_config():
     config.autoencoder.revival_threshold = 0.1
     config.autoencoder.codebook_decay = 0.98
     config.autoencoder.ema_decay = 0.998
+    config.text_encoder.context_length = 32
+    config.text_encoder.width = 80
+    config.text_encoder.num_heads = 4
+    config.denoiser.width = 160
+    config.denoiser.init_std = 0.06
+    config.denoiser.scan_unroll = 6
+    config.training.num_steps = 8000
+    config.training.learning_rate = 1.5e-3
+    config.training.ema_decay = 0.998
+    config.training.auxiliary_weight = 1e-2
     config.training.eval_every = 250
     config.training.save_every = 250
+    config.sampling.num_steps = 25
+    config.sampling.guidance_scale = 1.5
+    config.sampling.prompts = (
+        "red heart",
+        "grinning face",
+        "woman astronaut, medium skin tone",
+        "green apple",
+        "sailboat",
+        "dog face",
+        "woman judge, dark skin tone",
+        "",
+    )
     return config
