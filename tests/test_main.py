@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vqd_jax.interop import convert
+from vqd_jax.interop import convert, folder
 from vqd_jax.pipeline import VQDiffusion
 
 TINY = "--config=configs/tiny.py"
@@ -397,8 +397,40 @@ def test_a_run_becomes_a_model_folder(call, tiny_run, tmp_path):
     flags = ("--mode=export", f"--workdir={tiny_run}", f"--target={target}", "--format=vqd_jax")
     status, output = call(*flags)
     assert status == 0, output
-    run, folder = (VQDiffusion.from_pretrained(str(x)) for x in (tiny_run, target))
-    assert run.fingerprint() == folder.fingerprint()
+    run, model = (VQDiffusion.from_pretrained(str(x)) for x in (tiny_run, target))
+    assert run.fingerprint() == model.fingerprint()
+    status, output = call(*flags, "--dtype=bfloat16")
+    assert status == 0, output
+    assert (target / "model.safetensors").stat().st_size < 0.52 * 4 * _parameters(run)
+    status, output = call(*flags[:-1], "--dtype=bfloat16")
+    assert status == 1 and "--dtype=bfloat16 belongs to --format=vqd_jax" in output
+
+
+def _parameters(model):
+    return sum(x.size for x in jax.tree.leaves(model._networks.params)) + sum(
+        x.size for x in jax.tree.leaves(model._networks.autoencoder_params)
+    )
+
+
+def test_a_decoder_that_was_trained_further_is_put_in(call, tiny_run, tmp_path):
+    run, folder_of_run = VQDiffusion.from_pretrained(str(tiny_run)), tiny_run / "autoencoder/model"
+    params = jax.tree.map(np.array, run._networks.autoencoder_params)
+    params["decoder"]["conv_out"]["bias"] += 0.25
+    described = json.loads((folder_of_run / "config.json").read_text())
+    folder.save(tmp_path / "better", described, params)
+    flags = ("--mode=export", f"--workdir={tiny_run}", "--format=vqd_jax")
+    given = f"--autoencoder={tmp_path}/better"
+    status, output = call(*flags, f"--target={tmp_path}/model", given)
+    assert status == 0, output
+    new = VQDiffusion.from_pretrained(str(tmp_path / "model"))
+    made = [m.generate(["red heart"], num_steps=2, num_images=1) for m in (run, new)]
+    np.testing.assert_array_equal(made[0].codes, made[1].codes)
+    assert made[1].pixels.mean() > made[0].pixels.mean() + 5
+    params["quantize"]["embedding"][0] += 1.0
+    folder.save(tmp_path / "better", described, params)
+    status, output = call(*flags, f"--target={tmp_path}/other", given)
+    assert status == 1 and "has other codes than the model: its quantize differs" in output
+    assert not (tmp_path / "other").exists()
 
 
 def test_a_hostile_file_is_refused_by_name(call, tmp_path):

@@ -145,7 +145,8 @@ _DRAWS = flags.DEFINE_integer(
 )
 _DTYPE = flags.DEFINE_enum(
     "dtype", None, ["float32", "bfloat16"],
-    "sample, likelihood: of the networks, the config's if unset; convert: as stored, or float32.",
+    "sample, likelihood: of the networks, the config's if unset; convert: as stored, or float32; "
+    "export: as stored by vqd_jax, float32 if unset.",
 )  # fmt: skip
 _LOADING = [
     _DTYPE,
@@ -170,7 +171,10 @@ _STAGE = flags.DEFINE_enum("stage", "two", ["one", "two"], "plan: one is the aut
 _SOURCE = _define_path("source", "convert: file, first part of a file, or folder.")
 _CONVERSION = [
     flags.DEFINE_enum("weights", "ema", ["ema", "raw"], "convert: averaged weights, or not."),
-    _define_path("autoencoder", "convert: image tokenizer, if SOURCE has none."),
+    _define_path(
+        "autoencoder",
+        "convert: image tokenizer, if SOURCE has none; export: with a decoder trained further.",
+    ),
     _define_path("clip", "convert: CLIP, if SOURCE has none."),
     _define_path("remap", "convert: code remap (.npy, .pt), if not published."),
     flags.DEFINE_integer("num_heads", None, "convert: of the denoiser; config.yaml's, or 16."),
@@ -205,7 +209,8 @@ def _use_model(mode: str, model_dir: str) -> None:
     from vqd_jax.parallel import processes
 
     if mode == "export":
-        modes.export(model_dir, _require(_TARGET), _FORMAT.value)
+        given = _DTYPE.value, _values(_CONVERSION)["autoencoder"]
+        modes.export(model_dir, _require(_TARGET), _FORMAT.value, *given)
         return
     if _CONFIG.value is not None:
         _expand_paths(_CONFIG.value)

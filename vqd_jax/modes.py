@@ -406,9 +406,23 @@ def plan(
     print(program.describe(made, mesh, hbm_gib, *sections))
 
 
-def export(model_dir: str, target: str, format: str) -> None:
-    """Writes a model in the layout of another program; see ``VQDiffusion.save_pretrained``."""
-    VQDiffusion.from_pretrained(model_dir).save_pretrained(target, format=format)
+def export(
+    model_dir: str, target: str, format: str, dtype: str | None, autoencoder: str | None
+) -> None:
+    """Writes a model folder, or a model in the layout of another program.
+
+    Args:
+      model_dir: a model folder, or the workdir of a training run.
+      target, format: of ``VQDiffusion.save_pretrained``.
+      dtype: how a vqd_jax folder stores floats; None is "float32".
+      autoencoder: where a better decoder of the same codes is; None keeps the model's.
+    """
+    if dtype and format != "vqd_jax":
+        raise UserError(f"--dtype={dtype} belongs to --format=vqd_jax; others have float32")
+    model = VQDiffusion.from_pretrained(model_dir)
+    if autoencoder:
+        model = model.with_decoder(autoencoder)
+    model.save_pretrained(target, format=format, dtype=dtype or "float32")
     logging.info("wrote %s", target)
 
 

@@ -27,6 +27,7 @@ from vqd_jax.diffusion.choices import RULES  # noqa: F401
 from vqd_jax.errors import UserError
 from vqd_jax.generation import Callback, Generation, Likelihood
 from vqd_jax.interop import folder, pretrained
+from vqd_jax.models import autoencoder
 from vqd_jax.parallel import processes, sharding
 from vqd_jax.request import require
 
@@ -156,6 +157,26 @@ class VQDiffusion:
         networks = self._networks.with_params(params)
         other.__dict__.update(self.__dict__, _networks=networks)
         return other
+
+    def with_decoder(self, directory: str) -> "VQDiffusion":
+        """The same model with a decoder that was trained further on the same codes.
+
+        Args:
+          directory: a model folder of an autoencoder, or a workdir with one, which
+            ``config.autoencoder.decoder_only`` trained.
+
+        Raises:
+          UserError: it has other codes, or cannot be read.
+        """
+        codec = pretrained.load_autoencoder(self.config, pretrained.autoencoder_folder(directory))
+        for part, old in self._networks.autoencoder_params.items():
+            same = jax.tree.map(np.array_equal, old, codec[part])
+            if part not in autoencoder.DECODER and not jax.tree.all(same):
+                raise UserError(f"{directory} has other codes than the model: its {part} differs")
+        return VQDiffusion(
+            self.config, self._networks.params, codec, self.tokenizer,
+            autoencoder_dtype=self._autoencoder_dtype,
+        )  # fmt: skip
 
     def on_mesh(self, mesh: Mesh) -> "VQDiffusion":
         """The same model on several devices.

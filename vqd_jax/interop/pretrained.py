@@ -54,12 +54,16 @@ def find_autoencoder(config: ConfigDict, workdir: str) -> str | None:
     It is the workdir's own or else that in ``config.autoencoder.path``, which may be another
     workdir.
     """
-    own, given = model_folder(workdir), located(config.autoencoder.path)
+    own, given = model_folder(workdir), config.autoencoder.path
     if (Path(own) / "config.json").exists():
         return own
-    if given and (Path(given) / "autoencoder").exists():
-        return model_folder(given)
-    return given or None
+    return autoencoder_folder(given) if given else None
+
+
+def autoencoder_folder(directory: str) -> str:
+    """The model folder of an autoencoder: a workdir's, or ``directory`` itself."""
+    directory = located(directory)
+    return model_folder(directory) if (Path(directory) / "autoencoder").exists() else directory
 
 
 def load_initial_autoencoder(config: ConfigDict) -> Any:
@@ -70,9 +74,7 @@ def load_initial_autoencoder(config: ConfigDict) -> Any:
     Raises:
       UserError: see ``load_autoencoder``.
     """
-    given = located(config.autoencoder.init_from)
-    if (Path(given) / "autoencoder").exists():
-        given = model_folder(given)
+    given = autoencoder_folder(config.autoencoder.init_from)
     stored = folder.load_config(given)
     stored = stored.get("autoencoder", stored)
     if not stored.get("codebook_size"):

@@ -28,6 +28,8 @@ from vqd_jax.models.convolution import Conv, GroupNorm
 # The name of the outputs of all blocks: a backward pass may keep these alone.
 BLOCK = "block"
 QUANTIZERS = ("nearest", "gumbel")
+# The parts of the parameters that turn latents into pictures.
+DECODER = ("post_quant_conv", "decoder")
 
 
 @dataclasses.dataclass(frozen=True)

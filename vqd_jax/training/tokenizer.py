@@ -184,10 +184,6 @@ class _Coded(NamedTuple):
     codes: jax.Array
 
 
-# What ``decoder_only`` trains.
-_DECODER = ("post_quant_conv", "decoder")
-
-
 def _forward(params, codebook, pixels, key, step, *, config, options, whole):
     """(Reconstructions, weighted loss of the latents), (that loss without its weight, coded)."""
     dtype = jnp.dtype(options.dtype)
@@ -200,7 +196,10 @@ def _forward(params, codebook, pixels, key, step, *, config, options, whole):
     else:
         params = {**params, "quantize": {"embedding": codebook}}
     if options.decoder_only:
-        params = {n: p if n in _DECODER else jax.lax.stop_gradient(p) for n, p in params.items()}
+        params = {
+            name: part if name in autoencoder.DECODER else jax.lax.stop_gradient(part)
+            for name, part in params.items()
+        }
     model = autoencoder.bind(config, params)
     z = model.encode(pixels.astype(dtype))
     if options.decoder_only:
