@@ -14,6 +14,8 @@ from vqd_jax.config import default_config
 
 def get_config():
     config = default_config()
+    # Most concepts have one picture, and people have most pictures.
+    config.data.balance_by = "concept"
     # Few codes, and only dead ones are seeded anew: codes that a small network can learn to predict
     # make better pictures than codes that keep every detail.
     config.autoencoder.num_codes = 128
@@ -27,6 +29,7 @@ def get_config():
     config.training.auxiliary_weight = 1e-2
     config.training.eval_every = 950
     config.training.save_every = 475
+    config.sampling.guidance_scale = 1.5
     config.sampling.prompts = (
         "red heart",
         "grinning face",
