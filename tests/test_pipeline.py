@@ -276,6 +276,12 @@ def test_a_model_comes_back_from_its_folder(model, made, tmp_path):
     np.testing.assert_array_equal(same.pixels, made.pixels)
 
 
+def test_a_folder_in_the_home_directory_is_found(model, tmp_path, monkeypatch):
+    model.save_pretrained(str(tmp_path / "model"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert VQDiffusion.from_pretrained("~/model").fingerprint() == model.fingerprint()
+
+
 def test_folders_of_other_things_are_named(model, tmp_path):
     with pytest.raises(UserError, match="is no model folder and no workdir"):
         VQDiffusion.from_pretrained(str(tmp_path))

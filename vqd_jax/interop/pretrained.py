@@ -32,7 +32,11 @@ PACKAGED = ("emoji",)
 
 
 def located(directory: str) -> str:
-    """The folder of a model: that of a packaged one for its name, unless there is such a folder."""
+    """The folder of a model: that of a packaged one for its name, unless there is such a folder.
+
+    ~ and $VARIABLES are replaced.
+    """
+    directory = files.expanded(directory)
     if directory in PACKAGED and not (Path(directory) / "config.json").exists():
         return str(Path(str(resources.files("vqd_jax") / "assets")) / directory)
     return directory
