@@ -24,6 +24,25 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
 
 
+# Files that take longest begin first, so that no worker is left alone with one at the end. (Without
+# ``--no-loadscope-reorder``, xdist begins with the files of most tests.)
+_LONGEST = (
+    "parallel/test_processes.py", "test_main.py", "test_reliability.py", "data/test_kills.py",
+    "web/test_page.py", "test_bulk.py",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    """Moves the tests of the files that take longest to the front."""
+    here = ROOT / "tests"
+
+    def place(item):
+        name = str(item.path.relative_to(here)) if item.path.is_relative_to(here) else ""
+        return _LONGEST.index(name) if name in _LONGEST else len(_LONGEST)
+
+    items.sort(key=place)
+
+
 @pytest.fixture(scope="session")
 def environment(tmp_path_factory):
     """Environment of child processes: their own data folder, and no accelerator."""

@@ -161,7 +161,7 @@ _HOST = flags.DEFINE_string("host", "127.0.0.1", "serve: address to listen at.")
 _PORT = flags.DEFINE_integer("port", 7860, "serve: port to listen at; 0 takes a free one.")
 _TARGET = _define_path("target", "convert, export: file or folder to write.")
 _FORMAT = flags.DEFINE_enum(
-    "format", "diffusers", ["diffusers", "published", "vqd_jax"], "export: layout."
+    "format", "diffusers", ["diffusers", "published", "vqd_jax", "adapters"], "export: layout."
 )
 _TOPOLOGY = flags.DEFINE_string(
     "topology", None, "plan: devices that are not here, such as v5e:4x4 or h100:8."

@@ -413,10 +413,15 @@ def export(
 
     Args:
       model_dir: a model folder, or the workdir of a training run.
-      target, format: of ``VQDiffusion.save_pretrained``.
+      target, format: of ``VQDiffusion.save_pretrained``; or "adapters" for what a run with
+        ``config.training.adapter_rank`` has learnt, a small folder that names its base.
       dtype: how a vqd_jax folder stores floats; None is "float32".
       autoencoder: where a better decoder of the same codes is; None keeps the model's.
     """
+    if format == "adapters":
+        pretrained.save_adapters(model_dir, target)
+        logging.info("wrote %s", target)
+        return
     if dtype and format != "vqd_jax":
         raise UserError(f"--dtype={dtype} belongs to --format=vqd_jax; others have float32")
     model = VQDiffusion.from_pretrained(model_dir)

@@ -6,6 +6,7 @@ together with those of the networks.
 
 import dataclasses
 import math
+import re
 from typing import Any
 
 from vqd_jax.diffusion import choices, schedule
@@ -217,6 +218,10 @@ class TrainingOptions:
     """How the denoiser is trained, by AdamW. Errors as in ``config.validate``."""
 
     init_from: str = ""  # trained weights to begin from (fine-tuning); '' begins anew
+    # Rank of low-rank adapters of the kernels whose paths this pattern finds. They alone learn,
+    # beside the weights of init_from; 0 trains all parameters.
+    adapter_rank: int = 0
+    adapter_paths: str = "denoiser"
     num_steps: int = 1000
     batch_size: int = 32
     learning_rate: float = 1e-3  # the peak
@@ -247,8 +252,16 @@ class TrainingOptions:
         require_at_least(
             self, evaluate_pictures=10, num_steps=1, batch_size=1, warmup_steps=0, log_every=1,
             eval_every=1, save_every=1, keep_checkpoints=1, gradient_accumulation=1,
-            steps_per_call=1, profile_steps=0, auxiliary_weight=0, weight_decay=0,
+            steps_per_call=1, profile_steps=0, auxiliary_weight=0, weight_decay=0, adapter_rank=0,
         )  # fmt: skip
+        if self.adapter_rank and not self.init_from:
+            raise ValueError("adapter_rank: adapters need a trained model: name it with init_from")
+        try:
+            re.compile(self.adapter_paths)
+        except re.error as error:
+            raise ValueError(
+                f"adapter_paths={self.adapter_paths!r}: no pattern: {error}"
+            ) from error
         _require_positive(self, "learning_rate", "clip_norm")
         _require_shares(self, "null_text_rate", "final_learning_rate")
         _require_decays(self, "ema_decay", "adam_b1", "adam_b2")

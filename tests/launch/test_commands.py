@@ -79,19 +79,19 @@ def devices(text, values):
 
 def check(num_devices, values, *, whole=True):
     """The command may start: possible values, all paths, and a batch that divides."""
-    config = values.config
+    config, mode = values.config, values.mode or "train"
     config_lib.validate(config)
     c, codec = config.training, config.autoencoder
     mesh = jax.sharding.AbstractMesh(sharding.mesh_shape(config, num_devices), sharding.AXES)
     sharding.require_divisible("training.batch_size", c.batch_size, mesh, c.gradient_accumulation)
-    if not whole or values.mode == "plan":
+    if not whole or mode == "plan":
         return
-    assert values.workdir or values.output or values.mode == "prepare"
+    assert values.workdir or values.output or mode == "prepare"
     config_lib.require_data(config)
     # An autoencoder with a remap cannot be trained here, and text features of length 1 are CLIP's.
-    if values.mode in ("train", "train_autoencoder", "encode"):
+    if mode in ("train", "train_autoencoder", "encode"):
         assert codec.path or not codec.codebook_size
-    if values.mode in ("train", "encode"):
+    if mode in ("train", "encode"):
         assert config.text_encoder.path or not config.text_encoder.normalize
 
 

@@ -10,6 +10,8 @@ import pytest
 
 from configs import tiny
 from vqd_jax import config as config_lib
+from vqd_jax import files
+from vqd_jax.errors import UserError
 from vqd_jax.interop import folder
 from vqd_jax.models import conditioned
 from vqd_jax.pipeline import VQDiffusion
@@ -130,3 +132,47 @@ def test_a_pretrained_text_encoder_stays_as_it_is(parts, tmp_path):
     assert_equal(moved.ema_params["text_encoder"], params["text_encoder"])
     kernel = lambda s: s.params["denoiser"]["to_logits"]["kernel"]  # noqa: E731
     assert np.abs(kernel(moved) - kernel(begun)).max() > 0
+
+
+def test_adapters_alone_learn(parts, tmp_path):
+    config, params = parts
+    described = {"kind": config_lib.MODEL_KIND, **config.to_dict()}
+    folder.save(tmp_path / "whole", described, params)
+    config.training.update({"init_from": str(tmp_path / "whole"), "adapter_rank": 2})
+    config.training.adapter_paths = r"attention\.(query|value)"
+    begun = begin(config, start(config))
+    # They change nothing at first.
+    assert_equal(begun.frozen, params)
+    assert_equal(stage_two.complete(begun, begun.params), params)
+    learnt = files.flatten(begun.params)
+    wide, blocks = config.denoiser.width, config.denoiser.num_layers
+    assert learnt["denoiser.blocks.self_attention.query.kernel.down"].shape == (blocks, wide, 2)
+    assert {name.split(".")[-3] for name in learnt} == {"query", "value"}
+    assert not any(x.any() for name, x in learnt.items() if name.endswith(".up"))
+    # Two moments and an average, of the adapters alone.
+    count = sum(x.size for x in learnt.values())
+    assert sum(x.size for x in jax.tree.leaves(begun.opt_state)) < 2 * count + 10
+    batch = {
+        "codes": np.zeros((2, 16), np.int32),
+        "text_ids": np.array([[49406, 320, 49407] + [0] * 13] * 2, np.int32),
+    }
+    step = jax.jit(lambda s, b: stage_two.train_step(s, b, config=config))
+    moved = begun
+    for _ in range(3):
+        moved, _ = step(moved, batch)
+    assert_equal(moved.frozen, params)
+    whole = stage_two.complete(moved, moved.ema_params)
+    for name, old in files.flatten(params).items():
+        adapted = f"{name}.up" in learnt
+        assert np.array_equal(old, files.flatten(whole)[name]) != adapted, name
+        if adapted:
+            factors = [files.flatten(moved.ema_params)[f"{name}.{end}"] for end in ("down", "up")]
+            expected = old + np.einsum("...ir,...ro->...io", *factors)
+            np.testing.assert_allclose(files.flatten(whole)[name], expected, atol=1e-6)
+
+
+def test_adapters_without_a_kernel_are_refused(parts):
+    config, _ = parts
+    config.training.update({"init_from": "x", "adapter_rank": 2, "adapter_paths": "nothing"})
+    with pytest.raises(UserError, match="adapter_paths='nothing' finds no kernel"):
+        start(config)

@@ -220,10 +220,15 @@ def test_stop_ends_a_request_and_the_next_one_is_met(page):
     put(page, "num_images", 16)
     page.get_by_role("button", name="Settings").click()
     put(page, "num_steps", 1000)
-    page.click("#generate")
-    said(page, "^step")
-    page.click("#stop")
-    said(page, "^Stopped")
+    # On a machine that is busy the request may be over before the click arrives.
+    for _ in range(5):
+        page.click("#generate")
+        said(page, "^step")
+        page.click("#stop")
+        if said(page, "^Stopped|^Made").startswith("Stopped"):
+            break
+    else:
+        pytest.fail("no request was stopped")
     assert not part(page, "progress").is_visible()
     put(page, "num_steps", 20)
     generate(page)

@@ -20,13 +20,15 @@ from vqd_jax import files
 from vqd_jax.data.text import ClipTokenizer, TextFeatures
 from vqd_jax.errors import UserError
 from vqd_jax.interop import folder
-from vqd_jax.models import autoencoder, conditioned, text_encoder
+from vqd_jax.models import adapters, autoencoder, conditioned, text_encoder
 from vqd_jax.parallel import sharding
 
 # Features of the empty caption may first be learnt in fine-tuning (Improved VQ-Diffusion, 3.1).
 _MAY_BE_NEW = ("null_text",)
 
 
+# What ``config.json`` of a folder of adapters says of itself.
+ADAPTERS_KIND = "vqd_jax_adapters"
 # Models that come with this package.
 PACKAGED = ("emoji",)
 
@@ -163,8 +165,62 @@ def load_averaged(config: ConfigDict, workdir: str) -> Any:
 
     abstract = conditioned.abstract_params(config_lib.model_config(config))
     # Moments of the optimizer, and what was not averaged, stay on disk.
-    wanted = checkpoint.abstract({"ema_params": abstract})
-    return checkpoint.load(checkpoint.folder(config, workdir), wanted)[1]["ema_params"]
+    wanted, c = {"ema_params": abstract}, config.training
+    if c.adapter_rank:
+        learnt = adapters.abstract(abstract, c.adapter_rank, c.adapter_paths)
+        wanted = {"ema_params": learnt, "frozen": abstract}
+    found = checkpoint.load(checkpoint.folder(config, workdir), checkpoint.abstract(wanted))[1]
+    if c.adapter_rank:
+        return adapters.merged(found["frozen"], found["ema_params"])
+    return found["ema_params"]
+
+
+def save_adapters(workdir: str, target: str) -> None:
+    """Writes what a run with adapters has learnt as a small folder, which names its base.
+
+    ``load_model`` reads it where the base is to be had.
+
+    Args:
+      workdir: of the run.
+      target: folder to write.
+
+    Raises:
+      UserError: the run has no adapters, or no checkpoint.
+    """
+    from vqd_jax import checkpoint
+
+    config = config_lib.load(str(Path(workdir) / "config.json"))
+    c = config.training
+    if not c.adapter_rank:
+        raise UserError(f"{workdir} trained all parameters: export it with --format=vqd_jax")
+    abstract = conditioned.abstract_params(config_lib.model_config(config))
+    learnt = adapters.abstract(abstract, c.adapter_rank, c.adapter_paths)
+    wanted = checkpoint.abstract({"ema_params": learnt, "frozen": abstract})
+    found = checkpoint.load(checkpoint.folder(config, workdir), wanted)[1]
+    described = {
+        "kind": ADAPTERS_KIND,
+        "base": c.init_from,
+        "base_fingerprint": files.fingerprint(found["frozen"]),
+        "config": config.to_dict(),
+    }
+    folder.save(target, described, found["ema_params"])
+
+
+def _with_adapters(path: Path, dtype: str | None, place: Callable) -> "Model":
+    """The model of a folder of adapters, from its base."""
+    described = folder.load_config(path)
+    config = config_lib.from_dict(described["config"], f"{path}/config.json")
+    c, given = config.training, described["base"]
+    try:
+        base = load_model(given, place=place)
+    except UserError as error:
+        raise UserError(f"{path} holds adapters of the model {given}: {error}") from error
+    if files.fingerprint(base.params) != described["base_fingerprint"]:
+        raise UserError(f"{path} holds adapters of another model than {given} is now")
+    learnt = adapters.abstract(base.params, c.adapter_rank, c.adapter_paths)
+    found = folder.load_params(path, learnt, place=place)
+    params = _in_dtype(adapters.merged(base.params, found), config, dtype)
+    return Model(config, params, base.autoencoder_params, base.tokenizer)
 
 
 class Model(NamedTuple):
@@ -241,7 +297,9 @@ def load_model(
         raise UserError(f"{path} is no model folder and no workdir of a run: it has no config.json")
     kind = folder.load_config(path).get("kind")
     if kind is None:
-        return load_run(directory, dtype)
+        return load_run(str(path), dtype)
+    if kind == ADAPTERS_KIND:
+        return _with_adapters(path, dtype, place)
     if kind != config_lib.MODEL_KIND:
         raise UserError(
             f"{path} holds a model of kind {kind!r}; pictures need a whole one: denoiser and "

@@ -48,6 +48,9 @@ RULES = (
     (r"embedding$", PartitionSpec("fsdp")),
 )
 
+# Low-rank adapters are small, and whole on every device.
+ADAPTER_RULE = (r"\.kernel\.(down|up)$", PartitionSpec())
+
 # Those of stage one. Its networks are small beside their activations, so a device gathers all
 # parameters before a step (``gathering``). The codebook and the network of the perceptual distance
 # are whole on every device.

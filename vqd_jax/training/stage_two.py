@@ -25,7 +25,7 @@ from vqd_jax.diffusion import objective
 from vqd_jax.evaluation import likelihood
 from vqd_jax.evaluation.progress import Progress
 from vqd_jax.interop import pretrained
-from vqd_jax.models import conditioned
+from vqd_jax.models import adapters, conditioned
 from vqd_jax.models.attention import ONE_DEVICE, Placement
 from vqd_jax.parallel import processes, sharding
 from vqd_jax.pipeline import VQDiffusion
@@ -58,12 +58,30 @@ class TrainState(struct.PyTreeNode):
     key: jax.Array
 
 
+class AdaptedState(TrainState):
+    """The state of a run in which adapters alone learn: ``params`` and ``ema_params`` are theirs.
+
+    Attributes:
+      frozen: the parameters of the model, which nothing changes.
+    """
+
+    frozen: Any = None
+
+
+def complete(state: TrainState, params: Any) -> Any:
+    """The parameters of the model, from ``params`` or ``ema_params`` of a state."""
+    frozen = getattr(state, "frozen", None)
+    return params if frozen is None else adapters.merged(frozen, params)
+
+
 def _optimizer(config: ConfigDict) -> tuple[optax.GradientTransformation, optax.Schedule]:
     c = config.training
     rate = optimizer.learning_rate(
         c.learning_rate, c.warmup_steps, c.num_steps, c.final_learning_rate
     )
-    frozen = ("text_encoder",) if config_lib.model_config(config).freeze_text_encoder else ()
+    frozen = ()
+    if config_lib.model_config(config).freeze_text_encoder and not c.adapter_rank:
+        frozen = ("text_encoder",)
     return optimizer.adamw(
         rate,
         b1=c.adam_b1,
@@ -78,7 +96,12 @@ def create_state(config: ConfigDict) -> TrainState:
     """The state before the first step, decided by ``config.seed``; wrap it in ``jax.jit``."""
     init_key, key = jax.random.split(jax.random.key(config.seed))
     params = conditioned.init_params(config_lib.model_config(config), init_key)
-    return TrainState(
+    make, c = TrainState, config.training
+    if c.adapter_rank:
+        make = functools.partial(AdaptedState, frozen=params)
+        key_of_adapters = jax.random.fold_in(init_key, 1)
+        params = adapters.init(params, c.adapter_rank, c.adapter_paths, key_of_adapters)
+    return make(
         step=jnp.zeros((), jnp.int32),
         params=params,
         # A copy: a donated state must not hold one buffer twice.
@@ -130,7 +153,7 @@ def train_step(
       clipping, ``learning_rate``.
     """
     key = jax.random.fold_in(state.key, state.step)
-    compute = functools.partial(_gradients, state.params, config=config, placement=placement)
+    compute = functools.partial(_gradients, state.params, state, config=config, placement=placement)
     parts = config.training.gradient_accumulation
     gradients, statistics, metrics = task_lib.accumulate(
         compute, state.time_statistics, key, batch, parts
@@ -153,7 +176,7 @@ def train_step(
     ), metrics
 
 
-def _gradients(params, statistics, key, batch, *, config, placement):
+def _gradients(params, state, statistics, key, batch, *, config, placement):
     """Gradients, updated time statistics and metrics of the objective on some rows of a batch."""
     condition = batch.get(CONDITION_KEYS[config.denoiser.condition])
     if condition is not None:
@@ -161,7 +184,8 @@ def _gradients(params, statistics, key, batch, *, config, placement):
     model_config = config_lib.model_config(config)
 
     def loss_fn(params):
-        model = conditioned.bind(model_config, params, placement=placement)
+        whole = complete(state, params)
+        model = conditioned.bind(model_config, whole, placement=placement)
         predict = model.predictor(condition, batch.get("text_features"))
         return objective.variational_bound(
             key,
@@ -207,20 +231,24 @@ class DenoiserTask(Task):
         return train_step(state, batch, config=self._config, placement=placement)
 
     def shardings(self, abstract, mesh):
-        return sharding.shardings(abstract, mesh)
+        rules = (sharding.ADAPTER_RULE,) if self._config.training.adapter_rank else ()
+        return sharding.shardings(abstract, mesh, (*rules, *sharding.RULES))
 
     def begin(self, state):
-        found = pretrained.load_initial(self._config, state.params)
+        model = state.frozen if self._config.training.adapter_rank else state.params
+        found = pretrained.load_initial(self._config, model)
 
         def begun(params):
             return params | {n: sharding.put_like(params[n], part) for n, part in found.items()}
 
+        if self._config.training.adapter_rank:
+            return state.replace(frozen=begun(state.frozen))
         # Two copies: a donated state must not hold one buffer twice.
         return state.replace(params=begun(state.params), ema_params=begun(state.ema_params))
 
     def evaluate(self, step, state, writer):
         if self._evaluation:
-            self._evaluation.run(step, state.ema_params, writer)
+            self._evaluation.run(step, complete(state, state.ema_params), writer)
 
 
 def train_autoencoder(config: ConfigDict, workdir: str) -> None:
