@@ -4,13 +4,16 @@ pip install -e '.[eval]'
 python benchmarks/tokenizer.py --workdir=DIR --set=emoji --calibrate
 python benchmarks/tokenizer.py --workdir=DIR --set=emoji --minutes=6
 python benchmarks/tokenizer.py --workdir=DIR --set=emoji --report
+python benchmarks/tokenizer.py --workdir=DIR --trained RUN RUN
 
 The calibration times a step of every row, which takes a quiet machine. A row then has as many steps
 as fit into the minutes, so the training itself may run beside other work; the same command goes on
 with what is left. The report measures 64 validation pictures: PSNR, SSIM, the share of the codes
 that they use, and how far the reconstructions are from the pictures in the features of
 EfficientNet-Lite0, |f(x)/|f(x)| - f(x')/|f(x')||^2 with its 1280 features f, a network that trained
-none of the rows. It draws the first eight pictures of all rows.
+none of the rows. It draws the first eight pictures of all rows. ``--trained`` does the same for
+workdirs of any tokenizers of one set, for training pictures too. Sharpness is the mean squared
+difference of neighbouring pixels over that of the pictures.
 """
 
 import argparse
@@ -35,9 +38,9 @@ from vqd_jax.training import stage_one, tokenizer
 from vqd_jax.training import task as task_lib
 
 SETS = {"emoji": (emoji, 64), "shapes": (shapes, 32)}
-_PERCEPTUAL = {"squared_weight": 0.0, "perceptual_weight": 0.3}
+_PERCEPTUAL = {"squared_weight": 0.5, "perceptual_weight": 0.1}
 _ADVERSARIAL = _PERCEPTUAL | {
-    "adversarial_weight": 0.1,
+    "adversarial_weight": 0.02,
     "discriminator_channels": 32,
     "discriminator_layers": 2,
 }
@@ -110,14 +113,19 @@ def train(workdir: Path, name: str, row: str, minutes: float) -> None:
     print(f"{row}: {num_steps} steps", flush=True)
 
 
-def validation_pictures(config) -> np.ndarray:
-    """The first pictures of the validation split, uint8 [R, S, S, 3]."""
+def pictures_of(config, split: str = "") -> np.ndarray:
+    """Some pictures of a split, uint8 [R, S, S, 3]; the first ones of that to evaluate on if ""."""
     builder = encode.data_set(config)
-    found = batches.records(builder, sets.evaluation_split(builder))
+    found = batches.records(builder, split or sets.evaluation_split(builder))
+    places = np.random.default_rng(0).permutation(len(found)) if split else range(len(found))
     side = config.data.image_size
-    return np.stack(
-        [images.center_crop(found[i]["image"], side) for i in range(min(MEASURED, len(found)))]
-    )
+    return np.stack([images.center_crop(found[int(i)]["image"], side) for i in places[:MEASURED]])
+
+
+def sharpness(pixels: np.ndarray) -> float:
+    """Mean squared difference of neighbouring pixels."""
+    values = pixels.astype(np.float64)
+    return float(np.mean(np.diff(values, axis=1) ** 2) + np.mean(np.diff(values, axis=2) ** 2))
 
 
 @dataclasses.dataclass
@@ -128,11 +136,11 @@ class Measured:
     shown: np.ndarray
 
 
-def measure(place: Path, net: features.FeatureNet) -> Measured:
-    """What a trained row does to the validation pictures."""
+def measure(place: Path, net: features.FeatureNet, split: str = "") -> Measured:
+    """What a trained row does to the pictures of a split; see ``pictures_of``."""
     config = config_lib.load(str(place / "config.json"))
     params = pretrained.load_autoencoder(config, pretrained.model_folder(str(place)))
-    sizes, pictures = config_lib.autoencoder_config(config), validation_pictures(config)
+    sizes, pictures = config_lib.autoencoder_config(config), pictures_of(config, split)
     run = jax.jit(functools.partial(tokenizer.reconstruct, config=sizes))
     parts = [
         [np.asarray(x)[:count] for x in run(params, part)]
@@ -150,26 +158,27 @@ def measure(place: Path, net: features.FeatureNet) -> Measured:
         "PSNR": float(measures.psnr(pictures, made).mean()),
         "SSIM": float(measures.ssim(pictures, made).mean()),
         "feature distance": float(apart.mean()),
+        "sharpness": sharpness(made) / sharpness(pictures),
         "codes used": len(np.unique(codes)) / sizes.num_codes,
     }
     return Measured(numbers, np.stack([pictures[:8], made[:8]]))
 
 
-def report(workdir: Path, name: str) -> None:
-    """Prints the table of a set, and draws the pictures of its rows."""
+def report(folder: Path, places: dict[str, Path], split: str = "") -> None:
+    """Prints a table of trained tokenizers, by name, and draws their pictures into ``folder``."""
     net = features.efficientnet_lite0()
-    print("| row | steps | PSNR, dB | SSIM | feature distance | codes used |")
-    print("|---|---|---|---|---|---|")
+    print(f"{split or 'validation'} pictures:")
+    print("| row | steps | PSNR, dB | SSIM | feature distance | sharpness | codes used |")
+    print("|---|---|---|---|---|---|---|")
     shown, labels, found = [], [], {}
-    for row in ROWS:
-        place = folder_of(workdir, name, row)
+    for row, place in places.items():
         if not Path(pretrained.model_folder(str(place))).exists():
             continue
-        made = measure(place, net)
+        made = measure(place, net, split)
         found[row] = made.numbers
         print(
             "| {row} | {steps} | {PSNR:.2f} | {SSIM:.3f} | {feature distance:.4f} | "
-            "{codes used:.0%} |".format(row=row, **made.numbers),
+            "{sharpness:.2f} | {codes used:.0%} |".format(row=row, **made.numbers),
             flush=True,
         )
         if not shown:
@@ -177,8 +186,10 @@ def report(workdir: Path, name: str) -> None:
             labels.append("pictures")
         shown.append(made.shown[1])
         labels.append(row)
-    files.write_text(workdir / name / "report.json", json.dumps(found, indent=2))
-    images.save(workdir / name / "rows.png", images.grid(np.stack(shown), labels))
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = "rows" + (f"_{split}" if split else "")
+    files.write_text(folder / f"{stem}.json", json.dumps(found, indent=2))
+    images.save(folder / f"{stem}.png", images.grid(np.stack(shown), labels))
 
 
 def main() -> None:
@@ -189,14 +200,19 @@ def main() -> None:
     parser.add_argument("--row", action="append", choices=tuple(ROWS), help="all if unset")
     parser.add_argument("--minutes", type=float, default=6.0, help="of every row")
     parser.add_argument("--report", action="store_true", help="measure and draw what is trained")
+    parser.add_argument("--trained", nargs="+", type=Path, help="workdirs to measure and draw")
     chosen = parser.parse_args()
     if chosen.calibrate:
         found = step_seconds(chosen.set)
         print(json.dumps(found, indent=2))
         (chosen.workdir / chosen.set).mkdir(parents=True, exist_ok=True)
         files.write_json(chosen.workdir / chosen.set / "calibration.json", found)
+    elif chosen.trained:
+        for split in ("", "train"):
+            report(chosen.workdir, {place.name: place for place in chosen.trained}, split)
     elif chosen.report:
-        report(chosen.workdir, chosen.set)
+        rows = {row: folder_of(chosen.workdir, chosen.set, row) for row in ROWS}
+        report(chosen.workdir / chosen.set, rows)
     else:
         for row in chosen.row or ROWS:
             train(chosen.workdir, chosen.set, row, chosen.minutes)
