@@ -43,11 +43,11 @@ def get_config():
     config.denoiser.width = 160
     config.denoiser.init_std = 0.06
     config.denoiser.scan_unroll = 6
-    config.training.num_steps = 7000
+    config.training.num_steps = 8500
     config.training.learning_rate = 1.5e-3
     config.training.ema_decay = 0.998
     config.training.auxiliary_weight = 1e-2
-    config.training.eval_every = 250
+    config.training.eval_every = 1000
     config.training.save_every = 250
     config.sampling.num_steps = 25
     config.sampling.guidance_scale = 1.5

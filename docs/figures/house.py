@@ -162,9 +162,11 @@ def draw(target: Path) -> None:
     arrows = {(room(i.module), room(i.imported)) for i in imports()}
     arrows = {(a, b) for a, b in arrows if FLOOR_OF.get(a, 99) < FLOOR_OF.get(b, -1)}
     for start, end in sorted(without_shortcuts(arrows)):
-        bent = place[start][0] == place[end][0] and place[start][1] - place[end][1] > 2
+        down = place[start][1] - place[end][1]
+        # A long arrow bends less, or it would leave the drawing.
+        bend = min(0.4, 3.75 / down) if place[start][0] == place[end][0] and down > 2 else 0
         arrow = {"arrowstyle": "-|>", "color": "0.45", "mutation_scale": 14, "patchA": boxes[start]}
-        arrow |= {"patchB": boxes[end], "connectionstyle": f"arc3,rad={0.4 if bent else 0}"}
+        arrow |= {"patchB": boxes[end], "connectionstyle": f"arc3,rad={bend}"}
         axes.annotate("", place[end], place[start], arrowprops=arrow, zorder=3)
     axes.set(xlim=(-2.9, 2.9), ylim=(-0.6, len(floors) - 0.4))
     axes.axis("off")
