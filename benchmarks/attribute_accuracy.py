@@ -40,16 +40,28 @@ def scores(pictures, scenes) -> dict[str, tuple[float, float]]:
     return {n: (v.mean(), v.std(ddof=1) / np.sqrt(len(v))) for n, v in table.items()}
 
 
+def asked(count: int) -> tuple[list[str], list]:
+    """Captions of test scenes with one object, and the scenes."""
+    scenes = (shapes_text.scene(_DATA_SEED, i, "test") for i in itertools.count())
+    scenes = (scene for scene in scenes if len(scene.objects) == 1)
+    scenes = list(itertools.islice(scenes, count))
+    return [shapes_text.captions(scene)[0] for scene in scenes], scenes
+
+
+def of_model(model: VQDiffusion, count: int) -> dict[str, float]:
+    """The share of every attribute that is right, in a picture of each of ``count`` captions."""
+    prompts, scenes = asked(count)
+    made = model.generate(prompts, num_images=1, batch_size=50)
+    return {name: float(mean) for name, (mean, _) in scores(made.pixels[:, 0], scenes).items()}
+
+
 def main(argv):
     del argv
     logging.set_verbosity(logging.WARNING)
     model = VQDiffusion.from_workdir(_WORKDIR.value)
     if not model.config.data.name.startswith("shapes_text"):
         raise UserError(f"{_WORKDIR.value} was trained on {model.config.data.name}, not on shapes")
-    scenes = (shapes_text.scene(_DATA_SEED, i, "test") for i in itertools.count())
-    scenes = (scene for scene in scenes if len(scene.objects) == 1)
-    scenes = list(itertools.islice(scenes, _NUM_PROMPTS.value))
-    prompts = [shapes_text.captions(scene)[0] for scene in scenes]
+    prompts, scenes = asked(_NUM_PROMPTS.value)
     size = model.config.data.image_size
     real = np.stack([images.center_crop(shapes_text.render(scene, size), size) for scene in scenes])
     made = model.generate(prompts, seed=_SEED.value, guidance_scale=_GUIDANCE.value, batch_size=40)

@@ -24,6 +24,7 @@ from vqd_jax.data import batches, encode, images
 from vqd_jax.evaluation import features
 from vqd_jax.pipeline import VQDiffusion
 
+SPLITS = ("train", "validation", "test")
 _SIDE = 16
 
 
@@ -127,6 +128,21 @@ def share(values: np.ndarray) -> str:
     return f"{100 * mean:.1f} ± {100 * np.sqrt(mean * (1 - mean) / len(values)):.1f} %"
 
 
+def of_model(model: VQDiffusion, count: int) -> dict[str, float]:
+    """Share of training objects and people whose true picture is nearest, ``count`` of each."""
+    builder = encode.data_set(model.config)
+    records = read(builder, model.config.data.image_size, SPLITS)
+    held_out, found = set(model.config.data.hold_out), {}
+    num_train = builder.info.splits["train"].num_examples
+    asked_for = groups(records, num_train, held_out, count)
+    for name in ("objects", "people"):
+        prompts = [records.captions[place] for place in asked_for[name].places]
+        made = model.generate(prompts, num_images=1, batch_size=50)
+        nearest = right(small(made.pixels[:, 0]), small(records.pixels), asked_for[name])
+        found[name] = float(nearest.mean())
+    return found
+
+
 def numbers(kind):
     return lambda text: [kind(part) for part in text.split(",")]
 
@@ -144,8 +160,7 @@ def main() -> None:
     chosen = parser.parse_args()
     model = VQDiffusion.from_pretrained(chosen.model)
     builder = encode.data_set(model.config)
-    splits = ("train", "validation", "test")
-    records = read(builder, model.config.data.image_size, splits)
+    records = read(builder, model.config.data.image_size, SPLITS)
     num_train = builder.info.splits["train"].num_examples
     real = {"pixels": small(records.pixels)}
     net = features.efficientnet_lite0() if chosen.features else None

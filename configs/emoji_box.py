@@ -43,7 +43,7 @@ def get_config():
     config.denoiser.width = 160
     config.denoiser.init_std = 0.06
     config.denoiser.scan_unroll = 6
-    config.training.num_steps = 8500
+    config.training.num_steps = 7000
     config.training.learning_rate = 1.5e-3
     config.training.ema_decay = 0.998
     config.training.auxiliary_weight = 1e-2

@@ -186,7 +186,7 @@ def main(argv: list[str]) -> None:
     """Runs the task that the flags name."""
     if len(argv) > 1:
         raise UserError(f"unexpected argument {argv[1]!r}; every option begins with --")
-    prompted = _CONFIG.value is None and _PROMPT.value
+    prompted = _CONFIG.value is None and (_PROMPT.value or _PROMPTS.value)
     mode = _MODE.value or ("sample" if prompted else "train")
     if mode == "convert":
         source, target = _require(_SOURCE), _require(_TARGET)

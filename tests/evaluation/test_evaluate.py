@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import time
 
 import numpy as np
 import pytest
@@ -100,6 +101,26 @@ def test_what_is_cut_off_is_made_again_and_the_report_is_the_same(evaluated, fol
     assert status == 0, log
     assert without_time(folder) == before
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
+
+
+@pytest.mark.slow
+def test_a_killed_evaluation_ends_as_one_never_interrupted(evaluated, folder, start, tmp_path):
+    flags = (f"--model={folder}/model", f"--output={tmp_path}/out", "--sweep=num_steps=2,3")
+
+    def begin():
+        return start(*FLAGS, *flags, "--seed=1")
+
+    for pattern, count in (("pictures/*/*.png", 1), ("features/*/*.npy", 1), ("pictures/*/*", 80)):
+        process = begin()
+        while len(list((tmp_path / "out").glob(pattern))) < count:
+            assert process.poll() is None, f"never saw {pattern}: {process.communicate()[0]}"
+            time.sleep(0.002)
+        process.kill()
+        process.communicate()
+    process = begin()
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    assert without_time(tmp_path) == without_time(folder)
 
 
 def test_pictures_of_another_program(evaluated, folder, call, tmp_path):
