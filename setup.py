@@ -16,7 +16,7 @@ setup(
     python_requires=">=3.11,<3.14",
     packages=find_packages(include=["vqd_jax", "vqd_jax.*"]),
     package_data={
-        "vqd_jax": ["assets/*/*"],
+        "vqd_jax": ["assets/*/*", "assets/*/*/*"],
         "vqd_jax.data": ["assets/*", "assets/*/*"],
         "vqd_jax.interop": ["assets/*"],
         "vqd_jax.web": ["assets/*"],

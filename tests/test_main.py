@@ -426,6 +426,12 @@ def test_adapters_are_trained_and_handed_around(call, tiny_run, tmp_path):
     run, small = (VQDiffusion.from_pretrained(str(tmp_path / x)) for x in ("run", "small"))
     assert run.fingerprint() == small.fingerprint()
     assert run.fingerprint() != VQDiffusion.from_pretrained(str(tiny_run)).fingerprint()
+    whole = ("--mode=export", f"--workdir={tmp_path}/run", "--format=vqd_jax")
+    status, output = call(*whole, f"--target={tmp_path}/whole")
+    assert status == 0, output
+    described = json.loads((tmp_path / "whole" / "config.json").read_text())
+    assert described["autoencoder"]["path"] == ""
+    assert VQDiffusion.from_pretrained(str(tmp_path / "whole")).fingerprint() == run.fingerprint()
     file = tmp_path / "small" / "model.safetensors"
     assert file.stat().st_size < 0.1 * 4 * _parameters(run)
     described = json.loads((tmp_path / "small" / "config.json").read_text())

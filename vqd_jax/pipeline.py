@@ -133,6 +133,8 @@ class VQDiffusion:
         params = jax.tree.map(np.asarray, params)
         if format == "vqd_jax":
             described = {"kind": config_lib.MODEL_KIND, **self.config.to_dict()}
+            # It is in the folder; where it came from is nobody's concern elsewhere.
+            described["autoencoder"]["path"] = ""
             texts = self.tokenizer.files("tokenizer")
             folder.save(directory, described, params, dtype=dtype, files=texts)
             return
