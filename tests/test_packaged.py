@@ -39,7 +39,7 @@ def test_a_prompt_alone_draws_into_the_working_directory(call, tmp_path, monkeyp
     status, output = call("--prompt=red heart", "--num_images=1", f"--output={tmp_path}/out")
     assert status == 0, output
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert names == ["000_red_heart_seed0_00.png", "grid_seed0.png"]
+    assert names == ["000_red-heart_seed0_00.png", "grid_seed0.png"]
     pixels = np.asarray(Image.open(tmp_path / "out" / names[0])).astype(float)
     # The middle is red and the corners are white.
     assert pixels[28:36, 28:36, 0].mean() > pixels[28:36, 28:36, 1:].mean() + 80
