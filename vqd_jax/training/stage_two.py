@@ -68,8 +68,11 @@ class AdaptedState(TrainState):
     frozen: Any = None
 
 
-def complete(state: TrainState, params: Any) -> Any:
-    """The parameters of the model, from ``params`` or ``ema_params`` of a state."""
+def complete(state: TrainState | None, params: Any) -> Any:
+    """The parameters of the model, from ``params`` or ``ema_params`` of a state.
+
+    Without a state, all of them are in ``params``.
+    """
     frozen = getattr(state, "frozen", None)
     return params if frozen is None else adapters.merged(frozen, params)
 
@@ -153,7 +156,9 @@ def train_step(
       clipping, ``learning_rate``.
     """
     key = jax.random.fold_in(state.key, state.step)
-    compute = functools.partial(_gradients, state.params, state, config=config, placement=placement)
+    compute = functools.partial(
+        _gradients, state.params, state=state, config=config, placement=placement
+    )
     parts = config.training.gradient_accumulation
     gradients, statistics, metrics = task_lib.accumulate(
         compute, state.time_statistics, key, batch, parts
@@ -176,7 +181,7 @@ def train_step(
     ), metrics
 
 
-def _gradients(params, state, statistics, key, batch, *, config, placement):
+def _gradients(params, statistics, key, batch, *, config, placement, state=None):
     """Gradients, updated time statistics and metrics of the objective on some rows of a batch."""
     condition = batch.get(CONDITION_KEYS[config.denoiser.condition])
     if condition is not None:
