@@ -111,7 +111,9 @@ class FolderPictures:
         folder, self._size = Path(directory), size
         if not folder.is_dir():
             raise UserError(f"{folder} is not a folder of pictures")
-        found = sorted(p for p in folder.iterdir() if p.suffix.lower() in _SUFFIXES)
+        # A hidden file is no picture: a program that was killed may have left a part of one.
+        visible = (p for p in folder.iterdir() if not p.name.startswith("."))
+        found = sorted(p for p in visible if p.suffix.lower() in _SUFFIXES)
         self._paths = found[:count]
         if not found:
             raise UserError(f"{folder} has no picture ({', '.join(sorted(_SUFFIXES))})")
