@@ -16,7 +16,7 @@ setup(
     python_requires=">=3.11,<3.14",
     packages=find_packages(include=["vqd_jax", "vqd_jax.*"]),
     package_data={
-        "vqd_jax": ["assets/*/*", "assets/*/*/*"],
+        "vqd_jax": ["assets/*/*"],
         "vqd_jax.data": ["assets/*", "assets/*/*"],
         "vqd_jax.interop": ["assets/*"],
         "vqd_jax.web": ["assets/*"],
@@ -75,7 +75,7 @@ setup(
             "hypothesis>=6.130,<7",
             "playwright>=1.60,<2",
             "pytest>=8.3,<10",
-            "pytest-xdist>=3.6,<4",
+            "pytest-xdist>=3.8,<4",
             "ruff>=0.17,<0.18",
             # The format's own library, which ours is compared with.
             "safetensors>=0.6,<1",

@@ -16,8 +16,9 @@ captions among its training pictures, and for all held-out ones among all pictur
 ``--data=emoji_text`` asks it for what its base knew.
 
 The ceiling is the same for the true pictures after a pass through the tokenizer. Sharpness is the
-mean squared difference of neighbouring pixels over that of the true pictures. A copy is nearer to
-some training picture than that picture's own nearest neighbour, a third of the distance away.
+mean squared difference of neighbouring pixels over that of the true pictures. A picture counts as a
+copy of the training picture that is nearest to it, if that one's own nearest neighbour among the
+training pictures is more than three times as far away.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from typing import NamedTuple
 import numpy as np
 
 from vqd_jax.data import batches, encode, images
-from vqd_jax.evaluation import features
+from vqd_jax.evaluation import distances, features, measures
 from vqd_jax.pipeline import VQDiffusion
 
 SPLITS = ("train", "validation", "test")
@@ -102,38 +103,24 @@ def small(pixels: np.ndarray) -> np.ndarray:
     return means.reshape(count, -1).astype(np.float32)
 
 
-def squared(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Squared distances [P, R] of rows."""
-    apart = (first**2).sum(1)[:, None] + (second**2).sum(1)[None] - 2.0 * first @ second.T
-    return np.maximum(apart, 0.0)
-
-
 def right(made: np.ndarray, real: np.ndarray, asked: Asked) -> np.ndarray:
     """Whether each true picture is the only nearest of its pool, bool [P]."""
-    apart = squared(made.astype(np.float64), real.astype(np.float64))
+    apart = distances.squared_distances(np.asarray(made, np.float64), np.asarray(real, np.float64))
     own = apart[np.arange(len(made)), asked.places]
     return ((apart <= own[:, None]) & asked.pools).sum(axis=1) == 1
 
 
-def sharpness(pixels: np.ndarray) -> float:
-    """Mean squared difference of neighbouring pixels."""
-    values = pixels.astype(np.float64)
-    return float(np.mean(np.diff(values, axis=1) ** 2) + np.mean(np.diff(values, axis=2) ** 2))
-
-
 def copies(made: np.ndarray, training: np.ndarray) -> float:
     """Share of pictures that are three times as near to a training picture as its neighbours."""
-    between = squared(training, training)
-    np.fill_diagonal(between, np.inf)
-    apart = squared(made, training)
-    nearest = apart.argmin(axis=1)
-    return float(np.mean(apart.min(axis=1) < between.min(axis=1)[nearest] / 9.0))
+    found = distances.nearest(made, training)
+    spacing = distances.nearest(training, training, same=True).distance
+    return float(np.mean(distances.is_copy(found, spacing / 3.0)))
 
 
 def share(values: np.ndarray) -> str:
     """A percentage with its standard error."""
-    mean = float(np.mean(values))
-    return f"{100 * mean:.1f} ± {100 * np.sqrt(mean * (1 - mean) / len(values)):.1f} %"
+    found = distances.mean_estimate(values)
+    return f"{100 * found.value:.1f} ± {100 * found.error:.1f} %"
 
 
 def of_model(model: VQDiffusion, count: int) -> dict[str, float]:
@@ -191,7 +178,7 @@ def main() -> None:
 
     def line(name, pixels, asked):
         found = {key: right(x, real[key], asked) for key, x in seen(pixels).items()}
-        sharp = sharpness(pixels) / sharpness(records.pixels[asked.places])
+        sharp = measures.sharpness(pixels) / measures.sharpness(records.pixels[asked.places])
         copied = copies(small(pixels), real["pixels"][:num_train])
         in_features = share(found["features"]) if net else "-"
         print(

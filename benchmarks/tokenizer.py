@@ -122,12 +122,6 @@ def pictures_of(config, split: str = "") -> np.ndarray:
     return np.stack([images.center_crop(found[int(i)]["image"], side) for i in places[:MEASURED]])
 
 
-def sharpness(pixels: np.ndarray) -> float:
-    """Mean squared difference of neighbouring pixels."""
-    values = pixels.astype(np.float64)
-    return float(np.mean(np.diff(values, axis=1) ** 2) + np.mean(np.diff(values, axis=2) ** 2))
-
-
 @dataclasses.dataclass
 class Measured:
     """A line of the table, and the reconstructions that are shown."""
@@ -158,7 +152,7 @@ def measure(place: Path, net: features.FeatureNet, split: str = "") -> Measured:
         "PSNR": float(measures.psnr(pictures, made).mean()),
         "SSIM": float(measures.ssim(pictures, made).mean()),
         "feature distance": float(apart.mean()),
-        "sharpness": sharpness(made) / sharpness(pictures),
+        "sharpness": measures.sharpness(made) / measures.sharpness(pictures),
         "codes used": len(np.unique(codes)) / sizes.num_codes,
     }
     return Measured(numbers, np.stack([pictures[:8], made[:8]]))

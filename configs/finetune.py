@@ -2,10 +2,9 @@
 
 python -m vqd_jax.main --config=configs/finetune.py --config.data.dir=PICTURES --workdir=DIR
 
-PICTURES has captions beside the pictures, as docs/data_sets.md describes. A word in every caption
-that names the style, "red apple, flat style", keeps what the model knew apart from it. The
-tokenizer stays as it is. These steps learn some hundred pictures by heart, and forget others:
-docs/finetuning.md has an example with its figures, and says when to stop.
+PICTURES has captions beside the pictures, as docs/data_sets.md describes. The tokenizer stays as it
+is. These steps learn some hundred pictures by heart and forget others: docs/finetuning.md has an
+example with its figures, and says when to stop.
 """
 
 from configs import emoji_box

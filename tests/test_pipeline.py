@@ -9,6 +9,7 @@ from PIL import Image
 from vqd_jax.diffusion import rules, sampler, schedule
 from vqd_jax.errors import UserError
 from vqd_jax.generation import draw
+from vqd_jax.interop import pretrained
 from vqd_jax.models import conditioned
 from vqd_jax.models.denoiser import DenoiserConfig
 from vqd_jax.models.text_encoder import TextEncoderConfig
@@ -280,6 +281,8 @@ def test_a_folder_in_the_home_directory_is_found(model, tmp_path, monkeypatch):
     model.save_pretrained(str(tmp_path / "model"))
     monkeypatch.setenv("HOME", str(tmp_path))
     assert VQDiffusion.from_pretrained("~/model").fingerprint() == model.fingerprint()
+    # What it makes goes beside it, and not into the working directory.
+    assert pretrained.beside("~/model") == tmp_path / "model"
 
 
 def test_folders_of_other_things_are_named(model, tmp_path):

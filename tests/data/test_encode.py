@@ -291,6 +291,11 @@ def test_training_is_balanced_by_a_feature_of_the_set(emoji):
     # The other pictures of a concept take its whole share.
     judges = [w for c, w in zip(concepts, weights, strict=True) if c == "judge"]
     np.testing.assert_allclose(sum(judges), 1.0)
+    config.data.hold_out = tuple(
+        {r["captions"][0] for r in (source[i] for i in range(len(source)))}
+    )
+    with pytest.raises(UserError, match="hold_out leaves no training record"):
+        encode.record_weights(config, emoji)
     config.data.hold_out = ("no such caption",)
     with pytest.raises(UserError, match="hold_out: no training record has 'no such caption'"):
         encode.record_weights(config, emoji)

@@ -114,6 +114,17 @@ def test_copies_stand_out(tmp_path):
     assert ratios[:50].max() < 1e-5 and ratios[50:].min() > 1e-3
 
 
+def test_sharpness_is_the_squared_difference_of_neighbours():
+    pictures = np.zeros((2, 3, 4, 3), np.uint8)
+    # One step of 6 in each row, of the 3 between 4 columns: 36 / 3; none between rows.
+    pictures[:, :, 2:] = 6
+    assert measures.sharpness(pictures) == 12.0
+    assert measures.sharpness(pictures.swapaxes(1, 2)) == 12.0
+    blurred = np.array(pictures)
+    blurred[:, :, 1] = 3
+    assert measures.sharpness(blurred) == (9 + 9) / 3
+
+
 def test_psnr_and_ssim():
     first = np.random.default_rng(0).integers(0, 200, (2, 24, 24, 3)).astype(np.uint8)
     second = first + np.uint8(10)

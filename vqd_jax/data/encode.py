@@ -96,7 +96,8 @@ def record_weights(config: ConfigDict, builder: tfds.core.DatasetBuilder) -> np.
     """How often training takes each record of the train split, float64 [R]; None is equally often.
 
     Raises:
-      UserError: no record has what ``config.data.balance_by`` or ``hold_out`` names.
+      UserError: no record has what ``config.data.balance_by`` or ``hold_out`` names, or all are
+        held out.
     """
     name, hold_out = config.data.balance_by, set(config.data.hold_out)
     if not name and not hold_out:
@@ -109,12 +110,20 @@ def record_weights(config: ConfigDict, builder: tfds.core.DatasetBuilder) -> np.
                 f"{', '.join(sorted(builder.info.features))}"
             )
     source = batches.records(builder, TRAIN, decode=False)
-    records = [source[i] for i in range(len(source))]
-    held = np.array([bool(hold_out.intersection(r.get("captions", ()))) for r in records])
-    if missing := hold_out.difference(*(r.get("captions", ()) for r in records)):
+    groups, held, missing = [], [], set(hold_out)
+    # One record at a time: all of them, with their pictures, may not fit into memory.
+    for i in range(len(source)):
+        record = source[i]
+        captions = hold_out.intersection(record.get("captions", ()))
+        held.append(bool(captions))
+        missing -= captions
+        groups.append(str(record[name]) if name else str(i))
+    held = np.array(held)
+    if missing:
         raise UserError(f"config.data.hold_out: no training record has {sorted(missing)[0]!r}")
-    groups = [str(record[name]) if name else str(i) for i, record in enumerate(records)]
-    weights = np.zeros(len(records))
+    if held.all():
+        raise UserError("config.data.hold_out leaves no training record")
+    weights = np.zeros(len(held))
     weights[~held] = order.balanced_weights(np.array(groups)[~held], config.data.balance_power)
     return weights
 

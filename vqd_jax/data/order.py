@@ -110,7 +110,8 @@ class _Weighted:
 
     def __init__(self, weights: np.ndarray, num_sets: int, seed: int):
         weights = np.asarray(weights, np.float64)
-        # Records of one weight stand in any order, so that those of one kind do not alternate.
+        # Records of one weight stand in random order. In the order of the set, places that are a
+        # fixed distance apart would always take the same kind, such as one skin tone.
         mixed = np.random.default_rng(seed).permutation(len(weights))
         self._records = mixed[np.argsort(weights[mixed], kind="stable")]
         shares = weights[self._records] / weights.sum()

@@ -254,6 +254,15 @@ def psnr(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     return 10 * np.log10(255**2 / np.maximum(error, 255**2 / 1e10))
 
 
+def sharpness(pictures: np.ndarray) -> float:
+    """Mean squared difference of neighbouring pixels of pictures uint8 [B, S, S, 3].
+
+    Blurred pictures have less of it than the real ones, noisy pictures more.
+    """
+    values = pictures.astype(np.float64)
+    return float(np.mean(np.diff(values, axis=1) ** 2) + np.mean(np.diff(values, axis=2) ** 2))
+
+
 def ssim(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """Structural similarity of pictures uint8 [B, S, S, 3], float64 [B].
 

@@ -46,7 +46,8 @@ def located(directory: str) -> str:
 
 def beside(directory: str) -> Path:
     """Where what a model makes goes: its folder, or of a packaged one the working directory."""
-    return Path(directory if located(directory) == directory else ".")
+    found = located(directory)
+    return Path(found if found == files.expanded(directory) else ".")
 
 
 def model_folder(workdir: str) -> str:
@@ -160,6 +161,14 @@ def load_averaged(config: ConfigDict, workdir: str) -> Any:
     Raises:
       UserError: there is no checkpoint, or none can be read.
     """
+    found = _averages(config, workdir)
+    if "frozen" in found:
+        return adapters.merged(found["frozen"], found["ema_params"])
+    return found["ema_params"]
+
+
+def _averages(config: ConfigDict, workdir: str) -> dict[str, Any]:
+    """``ema_params`` of the newest checkpoint; of a run with adapters, ``frozen`` too."""
     # Orbax takes a second to import, and a model folder needs none.
     from vqd_jax import checkpoint
 
@@ -169,10 +178,7 @@ def load_averaged(config: ConfigDict, workdir: str) -> Any:
     if c.adapter_rank:
         learnt = adapters.abstract(abstract, c.adapter_rank, c.adapter_paths)
         wanted = {"ema_params": learnt, "frozen": abstract}
-    found = checkpoint.load(checkpoint.folder(config, workdir), checkpoint.abstract(wanted))[1]
-    if c.adapter_rank:
-        return adapters.merged(found["frozen"], found["ema_params"])
-    return found["ema_params"]
+    return checkpoint.load(checkpoint.folder(config, workdir), checkpoint.abstract(wanted))[1]
 
 
 def save_adapters(workdir: str, target: str) -> None:
@@ -187,19 +193,15 @@ def save_adapters(workdir: str, target: str) -> None:
     Raises:
       UserError: the run has no adapters, or no checkpoint.
     """
-    from vqd_jax import checkpoint
-
+    if not (Path(workdir) / "config.json").exists():
+        raise UserError(f"{workdir} has no config.json: nothing was trained there")
     config = config_lib.load(str(Path(workdir) / "config.json"))
-    c = config.training
-    if not c.adapter_rank:
+    if not config.training.adapter_rank:
         raise UserError(f"{workdir} trained all parameters: export it with --format=vqd_jax")
-    abstract = conditioned.abstract_params(config_lib.model_config(config))
-    learnt = adapters.abstract(abstract, c.adapter_rank, c.adapter_paths)
-    wanted = checkpoint.abstract({"ema_params": learnt, "frozen": abstract})
-    found = checkpoint.load(checkpoint.folder(config, workdir), wanted)[1]
+    found = _averages(config, workdir)
     described = {
         "kind": ADAPTERS_KIND,
-        "base": c.init_from,
+        "base": config.training.init_from,
         "base_fingerprint": files.fingerprint(found["frozen"]),
         "config": config.to_dict(),
     }
