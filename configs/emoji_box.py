@@ -3,7 +3,8 @@
 python -m vqd_jax.main --mode=train_autoencoder --config=configs/emoji_box.py --workdir=DIR
 python -m vqd_jax.main --config=configs/emoji_box.py --workdir=DIR
 
-Pictures are taken by the square root of a concept's size, since most concepts have one picture.
+Pictures are taken by the square root of a concept's size, since most concepts have one picture. The
+packaged model went on from there with all pictures equally often: vqd_jax/assets/emoji/README.md.
 The pictures of HELD_OUT are never seen: each is a person whose profession, gender and skin tone the
 model knows from other pictures.
 """
@@ -50,7 +51,7 @@ def get_config():
     config.training.eval_every = 1000
     config.training.save_every = 250
     config.sampling.num_steps = 25
-    config.sampling.guidance_scale = 1.5
+    config.sampling.guidance_scale = 1.0
     config.sampling.prompts = (
         "red heart",
         "grinning face",

@@ -16,16 +16,18 @@ def get_config():
     config.data.name = "shapes_text"
     config.autoencoder.num_codes = 128
     config.autoencoder.revival_threshold = 0.05
-    config.autoencoder.num_steps = 1000
+    config.autoencoder.num_steps = 2000
     config.text_encoder.context_length = 36
     config.denoiser.num_layers = 4
     config.denoiser.init_std = 0.06
     config.denoiser.scan_unroll = 4
-    config.training.num_steps = 1300
+    config.training.num_steps = 4500
     config.training.learning_rate = 2e-3
     config.training.auxiliary_weight = 1e-2
-    config.training.eval_every = 650
-    config.training.save_every = 325
+    config.training.ema_decay = 0.995
+    config.training.eval_every = 1500
+    config.training.save_every = 500
+    config.sampling.guidance_scale = 1.5
     config.sampling.prompts = (
         "a small red circle at the top left, white background",
         "a large blue star in the centre, pale pink background",

@@ -22,6 +22,10 @@ _CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "vqd_
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
+# Most tests compile more than they compute, and XLA compiles twice as fast without its expensive
+# passes. JAX_DISABLE_MOST_OPTIMIZATIONS=0 tests the programs that users run; .ci/run does so for
+# one file of every room.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 
 # Files that take longest begin first, so that no worker is left alone with one at the end. (Without
