@@ -4,9 +4,10 @@ python benchmarks/attribute_accuracy.py --workdir=DIR
 
 DIR is the workdir of a run of configs/shapes.py. The prompts are the captions of test scenes with
 one object, whose pair of colour and shape no training picture has. Every attribute is read back
-from the pixels; ``count`` is the share of pictures with just one object. Beside the model stand the
-true pictures after a pass through the autoencoder, which bound what it can reach, and as drawn,
-which shows that the reading itself is right.
+from the pixels; ``count`` is the share of pictures with just one object, and ``all`` that of
+pictures with everything right. Beside the model stand the true pictures after a pass through the
+autoencoder, which bound what it can reach, and as drawn, which shows that the reading itself is
+right.
 """
 
 import dataclasses
@@ -31,11 +32,15 @@ _DATA_SEED = 0
 
 
 def scores(pictures, scenes) -> dict[str, tuple[float, float]]:
-    """Mean and standard error of every attribute's share, over pictures uint8 [R, S, S, 3]."""
+    """Mean and standard error of every attribute's share, over pictures uint8 [R, S, S, 3].
+
+    ``all`` is 1 for a picture in which every attribute of every object and the count are right.
+    """
     rows = [
         attribute_scores(image, [dataclasses.asdict(shape) for shape in scene.objects])
         for image, scene in zip(pictures, scenes, strict=True)
     ]
+    rows = [row | {"all": float(min(row.values()) == 1)} for row in rows]
     table = {name: np.array([row[name] for row in rows]) for row in rows[:1] for name in row}
     return {n: (v.mean(), v.std(ddof=1) / np.sqrt(len(v))) for n, v in table.items()}
 

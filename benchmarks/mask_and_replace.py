@@ -1,0 +1,233 @@
+"""Should noise replace codes, or only mask them? Models that differ in nothing else, on shapes.
+
+python benchmarks/mask_and_replace.py --workdir=DIR
+python benchmarks/mask_and_replace.py --workdir=DIR --report
+
+One model for every replace mass and seed, all of the same size, trained for the same number of
+steps on the same codes. Each is asked for its bits a token, for the share of wrong tokens that it
+puts right, and for pictures of captions whose pair of colour and shape no training picture has,
+with several rules and numbers of steps. Errors are standard errors over the seeds.
+
+A training or a measurement that is finished is a file in DIR and is not done again.
+"""
+
+import functools
+import time
+from pathlib import Path
+
+import attribute_accuracy
+import jax
+import jax.numpy as jnp
+import numpy as np
+import study
+from ml_collections import ConfigDict
+
+from vqd_jax import config as config_lib
+from vqd_jax.data import codes as codes_lib
+from vqd_jax.diffusion import sampler, schedule
+from vqd_jax.evaluation import likelihood
+from vqd_jax.interop import pretrained
+from vqd_jax.models import conditioned
+from vqd_jax.parallel import rows
+from vqd_jax.pipeline import VQDiffusion
+from vqd_jax.training import stage_two
+
+# The replace mass at time T, and config.diffusion.mask, the mask probabilities at times 1 and T,
+# that express it. config.diffusion.keep is (0.99999, 0.000009) in every row, so all rows forget the
+# picture at the same rate; what is neither kept nor masked is replaced, and the tables are straight
+# lines between the end points. Hence 0 masks all that is not kept, 1 masks nothing, 1e-6 is
+# ``released`` and has this mass at all times, and 0.1 is ``paper``, where the mass grows with time
+# as it does in 0.05 and 0.2. (At time 1 it is 1e-6 there, and at T short of its name by 9e-6.)
+MASKS = {
+    "0": (0.00001, 0.999991),
+    "1e-6": schedule.RELEASED_MASK,
+    "0.05": (0.000009, 0.95),
+    "0.1": schedule.PAPER_MASK,
+    "0.2": (0.000009, 0.8),
+    "1": (0.0, 0.0),
+}
+RULES = ("ordinary", "high_quality", "purity", "confidence", "remask")
+STEPS = (10, 25, 50, 100)
+# Rules that begin all masked, or hide tokens again, have no meaning where nothing is ever masked.
+_WITHOUT_MASKS = ("ordinary",)
+# The share of tokens that are exchanged, and where the chain that is to mend them begins (in T).
+_WRONG = 0.1
+_BEGINNINGS = (0.1, 0.25, 0.5, 0.75, 1.0)
+_MENDING_STEPS = 10
+
+
+def run_config(config: ConfigDict, mass: str, seed: int) -> ConfigDict:
+    """The config of one model."""
+    config = config.copy_and_resolve_references()
+    config.seed = seed
+    config.diffusion.schedule = "released"
+    config.diffusion.keep = schedule.RELEASED_KEEP
+    config.diffusion.mask = MASKS[mass]
+    config_lib.validate(config)
+    return config
+
+
+def rules_of(mass: str, rules: list[str]) -> list[str]:
+    """The rules that have a meaning with this replace mass."""
+    return [rule for rule in rules if mass != "1" or rule in _WITHOUT_MASKS]
+
+
+def folder_of(place: Path, mass: str, seed: int) -> Path:
+    """The workdir of a model."""
+    return place / f"mass_{mass}_seed_{seed}"
+
+
+def train(config: ConfigDict, workdir: Path) -> dict[str, float]:
+    """Trains one model and returns what the training itself measures at its end."""
+    start = time.perf_counter()
+    stage_two.train(config, str(workdir))
+    last = study.metrics(workdir)
+    bits = {f"{s} bits": last[f"{s}/bits_per_token"] for s in ("train", "validation")}
+    return bits | {"seconds": time.perf_counter() - start}
+
+
+def drawn_right(model: VQDiffusion, rule: str, num_steps: int, count: int) -> dict[str, float]:
+    """Shares of what captions ask for in a picture of each of them."""
+    prompts, scenes = attribute_accuracy.asked(count)
+    made = model.generate(prompts, rule=rule, num_steps=num_steps, batch_size=count)
+    found = attribute_accuracy.scores(made.pixels[:, 0], scenes)
+    return {name: float(mean) for name, (mean, _) in found.items()}
+
+
+def exchanged(key: jax.Array, codes: jax.Array, num_codes: int) -> tuple[jax.Array, jax.Array]:
+    """Codes [B, N] with a tenth of each row's exchanged for others, and which, bool [B, N]."""
+    key_place, key_code = jax.random.split(key)
+    order = jnp.argsort(jax.random.uniform(key_place, codes.shape), axis=1)
+    wrong = order < round(_WRONG * codes.shape[1])
+    other = (codes + jax.random.randint(key_code, codes.shape, 1, num_codes)) % num_codes
+    return jnp.where(wrong, other, codes), wrong
+
+
+@functools.partial(jax.jit, static_argnames=("sizes", "strength"))
+def mended(params, key, codes, conditions, noise, *, sizes, strength: float):
+    """Wrong tokens of pictures, and what a model makes of them.
+
+    Args:
+      params: of the two networks.
+      key: PRNG key.
+      codes: int32 [B, N], of real pictures.
+      conditions: int32 [B, L], their captions.
+      noise: the schedule.
+      sizes: of the networks.
+      strength: share of T at which the chain takes the pictures up; nothing is added to them.
+
+    Returns:
+      Which tokens were exchanged, bool [B, N]; the likeliest codes after one call of the network,
+      and the codes at the end of an ordinary chain, int32 [B, N] each.
+    """
+    key_wrong, key_chain = jax.random.split(key)
+    given, wrong = exchanged(key_wrong, codes, noise.num_codes)
+    predict = conditioned.bind(sizes, params).predictor(conditions)
+    keys = jax.random.split(key_chain, len(codes))
+    settings = sampler.Settings(initial=codes, strength=strength, num_steps=_MENDING_STEPS)
+    chain, steps = sampler.begin(keys, codes.shape, noise, settings)
+    chain = chain._replace(tokens=given)
+    likeliest = predict(given, chain.start).argmax(-1)
+    return wrong, likeliest, sampler.advance(keys, predict, chain, steps, noise, settings)[0].tokens
+
+
+def self_correction(found: pretrained.Model, codes, conditions) -> dict[str, float]:
+    """Shares of tokens, for every beginning: put right, spoilt, and right in the end.
+
+    ``put right at once`` takes the likeliest codes of one call. With a replace mass of 0 no visible
+    token ever changes, so nothing is put right by a chain.
+    """
+    sizes, noise = config_lib.model_config(found.config), config_lib.noise_schedule(found.config)
+    table = {}
+    for strength in _BEGINNINGS:
+        parts = []
+        for number, ((some, texts), count) in enumerate(rows.batches((codes, conditions), 64)):
+            key = jax.random.fold_in(jax.random.key(0), number)
+            made = mended(found.params, key, some, texts, noise, sizes=sizes, strength=strength)
+            wrong, *answers = (np.asarray(x)[:count] for x in made)
+            parts.append((wrong, *(answer == some[:count] for answer in answers)))
+        wrong, at_once, after = (np.concatenate(x) for x in zip(*parts, strict=True))
+        table[f"{strength}"] = {
+            "put right at once": float(at_once[wrong].mean()),
+            "put right": float(after[wrong].mean()),
+            "spoilt": float(1 - after[~wrong].mean()),
+            "right": float(after.mean()),
+        }
+    return table
+
+
+def measure(config: ConfigDict, flags) -> None:
+    """Trains and measures all that is left to do; models of one replace mass share programs."""
+    source = codes_lib.open_split(f"{config.data.codes}/validation")
+    codes, conditions = likelihood.chosen(source, config.evaluation.num_images, "text")
+    for mass in flags.mass:
+        shared = None
+        for seed in range(flags.seeds):
+            workdir = folder_of(flags.workdir, mass, seed)
+            of_run = run_config(config, mass, seed)
+            study.once(workdir / "trained.json", lambda: train(of_run, workdir))  # noqa: B023
+            found = pretrained.load_run(str(workdir))
+            correct = functools.partial(self_correction, found, codes, conditions)
+            study.once(workdir / "self_correction.json", correct)
+            shared = shared or VQDiffusion(*found)
+            model = shared.with_params(found.params)
+            for rule in rules_of(mass, flags.rule):
+                for steps in flags.steps:
+                    draw = functools.partial(drawn_right, model, rule, steps, flags.pictures)
+                    study.once(workdir / f"drawn_{rule}_{steps}.json", draw)
+                    print(f"{workdir.name}: {rule}, {steps} steps", flush=True)
+
+
+def report(flags) -> None:
+    """Prints the tables of what is there."""
+
+    def kept(mass, name):
+        paths = [folder_of(flags.workdir, mass, s) / f"{name}.json" for s in range(flags.seeds)]
+        return [study.files.read_json(path, "remove it") for path in paths if path.exists()]
+
+    lines = []
+    for mass in flags.mass:
+        trained, mending = kept(mass, "trained"), kept(mass, "self_correction")
+        cells = [
+            study.over_seeds([t[f"{s} bits"] for t in trained]) for s in ("validation", "train")
+        ]
+        # Where the chain begins is the choice of whoever mends, so each mass has its best one.
+        best = max(_BEGINNINGS, key=lambda b: sum(m[f"{b}"]["right"] for m in mending))  # noqa: B023
+        for name in ("put right at once", "put right", "spoilt", "right"):
+            cells.append(study.over_seeds([m[f"{best}"][name] for m in mending], percent=True))
+        lines.append([mass, len(trained), *cells, best if mending else "–"])
+    study.print_table(
+        f"Bits a token, and what becomes of pictures in which {_WRONG:.0%} of the tokens are wrong "
+        "(%)",
+        ["replace mass", "seeds", "bits, validation", "bits, train", "wrong put right at once",
+         "wrong put right", "right spoilt", "right in the end", "chain from (T)"],
+        lines,
+    )  # fmt: skip
+    for attribute in ("all", "colour", "shape", "size", "position", "count"):
+        lines = [
+            [mass, rule]
+            + [
+                study.over_seeds([d[attribute] for d in kept(mass, f"drawn_{rule}_{steps}")], True)
+                for steps in flags.steps
+            ]
+            for mass in flags.mass
+            for rule in rules_of(mass, flags.rule)
+        ]
+        what = "Everything right" if attribute == "all" else f"{attribute.capitalize()} right"
+        steps = [f"{steps} steps" for steps in flags.steps]
+        study.print_table(f"{what} (%)", ["replace mass", "rule", *steps], lines)
+
+
+def main() -> None:
+    parser = study.parser(__doc__.splitlines()[0])
+    parser.add_argument("--mass", nargs="+", choices=tuple(MASKS), default=list(MASKS))
+    parser.add_argument("--rule", nargs="+", default=list(RULES))
+    parser.add_argument("--steps", nargs="+", type=int, default=list(STEPS))
+    flags = parser.parse_args()
+    if not flags.report:
+        measure(study.begin(flags), flags)
+    report(flags)
+
+
+if __name__ == "__main__":
+    main()

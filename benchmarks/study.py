@@ -1,0 +1,100 @@
+"""What the studies on shapes share: one tokenizer, files that are not made again, and tables.
+
+A study is a command that may be stopped at any time. Whatever it finishes, a training or a
+measurement, is a JSON file in its folder, and the next start goes on behind it.
+"""
+
+import argparse
+import ast
+import functools
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from configs import shapes
+from vqd_jax import config as config_lib
+from vqd_jax import files, modes
+from vqd_jax.errors import UserError
+from vqd_jax.training import stage_two
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """The flags of every study."""
+    made = argparse.ArgumentParser(description=description)
+    made.add_argument("--workdir", type=Path, required=True, help="folder of the study")
+    made.add_argument(
+        "--tokenizer", type=Path, help="a run of configs/shapes.py, whose tokenizer and codes are "
+        "taken; WORKDIR/tokenizer, made first, if unset",
+    )  # fmt: skip
+    made.add_argument("--seeds", type=int, default=3)
+    made.add_argument("--pictures", type=int, default=200, help="captions of each measurement")
+    made.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE",
+        help="changes a field of configs/shapes.py, as in --set training.num_steps=500",
+    )  # fmt: skip
+    made.add_argument("--report", action="store_true", help="print what is there; measure nothing")
+    return made
+
+
+def begin(flags: argparse.Namespace) -> ConfigDict:
+    """The config that all runs of the study start from; makes the tokenizer and its codes.
+
+    Raises:
+      UserError: the folder has the files of a study with other settings.
+    """
+    config = shapes.get_config()
+    for change in flags.set:
+        key, _, value = change.partition("=")
+        config.update_from_flattened_dict({key: ast.literal_eval(value)})
+    tokenizer = flags.tokenizer or flags.workdir / "tokenizer"
+    decisive = config_lib.flatten(config) | {"pictures": flags.pictures, "tokenizer": tokenizer}
+    decisive = json.loads(json.dumps(decisive, default=str))
+    kept = flags.workdir / "study.json"
+    if kept.exists():
+        changed = files.differences(files.read_json(kept, "remove it"), decisive)
+        if changed:
+            raise UserError(
+                f"{flags.workdir} has a study with other settings: {'; '.join(changed)}"
+            )
+    files.write_json(kept, decisive)
+    if not (tokenizer / "codes" / "validation" / "manifest.json").exists():
+        stage_two.train_autoencoder(config, str(tokenizer))
+        modes.encode(config, str(tokenizer))
+    config.autoencoder.path = str(tokenizer)
+    config.data.codes = str(tokenizer / "codes")
+    # A run is measured when it is finished, and keeps what a restart needs.
+    config.training.eval_every = config.training.num_steps
+    config.training.keep_checkpoints = 1
+    return config
+
+
+def once(path: Path, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What ``compute`` returned, now or at an earlier start."""
+    if not path.exists():
+        files.write_json(path, compute())
+    return files.read_json(path, "remove it")
+
+
+def metrics(workdir: Path) -> dict[str, float]:
+    """The last value of everything that a run has logged."""
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    return functools.reduce(dict.__or__, map(json.loads, lines))
+
+
+def over_seeds(values: Sequence[float], percent: bool = False) -> str:
+    """Mean and standard error of a figure over the seeds; an en dash where there is none."""
+    if not len(values):
+        return "–"
+    scaled = np.asarray(values) * (100 if percent else 1)
+    error = scaled.std(ddof=1) / np.sqrt(len(scaled)) if len(scaled) > 1 else np.nan
+    return f"{scaled.mean():.1f} ± {error:.1f}" if percent else f"{scaled.mean():.3f} ± {error:.3f}"
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table in Markdown."""
+    lines = [columns, ["---"] * len(columns), *rows]
+    print(f"\n{title}\n\n" + "\n".join(f"| {' | '.join(map(str, row))} |" for row in lines))
