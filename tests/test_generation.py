@@ -39,6 +39,7 @@ def half_known():
         {"rule": "purity", "num_steps": 5},
         {"rule": "remask", "guidance_scale": 1.0},
         {"rule": "halton", "guidance_scale": 3.0, "guidance_interval": (0.2, 0.7)},
+        {"rule": "entropy_bound"},
         {"known": half_known()},
         {"initial": codes(3), "strength": 0.35, "top_k": 4},
         {"times": (0, 1, 5, 10)},

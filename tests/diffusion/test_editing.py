@@ -17,6 +17,9 @@ RULES = [
     rules.Purity(1.0),
     rules.Confidence(),
     rules.Halton((4, 4)),
+    rules.LeaveOneOut(0.5),
+    rules.Moment(),
+    rules.EntropyBound(),
 ]
 
 

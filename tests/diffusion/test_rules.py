@@ -131,7 +131,10 @@ def flat(num_codes):
     return lambda tokens, time: jnp.full((*tokens.shape, num_codes), -jnp.log(float(num_codes)))
 
 
-REVEALING = [rules.HighQuality(), rules.Purity(0.5), rules.Confidence(), rules.Halton((4, 8))]
+REVEALING = [
+    rules.HighQuality(), rules.Purity(0.5), rules.Confidence(), rules.Halton((4, 8)),
+    rules.Moment(), rules.EntropyBound(0.0),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("rule", REVEALING, ids=lambda rule: type(rule).__name__)

@@ -21,6 +21,9 @@ RULES: dict[str, Callable[[tuple[int, int]], Callable]] = {
     "confidence": lambda grid: rules.Confidence(),
     "halton": rules.Halton,
     "remask": lambda grid: rules.Remask(),
+    "leave_one_out": lambda grid: rules.LeaveOneOut(),
+    "moment": lambda grid: rules.Moment(),
+    "entropy_bound": lambda grid: rules.EntropyBound(),
 }
 
 

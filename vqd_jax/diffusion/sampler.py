@@ -83,7 +83,7 @@ class Settings(struct.PyTreeNode):
         if self.calls_per_step > 1 and not reveals:
             raise ValueError(
                 f"calls_per_step={self.calls_per_step}: {name} does a step in one call; "
-                "high_quality, purity, confidence and halton can share it out"
+                "high_quality, purity, confidence, halton, moment, entropy_bound can share it out"
             )
         if self.start == "schedule" and reveals:
             raise ValueError(f"start='schedule': {name} takes no noise back, so it needs 'masked'")
@@ -188,18 +188,24 @@ def sample(
     chain, steps = begin(key, shape, schedule, settings)
     # An image that begins before time T may have fewer times than there are steps.
     begins_later = settings.initial is not None or settings.known is not None
+    runs_ahead = getattr(settings.rule, "runs_ahead", False)
 
     def step(tokens, at):
+        changes = at.s < at.t
+        if runs_ahead:
+            changes &= (tokens == schedule.num_codes).any(axis=1)
+
         def move(tokens):
-            log_x0 = _predict(predict_log_x0, tokens, at.t, at.scale, settings)
+            log_x0 = _predict(predict_log_x0, tokens, at, schedule, settings)
             predictions = log_x0.argmax(-1).astype(jnp.int32) if settings.trajectory else None
             return _moved(key, log_x0, tokens, chain, at, schedule, settings), predictions
 
         def rest(tokens):
-            return tokens, jnp.zeros_like(tokens) if settings.trajectory else None
+            # Where nothing is left to find, the tokens are the codes.
+            return tokens, tokens if settings.trajectory else None
 
-        if begins_later:
-            tokens, predictions = jax.lax.cond(jnp.any(at.s < at.t), move, rest, tokens)
+        if begins_later or runs_ahead:
+            tokens, predictions = jax.lax.cond(jnp.any(changes), move, rest, tokens)
         else:
             tokens, predictions = move(tokens)
         return tokens, (tokens, predictions) if settings.trajectory else None
@@ -306,7 +312,7 @@ def advance(
         at, changes, is_last = at
 
         def move(tokens, answer):
-            log_x0 = _predict(predict_log_x0, tokens, at.t, at.scale, settings)
+            log_x0 = _predict(predict_log_x0, tokens, at, schedule, settings)
             moved = _moved(key, log_x0, tokens, chain, at, schedule, settings)
             answer = jax.lax.cond(
                 is_last, lambda: _answer(log_x0, moved, shape[-1]), lambda: answer
@@ -405,8 +411,11 @@ def pairs(even: jax.Array, odd: jax.Array) -> jax.Array:
     return jnp.stack([even, odd], axis=1).reshape(-1, *even.shape[1:])
 
 
-def _predict(predict_log_x0, tokens, t, scale, settings):
-    """log p0 [B, N, K] at times t [B]; the guidance ``scale`` [] or None."""
+def _predict(predict_log_x0, tokens, at, schedule, settings):
+    """log p0 [B, N, K] at the step ``at``, one of ``Steps``."""
+    t, scale = at.t, at.scale
+    if getattr(settings.rule, "runs_ahead", False):
+        t = masked_time(jnp.mean(tokens == schedule.num_codes, axis=1), schedule)
 
     def conditional():
         return shape_x0(predict_log_x0(tokens, t), settings)
