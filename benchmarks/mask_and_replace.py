@@ -103,8 +103,8 @@ def exchanged(key: jax.Array, codes: jax.Array, num_codes: int) -> tuple[jax.Arr
     return jnp.where(wrong, other, codes), wrong
 
 
-@functools.partial(jax.jit, static_argnames=("sizes", "strength"))
-def mended(params, key, codes, conditions, noise, *, sizes, strength: float):
+@functools.partial(jax.jit, static_argnames="sizes")
+def mended(params, key, codes, conditions, noise, strength, *, sizes):
     """Wrong tokens of pictures, and what a model makes of them.
 
     Args:
@@ -113,8 +113,8 @@ def mended(params, key, codes, conditions, noise, *, sizes, strength: float):
       codes: int32 [B, N], of real pictures.
       conditions: int32 [B, L], their captions.
       noise: the schedule.
-      sizes: of the networks.
       strength: share of T at which the chain takes the pictures up; nothing is added to them.
+      sizes: of the networks.
 
     Returns:
       Which tokens were exchanged, bool [B, N]; the likeliest codes after one call of the network,
@@ -143,7 +143,7 @@ def self_correction(found: pretrained.Model, codes, conditions) -> dict[str, flo
         parts = []
         for number, ((some, texts), count) in enumerate(rows.batches((codes, conditions), 64)):
             key = jax.random.fold_in(jax.random.key(0), number)
-            made = mended(found.params, key, some, texts, noise, sizes=sizes, strength=strength)
+            made = mended(found.params, key, some, texts, noise, strength, sizes=sizes)
             wrong, *answers = (np.asarray(x)[:count] for x in made)
             parts.append((wrong, *(answer == some[:count] for answer in answers)))
         wrong, at_once, after = (np.concatenate(x) for x in zip(*parts, strict=True))
