@@ -17,7 +17,7 @@ RULES = [
     rules.Purity(1.0),
     rules.Confidence(),
     rules.Halton((4, 4)),
-    rules.LeaveOneOut(0.5),
+    rules.LeaveOneOut(),
     rules.Moment(),
     rules.EntropyBound(),
 ]

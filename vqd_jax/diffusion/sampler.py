@@ -197,7 +197,7 @@ def sample(
 
         def move(tokens):
             log_x0 = _predict(predict_log_x0, tokens, at, schedule, settings)
-            predictions = log_x0.argmax(-1).astype(jnp.int32) if settings.trajectory else None
+            predictions = _likeliest(log_x0, tokens, settings)
             return _moved(key, log_x0, tokens, chain, at, schedule, settings), predictions
 
         def rest(tokens):
@@ -317,8 +317,7 @@ def advance(
             answer = jax.lax.cond(
                 is_last, lambda: _answer(log_x0, moved, shape[-1]), lambda: answer
             )
-            predictions = log_x0.argmax(-1).astype(jnp.int32) if settings.trajectory else None
-            return (moved, answer), predictions
+            return (moved, answer), _likeliest(log_x0, tokens, settings)
 
         def rest(tokens, answer):
             return (tokens, answer), jnp.zeros_like(tokens) if settings.trajectory else None
@@ -338,6 +337,17 @@ def _moved(key, log_x0, tokens, chain, at, schedule, settings):
     step = rules.Step(at.s, at.t, chain.start, chain.num_masked, chain.masked_share, part)
     moved = jnp.where((at.s < at.t)[:, None], rule(keys, log_x0, tokens, step, schedule), tokens)
     return _restore(moved, schedule, settings)
+
+
+def _likeliest(log_x0, tokens, settings):
+    """The most likely clean codes [B, N], if they are asked for."""
+    if not settings.trajectory:
+        return None
+    codes = log_x0.argmax(-1).astype(jnp.int32)
+    if getattr(settings.rule, "runs_ahead", False):
+        # What is revealed stays; so it is, too, where no call is made any more.
+        return jnp.where(tokens < log_x0.shape[-1], tokens, codes)
+    return codes
 
 
 def _answer(log_x0, tokens, num_candidates):
