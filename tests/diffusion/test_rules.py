@@ -133,7 +133,7 @@ def flat(num_codes):
 
 REVEALING = [
     rules.HighQuality(), rules.Purity(0.5), rules.Confidence(), rules.Halton((4, 8)),
-    rules.Moment(), rules.EntropyBound(0.0),
+    rules.Moment(),
 ]  # fmt: skip
 
 

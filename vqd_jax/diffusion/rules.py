@@ -311,8 +311,8 @@ class EntropyBound(Reveal):
 
     in nats. U is the largest set of the surest masked tokens for which the right side is at most
     the bound: a token is in it if those surer than it sum to no more. At least as many tokens as
-    the schedule says are revealed, so S steps are enough. With bound 0 the schedule alone decides,
-    surest first; with an infinite bound all tokens are drawn in the first step.
+    the schedule says are revealed, so S steps are enough. With bound 0 it is one token, the surest,
+    or as many as the schedule says; with an infinite bound all tokens are drawn in the first step.
 
     The tokens run ahead of the schedule, so the sampler tells the network the time whose share of
     masks they have, and does not call it where nothing is left to reveal.
