@@ -31,7 +31,7 @@ class Log:
             self.segments.append([request.name for request in requests])
             yield [f"{request.name}{part}" for request in requests]
 
-    def ask(self, engine, request, visitor=None, rows=1):
+    def ask(self, engine, request, visitor=None, rows=1, name=""):
         told, over = [], threading.Event()
 
         def post(event, value):
@@ -40,7 +40,7 @@ class Log:
                 over.set()
 
         self.told[request.name], self.over[request.name] = told, over
-        return engine.ask(request, rows, visitor or request.name, post)
+        return engine.ask(request, rows, visitor or request.name, post, name)
 
     def wait(self, *names):
         for name in names:
@@ -139,6 +139,29 @@ def test_a_cancel_in_the_queue(log, make):
     gate.set()
     log.wait("b")
     assert all("a" not in names for names in log.segments)
+
+
+def test_a_name_cancels_what_runs_and_what_waits_and_nothing_else(log, make):
+    engine, gate = make()
+    cancelled = ("failed", engine_lib.CANCELLED)
+    log.ask(engine, Asked("runs", parts=10**6), visitor="v", name="x")
+    log.ask(engine, Asked("beside", key="b"), visitor="v", name="y")
+    log.ask(engine, Asked("nameless", key="n"), visitor="v")
+    # There are three lanes, so this one waits.
+    log.ask(engine, Asked("waits", key="w"), visitor="v", name="z")
+    for key in ("", "b", "n", "w"):
+        engine.prepare([Asked("", key=key)])
+    log.segments.clear()
+    found = [engine.call(engine.cancel, name) for name in ("z", "", "unknown")]
+    gate.set()
+    assert [future.result(20) for future in found] == [1, 0, 0]
+    log.wait("beside", "nameless", "waits")
+    assert log.last("waits") == cancelled
+    assert all("waits" not in names for names in log.segments)
+    assert engine.call(engine.cancel, "x").result(20) == 1
+    assert engine.call(engine.cancel, "x").result(20) == 0
+    assert log.last("runs") == cancelled and log.told["runs"].count(cancelled) == 1
+    assert log.last("beside")[0] == log.last("nameless")[0] == "done"
 
 
 def test_one_that_fails_harms_no_other_and_is_told_why(log, make):

@@ -5,6 +5,8 @@ import http.client
 import json
 import re
 import runpy
+import time
+import uuid
 from pathlib import Path
 
 import httpx
@@ -55,6 +57,42 @@ def test_previews_come_before_the_answer(client):
     assert hidden[0] > hidden[-1] == 0 and hidden == sorted(hidden, reverse=True)
 
 
+def test_one_of_two_requests_of_a_client_is_cancelled(client, web_model):
+    """The other one, which may run in the same batch, has the pictures of ``generate``."""
+    options = {"seed": 3, "num_images": 2, "num_steps": 500}
+    # On a machine that is busy the request may be over before the cancel arrives.
+    for _ in range(5):
+        ids = [str(uuid.uuid4()) for _ in range(2)]
+        ended, stays = (
+            client.submit(prompt=prompt, request_id=id, **options, api_name="/generate")
+            for prompt, id in zip(PROMPTS, ids, strict=False)
+        )
+        while not ended.outputs() and not ended.done():
+            time.sleep(0.02)
+        if client.predict(request_id=ids[0], api_name="/cancel") == {"cancelled": 1}:
+            break
+    else:
+        pytest.fail("no request was cancelled")
+    with pytest.raises(Exception, match="it was cancelled"):
+        ended.result(60)
+    assert ended.outputs()[-1]["step"] < 500
+    alone = web_model.generate([PROMPTS[1]], **options)
+    np.testing.assert_array_equal(stays.result(60)["codes"], alone.codes[0])
+    for id in (*ids, str(uuid.uuid4())):
+        assert client.predict(request_id=id, api_name="/cancel") == {"cancelled": 0}
+
+
+def test_plain_http_cancels_too(page_url):
+    path, request_id = "/gradio_api/call/v2/", {"request_id": str(uuid.uuid4())}
+    event = post(page_url, f"{path}generate", {"num_steps": 1000} | request_id).json()["event_id"]
+    until, told = time.monotonic() + 60, ""
+    while '"cancelled": 1' not in told and time.monotonic() < until:
+        cancel = post(page_url, f"{path}cancel", request_id).json()["event_id"]
+        told = httpx.get(f"{page_url}/gradio_api/call/cancel/{cancel}", timeout=60).text
+    told = httpx.get(f"{page_url}/gradio_api/call/generate/{event}", timeout=60).text
+    assert "it was cancelled" in told and '"is_over": true' not in told
+
+
 def test_every_token_outside_of_a_mask_stays(client):
     """Random masks, eight at a time; benchmarks/page.py has 200 of a trained model."""
     draw, count = np.random.default_rng(0), 32
@@ -97,6 +135,8 @@ def test_the_example_runs(page_url, tmp_path, monkeypatch):
         ("generate", {"known": [1, 2]}, "known: must be 16 numbers"),
         ("generate", {"known": [99999] * 16}, "known: must be a list of whole numbers"),
         ("generate", {"known": "abc"}, "known: must be a list of whole numbers"),
+        ("generate", {"request_id": str(uuid.uuid1())}, "request_id: must be a random UUID"),
+        ("cancel", {"request_id": "1"}, "request_id: must be a random UUID"),
         ("encode", {"picture": "/etc/passwd"}, "picture: must be a data URL"),
         ("decode", {"codes": [[32] * 16]}, "codes: must be 16 numbers below 32"),
         ("decode", {"codes": []}, "codes: must be 1..64 lists"),
@@ -111,10 +151,10 @@ def test_the_schema_refuses_what_it_does_not_know(page_url):
     answer = post(page_url, "/gradio_api/call/v2/generate", {"prompt": "a", "bogus": 1})
     assert answer.status_code == 422 and "bogus" in answer.text
     assert post(page_url, "/gradio_api/call/v2/bogus", {}).status_code == 404
-    answer = post(page_url, "/gradio_api/call/generate", {"data": ["a"] * 13})
+    answer = post(page_url, "/gradio_api/call/generate", {"data": ["a"] * 14})
     event = answer.json()["event_id"]
     told = httpx.get(f"{page_url}/gradio_api/call/generate/{event}", timeout=60).text
-    assert "there are 13 values for 12 parameters" in told
+    assert "there are 14 values for 13 parameters" in told
 
 
 def test_what_gradio_has_beside_the_page_is_not_there(page_url):

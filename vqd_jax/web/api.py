@@ -4,6 +4,7 @@ Letters: J images of a request, N image tokens, F steps.
 """
 
 import functools
+import uuid
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +23,12 @@ MAX_DECODED = 64
 
 def add(model: VQDiffusion, engine: Engine) -> None:
     """Adds the functions to the page that is being built; their hints are the schema."""
+    gr.api(_streaming(_generating(model, engine)), api_name="generate")
+    for function in _short(model, engine):
+        gr.api(_told(function), api_name=function.__name__)
+
+
+def _generating(model: VQDiffusion, engine: Engine) -> Callable:
     own = form_lib.defaults(model)
 
     async def generate(
@@ -38,11 +45,13 @@ def add(model: VQDiffusion, engine: Engine) -> None:
         known: list[int] | None = None,
         initial: list[int] | None = None,
         strength: float = own.strength,
+        request_id: str = "",
     ) -> dict[str, Any]:
         """Pictures of one prompt; what comes before the last answer are previews.
 
         `known` has a code for each token, or the number of codes where one is to be found; the
-        others stay. `initial` has the codes to begin from, noised by `strength`.
+        others stay. `initial` has the codes to begin from, noised by `strength`. `request_id` is a
+        random UUID of the caller's own, by which `cancel` ends the request.
         """
         # The form's fields; the codes are written as its links write them.
         fields = {
@@ -51,8 +60,8 @@ def add(model: VQDiffusion, engine: Engine) -> None:
             "truncation": truncation, "temperature": temperature, "strength": strength,
             "known": _packed("known", known), "initial": _packed("initial", initial),
         }  # fmt: skip
-        asked = form_lib.parse(fields, model)
-        async for event, value in follow(engine, asked, asked.num_images, visitor(request)):
+        asked, name = form_lib.parse(fields, model), _id(request_id) if request_id else ""
+        async for event, value in follow(engine, asked, asked.num_images, visitor(request), name):
             if event == "failed":
                 raise UserError(value)
             if event == "part":
@@ -60,6 +69,19 @@ def add(model: VQDiffusion, engine: Engine) -> None:
                 yield _answer(part, model)
         over = {"seconds": value, "request": asked.fields(), "is_over": True}
         yield _answer(part, model) | over
+
+    return generate
+
+
+def _short(model: VQDiffusion, engine: Engine) -> tuple[Callable, ...]:
+    """The functions that have one answer."""
+
+    async def cancel(request_id: str) -> dict[str, int]:
+        """Ends the requests that were given this id; each of them fails with "it was cancelled".
+
+        `cancelled` is how many they are: 0 if the request is over, or has not come in yet.
+        """
+        return {"cancelled": await short(engine, engine.cancel, _id(request_id))}
 
     async def encode(picture: str) -> dict[str, Any]:
         """The codes of a picture, a data URL, and the picture that they show."""
@@ -75,14 +97,26 @@ def add(model: VQDiffusion, engine: Engine) -> None:
         made = await short(engine, work.shown, model, rows, "")
         return {"pictures": made["pictures"]}
 
-    gr.api(_streaming(generate), api_name="generate")
-    gr.api(_told(encode), api_name="encode")
-    gr.api(_told(decode), api_name="decode")
+    return cancel, encode, decode
 
 
 def visitor(request: gr.Request) -> str:
     """Whose turn a request takes: a session's, or that of all who call without one."""
     return request.session_hash or "api"
+
+
+def _id(request_id: Any) -> str:
+    """The id of a request as the engine knows it.
+
+    Whoever has the id may cancel, so it must be one that nobody can guess: 122 random bits.
+    """
+    try:
+        made = uuid.UUID(request_id)
+    except (TypeError, ValueError, AttributeError):
+        made = None
+    if made is None or made.version != 4:
+        raise UserError("request_id: must be a random UUID (version 4), as uuid.uuid4() makes it")
+    return str(made)
 
 
 def _streaming(function: Callable) -> Callable:

@@ -25,6 +25,7 @@ LANES = 3
 # Seconds that a short function may take, its waiting included.
 PATIENCE = 120
 DEFECT = "a defect of the server; its log says more"
+CANCELLED = "it was cancelled"
 
 
 @dataclasses.dataclass(eq=False)
@@ -39,6 +40,7 @@ class Ticket:
         ("part", one of what the sampling yields), and at last once with ("done", seconds) or
         ("failed", message).
       deadline: of ``time.monotonic``.
+      name: of ``Engine.cancel``; "" is none.
     """
 
     request: Any
@@ -46,6 +48,7 @@ class Ticket:
     visitor: str
     post: Callable[[str, Any], None]
     deadline: float
+    name: str = ""
     alone: bool = False
     cancelled: bool = False
     ahead: int = -1
@@ -98,15 +101,20 @@ class Engine:
         self._thread.start()
 
     def ask(
-        self, request: Any, rows: int, visitor: str, post: Callable[[str, Any], None]
+        self,
+        request: Any,
+        rows: int,
+        visitor: str,
+        post: Callable[[str, Any], None],
+        name: str = "",
     ) -> Ticket:
-        """Puts a request into the queue.
+        """Puts a request into the queue; see ``Ticket`` for the arguments.
 
         Raises:
           UserError: too many wait.
         """
         deadline = time.monotonic() + self._time_limit
-        ticket = Ticket(request, rows, visitor, post, deadline)
+        ticket = Ticket(request, rows, visitor, post, deadline, name)
         with self._changed:
             if sum(map(len, self._waiting.values())) >= MAX_WAITING:
                 raise UserError(f"{MAX_WAITING} requests wait already: try again in a minute")
@@ -130,6 +138,20 @@ class Engine:
             self._calls.append((future, function, args))
             self._changed.notify()
         return future
+
+    def cancel(self, name: str) -> int:
+        """Ends the requests of a name, each with ("failed", ``CANCELLED``); how many there were.
+
+        Only ``call`` may run it: between two segments nobody else tells a ticket anything.
+        """
+        with self._changed:
+            running = [ticket for batch in self._running for ticket in batch.tickets]
+            waiting = _tickets(self._waiting)
+        found = [t for t in [*running, *waiting] if name and t.name == name and not t.cancelled]
+        for ticket in found:
+            ticket.cancel()
+            ticket.post("failed", CANCELLED)
+        return len(found)
 
     def prepare(self, requests: list[Any]) -> None:
         """Makes the programs of requests that will come, so that those need not wait for them."""
@@ -163,7 +185,8 @@ class Engine:
         for batch in self._running:
             batch.parts.close()
         for ticket in [*_tickets(self._waiting), *(t for b in self._running for t in b.tickets)]:
-            ticket.post("failed", "the server stops")
+            if not ticket.cancelled:
+                ticket.post("failed", "the server stops")
 
     def _advance(self, batch: _Batch) -> None:
         """One segment of a sampling; it stays among the running ones unless it is over."""
@@ -281,9 +304,9 @@ class Engine:
 
 
 async def follow(
-    engine: Engine, request: Any, rows: int, visitor: str
+    engine: Engine, request: Any, rows: int, visitor: str, name: str = ""
 ) -> AsyncIterator[tuple[str, Any]]:
-    """What happens to a request, as ``Ticket.post`` is told it.
+    """What happens to a request, as ``Ticket.post`` is told it; arguments as for ``Engine.ask``.
 
     Whoever stops iterating cancels the request.
     """
@@ -296,7 +319,7 @@ async def follow(
             # The server is gone, and with it who would read this.
             pass
 
-    ticket = engine.ask(request, rows, visitor, post)
+    ticket = engine.ask(request, rows, visitor, post, name)
     try:
         event = ""
         while event not in ("done", "failed"):
