@@ -1,5 +1,6 @@
 """A page that is served in this process, and a browser to look at it."""
 
+import contextlib
 import shutil
 import threading
 import time
@@ -10,8 +11,8 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 
 @pytest.fixture(scope="session")
-def web_model():
-    """An untrained model of 16 tokens and up to 1,000 steps. Not to be changed."""
+def untrained():
+    """untrained("text") -> a model of 16 tokens and up to 1,000 steps with that condition."""
     import jax
 
     from configs import tiny
@@ -19,30 +20,40 @@ def web_model():
     from vqd_jax.models import autoencoder, conditioned
     from vqd_jax.pipeline import VQDiffusion
 
-    config = tiny.get_config()
-    config.diffusion.num_steps, config.sampling.num_steps = 1000, 100
+    def untrained(condition):
+        config = tiny.get_config()
+        config.diffusion.num_steps, config.sampling.num_steps = 1000, 100
+        config.denoiser.condition = condition
+        config.denoiser.num_classes = 3 if condition == "class" else 0
 
-    @jax.jit
-    def init():
-        params = conditioned.init_params(config_lib.model_config(config), jax.random.key(0))
-        codec = config_lib.autoencoder_config(config)
-        # Large enough that the text and the guidance matter to an untrained network.
-        return jax.tree.map(lambda x: 8 * x, params), autoencoder.init_params(
-            codec, jax.random.key(1)
-        )
+        @jax.jit
+        def init():
+            params = conditioned.init_params(config_lib.model_config(config), jax.random.key(0))
+            codec = config_lib.autoencoder_config(config)
+            # Large enough that the text and the guidance matter to an untrained network.
+            return jax.tree.map(lambda x: 8 * x, params), autoencoder.init_params(
+                codec, jax.random.key(1)
+            )
 
-    return VQDiffusion(config, *init())
+        return VQDiffusion(config, *init())
+
+    return untrained
 
 
 @pytest.fixture(scope="session")
-def page_url(web_model):
-    """The address of the page of ``web_model``."""
+def web_model(untrained):
+    """A model of texts. Not to be changed."""
+    return untrained("text")
+
+
+@contextlib.contextmanager
+def _served(model):
     import uvicorn
 
     from vqd_jax.web import server, work
 
-    engine = work.engine(web_model)
-    app = server.application(web_model, engine, {"127.0.0.1"})
+    engine = work.engine(model)
+    app = server.application(model, engine, {"127.0.0.1"})
     listener = server.listen("127.0.0.1", 0)
     running = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
     thread = threading.Thread(target=running.run, kwargs={"sockets": [listener]})
@@ -51,11 +62,26 @@ def page_url(web_model):
     while not running.started:
         assert thread.is_alive()
         time.sleep(0.05)
-    yield url
-    running.should_exit = True
-    thread.join()
-    engine.close()
-    listener.close()
+    try:
+        yield url
+    finally:
+        running.should_exit = True
+        thread.join()
+        engine.close()
+        listener.close()
+
+
+@pytest.fixture(scope="session")
+def serve():
+    """serve(model) -> the address of its page."""
+    with contextlib.ExitStack() as stack:
+        yield lambda model: stack.enter_context(_served(model))
+
+
+@pytest.fixture(scope="session")
+def page_url(web_model, serve):
+    """The address of the page of ``web_model``."""
+    return serve(web_model)
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 """The page in a real browser: what a visitor does, and what they see."""
 
 import base64
+import contextlib
 import io
 import json
 
@@ -20,10 +21,9 @@ def requested():
     return []
 
 
-@pytest.fixture
-def page(browser, page_url, requested, request):
-    """The page in a window of its own; an error in its scripts fails the test."""
-    size = getattr(request, "param", {"width": 1280, "height": 900})
+@contextlib.contextmanager
+def opened(browser, url, requested, size):
+    """A page in a window of its own; an error in its scripts fails the test."""
     context = browser.new_context(viewport=size, accept_downloads=True)
     context.set_default_timeout(LONG)
     context.grant_permissions(["clipboard-read", "clipboard-write"])
@@ -32,11 +32,18 @@ def page(browser, page_url, requested, request):
     # Gradio catches what a component throws, and writes it there.
     page.on("console", lambda m: errors.append(m.text) if m.type == "error" else None)
     page.on("request", lambda request: requested.append(request.url))
-    page.goto(page_url)
+    page.goto(url)
     page.wait_for_selector("#generate")
     yield page
     context.close()
     assert errors == []
+
+
+@pytest.fixture
+def page(browser, page_url, requested, request):
+    size = getattr(request, "param", {"width": 1280, "height": 900})
+    with opened(browser, page_url, requested, size) as page:
+        yield page
 
 
 def part(page, name):
@@ -285,6 +292,36 @@ def test_the_keyboard_is_enough(page):
     made(page)
     changed = numbers(recipe(page)["codes"]) != numbers(before["codes"])
     assert set(np.flatnonzero(changed)) <= {5, 6}
+
+
+@pytest.mark.parametrize(("condition", "prompt"), [("class", "2"), ("none", "")])
+def test_a_model_of_classes_or_of_nothing(condition, prompt, browser, untrained, serve):
+    """A list of classes and no prompt; neither of them, and no guidance."""
+    model, size = untrained(condition), {"width": 1280, "height": 900}
+
+    def alone(seed):
+        # With the programs of the page, so that no others are compiled.
+        watched = {"callback": lambda preview: None, "callback_steps": 5, "trajectory": True}
+        return model.generate([prompt], seed=seed, **watched).codes[0, 0]
+
+    alone(0)
+    with opened(browser, serve(model), [], size) as page:
+        page.set_default_timeout(3 * LONG)
+        page.get_by_role("button", name="Settings").click()
+        page.locator("#temperature").wait_for()
+        assert not page.locator("#prompt textarea").is_visible()
+        guided = [page.locator(f"#{n}").is_visible() for n in ("negative_prompt", "guidance_scale")]
+        assert guided == 2 * [condition == "class"]
+        if condition == "class":
+            page.locator("#prompt input").click()
+            assert page.get_by_role("option").all_inner_texts()[-3:] == ["0", "1", "2"]
+            page.get_by_role("option", name="2").click()
+        put(page, "num_images", 1)
+        page.click("#generate")
+        made(page)
+        after = recipe(page)
+    assert after["request"]["prompt"] == prompt
+    np.testing.assert_array_equal(numbers(after["codes"]), alone(after["request"]["seed"]))
 
 
 def test_the_page_asks_nobody_else(requested, page_url):

@@ -98,10 +98,12 @@ def build(model: VQDiffusion, engine: Engine) -> gr.Blocks:
         asked = {"outputs": [tokens, form["seed"]], "api_visibility": "private", **_QUIET}
         begun = [
             make.click(from_form, [random_seed, *fields], **asked),
-            form["prompt"].submit(from_form, [random_seed, *fields], **asked),
             compare.click(side_by_side, [random_seed, *fields, *other], **asked),
             tokens.paint(from_tokens, [random_seed, *fields], **asked),
         ]
+        if isinstance(form["prompt"], gr.Textbox):
+            # A list of classes has no key that sends it.
+            begun.append(form["prompt"].submit(from_form, [random_seed, *fields], **asked))
         shown = [random_seed, *fields]
         tokens.fill(fill, shown, shown, api_visibility="private", **_QUIET)
         # The component says that it stopped.
