@@ -313,3 +313,19 @@ def test_numbers_in_the_settings_do_not_recompile():
     for seed, scale in enumerate([1.0, 2.0, 3.0]):
         count(keys(2, seed), sampler.Settings(guidance=scale, truncation=scale / 4))
     assert len(traced) == 1
+
+
+def test_the_likeliest_codes_are_found_without_sorting_all():
+    """XLA falls back to a sort of all codes where its pattern of the first few is not met."""
+    log_x0 = jnp.log(jax.random.dirichlet(jax.random.key(0), jnp.ones(64), (2, 3)))
+    tokens = jnp.array([[0, 64, 2], [64, 4, 64]])
+    program = jax.jit(sampler._answer, static_argnums=2).lower(log_x0, tokens, 5).compile()
+    assert " sort(" not in program.as_text()
+    answer = program(log_x0, tokens)
+    order = np.argsort(-np.asarray(log_x0), axis=-1)[..., :5]
+    np.testing.assert_array_equal(answer.candidates, order)
+    best = np.take_along_axis(np.asarray(log_x0), order, axis=-1)
+    np.testing.assert_allclose(answer.probabilities, np.exp(best), rtol=1e-6)
+    there = np.where(tokens < 64, tokens, order[..., 0])[..., None]
+    there = np.take_along_axis(np.asarray(log_x0), there, axis=-1)[..., 0]
+    np.testing.assert_allclose(answer.confidence, np.exp(there), rtol=1e-6)

@@ -352,7 +352,9 @@ def _likeliest(log_x0, tokens, settings):
 
 def _answer(log_x0, tokens, num_candidates):
     best, candidates = jax.lax.top_k(log_x0, num_candidates)
-    shown = jnp.where(tokens < log_x0.shape[-1], tokens, candidates[..., 0])
+    # The likeliest code is the first candidate, too, but if that is read here, XLA on a CPU sorts
+    # all K codes.
+    shown = jnp.where(tokens < log_x0.shape[-1], tokens, log_x0.argmax(-1))
     there = jnp.take_along_axis(log_x0, shown[..., None], axis=-1)[..., 0]
     return Answer(candidates, jnp.exp(best), jnp.exp(there))
 
