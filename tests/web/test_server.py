@@ -1,6 +1,7 @@
 """What programs may ask of the page, and what nobody may."""
 
 import concurrent.futures
+import gc
 import http.client
 import json
 import re
@@ -22,7 +23,8 @@ PROMPTS = ("red heart", "a black cat", "", "rocket")
 def client(page_url):
     from gradio_client import Client
 
-    return Client(page_url, verbose=False)
+    # A machine that is busy may take long to answer.
+    return Client(page_url, verbose=False, httpx_kwargs={"timeout": 60})
 
 
 def post(page_url, path, body, **kwargs):
@@ -175,6 +177,22 @@ def test_foreign_pages_and_names_are_turned_away(page_url):
     foreign = post(page_url, path, body, headers={"origin": "http://example.org"})
     assert foreign.status_code == 403
     assert post(page_url, path, body, headers={"origin": page_url}).status_code == 200
+
+
+def test_gradio_keeps_few_sessions_and_no_account_of_requests(client):
+    """Its own bounds are 10,000 of each, which is up to a gigabyte."""
+    from gradio.state_holder import StateHolder
+
+    from vqd_jax.web import server
+
+    for _ in range(2):
+        client.predict(request_id=str(uuid.uuid4()), api_name="/cancel")
+    holders = [one for one in gc.get_objects() if isinstance(one, StateHolder)]
+    served = [one for one in holders if client.session_hash in one]
+    assert [one.capacity for one in served] == [server.MAX_SESSIONS]
+    queue = served[0].blocks._queue
+    assert len(queue.event_analytics) <= 1
+    assert queue.cached_event_analytics_summary == {"functions": {}}
 
 
 def test_large_and_endless_bodies_are_turned_away(page_url):

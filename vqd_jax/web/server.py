@@ -1,6 +1,7 @@
 """The server of the page: what may come in, and from where."""
 
 import ipaddress
+import os
 import socket
 from collections.abc import Callable
 from typing import Any
@@ -25,6 +26,14 @@ _ALLOWED = (
 )  # fmt: skip
 # A picture in base64 and the rest of a request.
 MAX_BODY = wire.MAX_BYTES * 4 // 3 + 200_000
+# Gradio keeps the whole page and the last answer for each session, at least 70 kB, and takes every
+# plain request for a session of its own. Nothing here reads them; its own bound is 10,000.
+MAX_SESSIONS = 100
+# After every request Gradio sums up the last 10,000 in a table, for a page that is not served here.
+_NO_ANALYTICS = {
+    "GRADIO_ANALYTICS_MAX_EVENTS": "1",
+    "GRADIO_ANALYTICS_CACHE_FREQUENCY": "1" + 12 * "0",
+}
 
 
 class Guard:
@@ -97,7 +106,10 @@ def application(model: VQDiffusion, engine: Any, hosts: set[str] | None) -> Call
     theme = gr.themes.Default(primary_hue="indigo", neutral_hue="slate", **fonts).set(
         block_info_text_color="*neutral_600", block_info_text_color_dark="*neutral_300"
     )
+    # Gradio reads these when the page is built.
+    os.environ.update(_NO_ANALYTICS)
     blocks = layout.build(model, engine)
+    blocks.state_session_capacity = MAX_SESSIONS
     gr.mount_gradio_app(
         app, blocks, path="/", theme=theme, css=layout.WIDTH, footer_links=[],
         show_error=True, run_history=False, ssr_mode=False, mcp_server=False, pwa=False,

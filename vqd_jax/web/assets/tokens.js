@@ -2,7 +2,7 @@
 //
 // props.value is what the server sent last: {phase, text, share, sides}. A side is one answer:
 // {label, request, pictures, tokens, answers, trajectory}, the last four with one entry a picture.
-// Everything that a visitor sees is kept here, in the browser; the server keeps nothing.
+// Everything that a visitor sees is kept here, in the browser; the server needs none of it.
 
 const config = props.config;
 const numTokens = config.rows * config.columns;
