@@ -6,8 +6,10 @@ C candidates of a token.
 
 import dataclasses
 import functools
+import math
 import queue
 import threading
+import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -28,6 +30,9 @@ from vqd_jax.web.form import Request
 ROWS = sorted(rows_lib.sizes(form_lib.MAX_PICTURES))
 # Steps between two previews; a cancel takes effect after so many at the latest.
 EVERY = 5
+# Seconds between two decodings of one sampling; more often nobody sees, and each costs as much as a
+# step of a small network.
+PAUSE = 0.25
 # Times of the schedule that a likelihood visits.
 NUM_DRAWS = 20
 # Of ``Preview.candidates``.
@@ -40,7 +45,8 @@ class Part(NamedTuple):
     Attributes:
       done, total: steps.
       tokens: int32 [J, N]; K is the mask.
-      pixels: uint8 [J, S, S, 3]; where the mask is, the likeliest code is decoded.
+      pixels: uint8 [J, S, S, 3]; where the mask is, the likeliest code is decoded. Until all is
+        done they may be those of up to ``PAUSE`` before.
       candidates: int32 [J, N, C], the likeliest codes, the best first.
       probabilities: float32 [J, N, C], theirs.
       confidence: float32 [J, N], the probability of the code that is there.
@@ -109,10 +115,12 @@ def sampling(model: VQDiffusion, requests: Sequence[Request]) -> Iterator[list[P
     )  # fmt: skip
     if first.guidance_scale != 1:
         call.keywords["negative_prompt"] = [request.negative_prompt for request, _ in rows]
-    last = None
+    last, decoded = None, -math.inf
     for preview, made in _in_turns(call):
         last = preview or last
-        yield _parts(requests, last, None if made is None else made.trajectory)
+        if last.step == last.num_steps or time.monotonic() - decoded >= PAUSE:
+            pixels, decoded = last.pixels, time.monotonic()
+        yield _parts(requests, last, pixels, None if made is None else made.trajectory)
 
 
 def _in_turns(call: Callable) -> Iterator[tuple[Preview | None, Any]]:
@@ -150,13 +158,16 @@ def _in_turns(call: Callable) -> Iterator[tuple[Preview | None, Any]]:
 
 
 def _parts(
-    requests: Sequence[Request], preview: Preview, trajectory: np.ndarray | None
+    requests: Sequence[Request],
+    preview: Preview,
+    pixels: np.ndarray,
+    trajectory: np.ndarray | None,
 ) -> list[Part]:
     parts, begin = [], 0
     for request in requests:
         mine = slice(begin, begin + request.num_images)
         begin += request.num_images
-        arrays = (preview.tokens, preview.pixels, preview.candidates, preview.probabilities)
+        arrays = (preview.tokens, pixels, preview.candidates, preview.probabilities)
         arrays = (array[mine] for array in (*arrays, preview.confidence))
         seen = None if trajectory is None else trajectory[:, mine]
         parts.append(Part(preview.step, preview.num_steps, *arrays, seen))
