@@ -15,13 +15,14 @@ A model of a folder of one's own, such as one that was fine-tuned, is asked for 
 captions among its training pictures, and for all held-out ones among all pictures;
 ``--data=emoji_text`` asks it for what its base knew.
 
-The ceiling is the same for the true pictures after a pass through the tokenizer. Sharpness is the
-mean squared difference of neighbouring pixels over that of the true pictures. A picture counts as a
-copy of the training picture that is nearest to it, if that one's own nearest neighbour among the
-training pictures is more than three times as far away.
+The ceiling is the same for the true pictures after a pass through the tokenizer. PSNR is to the true
+picture. Sharpness is the mean squared difference of neighbouring pixels over that of the true
+pictures. A picture counts as a copy of the training picture that is nearest to it, if that one's own
+nearest neighbour among the training pictures is more than three times as far away.
 """
 
 import argparse
+import itertools
 from typing import NamedTuple
 
 import numpy as np
@@ -31,6 +32,8 @@ from vqd_jax.evaluation import distances, features, measures
 from vqd_jax.pipeline import VQDiffusion
 
 SPLITS = ("train", "validation", "test")
+# Settings of the sampler that may be given as lists; all their combinations are drawn.
+SWEPT = ("rule", "num_steps", "truncation", "guidance_scale")
 _SIDE = 16
 
 
@@ -119,8 +122,13 @@ def copies(made: np.ndarray, training: np.ndarray) -> float:
 
 def share(values: np.ndarray) -> str:
     """A percentage with its standard error."""
+    return f"{mean(100 * values)} %"
+
+
+def mean(values: np.ndarray) -> str:
+    """A mean with its standard error."""
     found = distances.mean_estimate(values)
-    return f"{100 * found.value:.1f} ± {100 * found.error:.1f} %"
+    return f"{found.value:.1f} ± {found.error:.1f}"
 
 
 def of_model(model: VQDiffusion, count: int) -> dict[str, float]:
@@ -149,6 +157,7 @@ def main() -> None:
     parser.add_argument("--guidance_scale", type=numbers(float), default=[None])
     parser.add_argument("--truncation", type=numbers(float), default=[None])
     parser.add_argument("--num_steps", type=numbers(int), default=[None])
+    parser.add_argument("--rule", type=numbers(str), default=[None])
     parser.add_argument("--group", action="append", help="some groups alone")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--features", action="store_true", help="measure in features, too")
@@ -173,17 +182,18 @@ def main() -> None:
     if net:
         real = seen(records.pixels)
     asked_for = groups(records, num_train, set(model.config.data.hold_out), chosen.count)
-    print("| pictures | captions | right in pixels | in features | sharpness | copies |")
-    print("|---|---|---|---|---|---|")
+    print("| pictures | captions | right in pixels | in features | PSNR, dB | sharpness | copies |")
+    print("|---|---|---|---|---|---|---|")
 
     def line(name, pixels, asked):
         found = {key: right(x, real[key], asked) for key, x in seen(pixels).items()}
-        sharp = measures.sharpness(pixels) / measures.sharpness(records.pixels[asked.places])
+        true = records.pixels[asked.places]
+        sharp = measures.sharpness(pixels) / measures.sharpness(true)
         copied = copies(small(pixels), real["pixels"][:num_train])
         in_features = share(found["features"]) if net else "-"
         print(
-            f"| {name} | {len(pixels)} | {share(found['pixels'])} | {in_features} | {sharp:.2f} | "
-            f"{100 * copied:.0f} % |",
+            f"| {name} | {len(pixels)} | {share(found['pixels'])} | {in_features} | "
+            f"{mean(measures.psnr(pixels, true))} | {sharp:.2f} | {100 * copied:.0f} % |",
             flush=True,
         )
 
@@ -194,18 +204,12 @@ def main() -> None:
             f"{name}: through the tokenizer", model.reconstruct(records.pixels[asked.places]), asked
         )
         prompts = [records.captions[place] for place in asked.places]
-        for num_steps in chosen.num_steps:
-            for truncation in chosen.truncation:
-                for scale in chosen.guidance_scale:
-                    given = {
-                        "num_steps": num_steps, "truncation": truncation, "guidance_scale": scale,
-                    }  # fmt: skip
-                    options = {key: value for key, value in given.items() if value is not None}
-                    made = model.generate(
-                        prompts, num_images=1, seed=chosen.seed, batch_size=50, **options
-                    )
-                    told = ", ".join(f"{key} {value}" for key, value in options.items())
-                    line(f"{name}: drawn {told}".rstrip(), made.pixels[:, 0], asked)
+        for values in itertools.product(*(getattr(chosen, name) for name in SWEPT)):
+            given = zip(SWEPT, values, strict=True)
+            options = {key: value for key, value in given if value is not None}
+            made = model.generate(prompts, num_images=1, seed=chosen.seed, batch_size=50, **options)
+            told = ", ".join(f"{key} {value}" for key, value in options.items())
+            line(f"{name}: drawn {told}".rstrip(), made.pixels[:, 0], asked)
 
 
 if __name__ == "__main__":
