@@ -4,31 +4,35 @@ python benchmarks/page.py --model=MODEL --part=speed
 python benchmarks/page.py --model=MODEL --part=crowd
 python benchmarks/page.py --model=MODEL --part=masks
 
-speed: seconds from the click to the first preview and to the picture, in Debian's chromium, beside
-those of ``generate``; the two take turns. crowd: eight visitors with fifty requests each, of which
-some are cancelled and some are malformed; every answer is compared with that of ``generate``.
+speed: seconds from the click to the first preview and to the picture, in Debian's chromium, and
+from a program's call, beside those of ``generate`` with the same settings; the three take turns.
+crowd: turns of eight visitors, whose requests are partly cancelled and partly malformed; every
+answer is compared with that of ``generate``, and the server's memory is told after every turn.
 masks: 200 random masks through the API; no token outside of a mask may change.
 
-A workdir of a run is a model, too. Needs the extras "web" and, for speed, "test".
+The server is a process of its own. A workdir of a run is a model, too. Needs Linux and the extras
+"web" and, for speed, "test".
 """
 
 import argparse
 import collections
 import concurrent.futures
 import contextlib
+import os
 import pathlib
 import random
-import resource
+import re
 import shutil
-import statistics
+import subprocess
 import sys
 import threading
 import time
+import uuid
 
 import numpy as np
 
 ROOT = pathlib.Path(__file__).parents[1]
-VISITORS, REQUESTS, STEPS = 8, 50, 25
+VISITORS, STEPS = 8, 25
 PROMPTS = (
     "a large red circle in the centre, white background",
     "a small blue star at the top left, pale pink background",
@@ -51,33 +55,67 @@ CLICK = """pictures => new Promise(done => {
 
 @contextlib.contextmanager
 def served(model):
-    """The address of the page, in this process."""
-    import uvicorn
-
-    from vqd_jax.web import server, work
-
-    engine = work.engine(model)
-    work.prepare(model, engine)
-    listener = server.listen("127.0.0.1", 0)
-    app = server.application(model, engine, {"127.0.0.1"})
-    running = uvicorn.Server(uvicorn.Config(app, log_level="error"))
-    thread = threading.Thread(target=running.run, kwargs={"sockets": [listener]})
-    thread.start()
-    while not running.started:
-        time.sleep(0.05)
+    """The address of the page, and the id of its process; ``model`` is a folder or "emoji"."""
+    command = [sys.executable, "-m", "vqd_jax.main", "--mode=serve", f"--model={model}", "--port=0"]
+    paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    server = subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": paths}
+    )
     try:
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        said = []
+        for line in server.stderr:
+            said.append(line)
+            if found := re.search(r"ready: (http\S+)", line):
+                break
+        else:
+            sys.exit("".join(said))
+        # A pipe that nobody reads would stop the server.
+        threading.Thread(target=server.stderr.read, daemon=True).start()
+        yield found[1], server.pid
     finally:
-        running.should_exit = True
-        thread.join()
-        engine.close()
+        server.terminate()
+        server.wait()
+
+
+def memory(process):
+    """Resident MiB of a process now."""
+    with open(f"/proc/{process}/status", encoding="ascii") as file:
+        return next(int(line.split()[1]) / 1024 for line in file if line.startswith("VmRSS"))
+
+
+def made_alone(model, fields):
+    """What ``generate`` makes of the fields of a request."""
+    options = {name: value for name, value in fields.items() if name != "prompt"}
+    return model.generate([fields["prompt"]], **options)
+
+
+def clicked(page, pictures):
+    """Seconds from the click to the first preview and to the pictures."""
+    number = page.locator("#num_images input[type=number]")
+    if number.input_value() != str(pictures):
+        number.fill(str(pictures))
+        number.press("Tab")
+        page.wait_for_timeout(500)
+    seen = page.evaluate(CLICK)
+    return seen["preview"], seen["picture"]
+
+
+def called(client, fields):
+    """Seconds from a program's call to the first preview and to the pictures."""
+    begin = time.perf_counter()
+    job = client.submit(**fields, api_name="/generate")
+    next(iter(job))
+    preview = time.perf_counter() - begin
+    job.result()
+    return preview, time.perf_counter() - begin
 
 
 def speed(model, url, repeats):
-    """Prints the medians of both sides, and of their ratio."""
+    """Prints the medians of the page, of the API and of ``generate``, and of their ratios."""
+    from gradio_client import Client
     from playwright.sync_api import sync_playwright
 
-    found = collections.defaultdict(list)
+    client = Client(url, verbose=False)
     with sync_playwright() as play:
         browser = play.chromium.launch(
             executable_path=shutil.which("chromium"), args=["--no-sandbox"]
@@ -86,110 +124,102 @@ def speed(model, url, repeats):
         page.goto(url)
         page.fill("#prompt textarea", PROMPTS[0])
         for pictures in (1, 4):
-            page.locator("#num_images input[type=number]").fill(str(pictures))
-            page.locator("#num_images input[type=number]").press("Tab")
-            page.wait_for_timeout(500)
+            times = []
             for repeat in range(repeats + 1):
-                seen = page.evaluate(CLICK)
+                fields = {"prompt": PROMPTS[0], "num_images": pictures, "seed": repeat}
+                here = [*clicked(page, pictures), *called(client, fields)]
                 begin = time.perf_counter()
-                model.generate([PROMPTS[0]], num_images=pictures, seed=repeat)
-                alone = time.perf_counter() - begin
-                if repeat:
-                    found[pictures].append((seen["preview"], seen["picture"], alone))
+                made_alone(model, fields)
+                times.append((*here, time.perf_counter() - begin))
+            # The first of each may compile.
+            tell_speed(pictures, np.array(times[1:]))
         browser.close()
-    for pictures, times in found.items():
-        preview, picture, alone = (statistics.median(x) for x in zip(*times, strict=True))
-        ratio = statistics.median(b / c for _, b, c in times)
+
+
+def tell_speed(pictures, times):
+    """Prints the medians of times [repeats, 5]: two of the page, two of the API, one alone."""
+    middle, ratios = np.median(times, axis=0), np.median(times / times[:, -1:], axis=0)
+    print(f"{pictures} picture(s), medians of {len(times)}: generate {middle[-1]:.2f} s", end="")
+    for name, at in (("page", 0), ("API", 2)):
         print(
-            f"{pictures} picture(s), medians of {repeats}: first preview after {preview:.2f} s, "
-            f"picture after {picture:.2f} s; generate {alone:.2f} s; ratio {ratio:.2f}"
+            f"; {name} {middle[at]:.2f} s to the first preview, {middle[at + 1]:.2f} s to the "
+            f"picture, ratio {ratios[at + 1]:.2f}",
+            end="",
         )
+    print(flush=True)
 
 
 def ask(client, fields, fate, waits):
     """(what became of a request, its answer)."""
-    job = client.submit(**fields, api_name="/generate")
+    request_id = str(uuid.uuid4())
+    job = client.submit(**fields, request_id=request_id, api_name="/generate")
     if fate == "cancelled":
         time.sleep(waits)
-        job.cancel()
-        return "cancelled", None
+        client.predict(request_id=request_id, api_name="/cancel")
     try:
         return "answered", job.result(600)
     except Exception as error:
-        return "refused", str(error)
+        return "cancelled" if "was cancelled" in str(error) else "refused", str(error)
 
 
-def visit(url, number, wishes):
-    """Fifty requests of a visitor, one after the other: a cancel ends all that a client runs."""
+def visit(url, seed, wishes, count):
+    """(fate, fields, outcome, answer) of so many requests of a visitor, two at a time."""
     from gradio_client import Client
 
-    client, draw, told = Client(url, verbose=False), random.Random(number), []
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        jobs = []
-        for _ in range(REQUESTS):
+    client, draw, asked = Client(url, verbose=False), random.Random(seed), []
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        for _ in range(count):
             fate = draw.choices(("answered", "cancelled", "malformed"), (7, 2, 1))[0]
             fields = draw.choice(wishes)
             if fate == "malformed":
                 fields = fields | draw.choice(
                     [{"seed": -1}, {"rule": "luck"}, {"known": [1]}, {"prompt": "x" * 999}]
                 )
-            jobs.append((fate, fields, pool.submit(ask, client, fields, fate, draw.random())))
-        for fate, fields, job in jobs:
-            told.append((fate, fields, *job.result()))
-    return told
+            asked.append((fate, fields, pool.submit(ask, client, fields, fate, draw.random())))
+        return [(fate, fields, *job.result()) for fate, fields, job in asked]
 
 
-def memory():
-    """Resident MiB of this process now."""
-    for line in open("/proc/self/status", encoding="ascii"):
-        if line.startswith("VmRSS"):
-            return int(line.split()[1]) / 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
-def crowd(model, url):
-    """Prints what became of all requests, how many codes differ, and the memory."""
+def crowd(model, url, process, turns, requests):
+    """Prints what became of all requests, how many codes differ, and the memory of the server."""
     steps = min(STEPS, model.config.diffusion.num_steps)
     wishes = [
         {"prompt": prompt, "seed": seed, "num_images": count, "num_steps": steps}
         for seed, prompt in enumerate(PROMPTS)
         for count in (1, 2, 4)
     ]
-    sizes = []
-    for turn in range(3):
+    alone = {(w["prompt"], w["num_images"]): made_alone(model, w).codes[0] for w in wishes}
+    print(f"before: {memory(process):.0f} MiB", flush=True)
+    for turn in range(turns):
         begin = time.perf_counter()
         with concurrent.futures.ThreadPoolExecutor(VISITORS) as pool:
             visits = [
-                pool.submit(visit, url, VISITORS * turn + number, wishes)
+                pool.submit(visit, url, VISITORS * turn + number, wishes, requests)
                 for number in range(VISITORS)
             ]
             told = [one for visit in visits for one in visit.result()]
         seconds = time.perf_counter() - begin
-        sizes.append(memory())
         fates = collections.Counter((fate, outcome) for fate, _, outcome, _ in told)
-        print(f"crowd {turn + 1}: {seconds:.0f} s, {sizes[-1]:.0f} MiB;", end=" ")
-        print(", ".join(f"{a} {b} {n}" for (a, b), n in sorted(fates.items())), flush=True)
-        compare(model, wishes, told)
+        print(f"crowd {turn + 1}: {seconds:.0f} s, {memory(process):.0f} MiB;", end=" ")
+        print(", ".join(f"{a} {b} {n}" for (a, b), n in sorted(fates.items())))
+        compare(alone, told)
 
 
-def compare(model, wishes, told):
+def compare(alone, told):
     """Prints how the answers differ from what ``generate`` makes of the same request alone."""
-    alone = {}
-    for fields in wishes:
-        options = {name: value for name, value in fields.items() if name != "prompt"}
-        made = model.generate([fields["prompt"]], **options)
-        alone[fields["prompt"], fields["num_images"]] = made.codes[0]
     pictures = equal = tokens = 0
     for fate, fields, outcome, answer in told:
         if outcome != "answered":
             continue
-        assert fate == "answered", (fate, fields)
+        assert fate != "malformed", fields
         codes = np.array(answer["codes"])
         expected = alone[fields["prompt"], fields["num_images"]]
         same = (codes == expected).all(axis=1)
         pictures, equal = pictures + len(same), equal + same.sum()
         tokens += (codes != expected).sum()
-    print(f"  {equal} of {pictures} pictures are those of generate; {tokens} tokens differ")
+    print(
+        f"  {equal} of {pictures} pictures are those of generate; {tokens} tokens differ",
+        flush=True,
+    )
 
 
 def masks(model, url):
@@ -223,17 +253,20 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", required=True, help="model folder, or workdir of a run")
     parser.add_argument("--part", required=True, choices=["speed", "crowd", "masks"])
-    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--repeats", type=int, default=10, help="of speed, or turns of crowd")
+    parser.add_argument("--requests", type=int, default=50, help="of a visitor in a turn of crowd")
     given = parser.parse_args()
     sys.path.insert(0, str(ROOT))
     from vqd_jax.pipeline import VQDiffusion
 
     model = VQDiffusion.from_pretrained(given.model)
-    with served(model) as url:
+    with served(given.model) as (url, process):
         if given.part == "speed":
             speed(model, url, given.repeats)
+        elif given.part == "crowd":
+            crowd(model, url, process, given.repeats, given.requests)
         else:
-            globals()[given.part](model, url)
+            masks(model, url)
 
 
 if __name__ == "__main__":
