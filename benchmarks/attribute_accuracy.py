@@ -10,22 +10,18 @@ autoencoder, which bound what it can reach, and as drawn, which shows that the r
 right.
 """
 
+import argparse
 import dataclasses
 import itertools
 
 import numpy as np
-from absl import app, flags, logging
+from absl import logging
 
 from vqd_jax.data import images
 from vqd_jax.data.sets import shapes_text
 from vqd_jax.errors import UserError
 from vqd_jax.evaluation.attributes import attribute_scores
 from vqd_jax.pipeline import VQDiffusion
-
-_WORKDIR = flags.DEFINE_string("workdir", None, "Workdir of a run on shapes_text.", required=True)
-_NUM_PROMPTS = flags.DEFINE_integer("num_prompts", 200, "Captions of test scenes with one object.")
-_SEED = flags.DEFINE_integer("seed", 0, "Decides the pictures.")
-_GUIDANCE = flags.DEFINE_float("guidance_scale", None, "The config's if unset.")
 
 # That of the prepared data set.
 _DATA_SEED = 0
@@ -60,16 +56,22 @@ def of_model(model: VQDiffusion, count: int) -> dict[str, float]:
     return {name: float(mean) for name, (mean, _) in scores(made.pixels[:, 0], scenes).items()}
 
 
-def main(argv):
-    del argv
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--workdir", required=True, help="of a run on shapes_text")
+    parser.add_argument("--num_prompts", type=int, default=200, help="test scenes with one object")
+    parser.add_argument("--seed", type=int, default=0, help="decides the pictures")
+    parser.add_argument("--guidance_scale", type=float, help="the config's if unset")
+    chosen = parser.parse_args()
     logging.set_verbosity(logging.WARNING)
-    model = VQDiffusion.from_workdir(_WORKDIR.value)
+    model = VQDiffusion.from_workdir(chosen.workdir)
     if not model.config.data.name.startswith("shapes_text"):
-        raise UserError(f"{_WORKDIR.value} was trained on {model.config.data.name}, not on shapes")
-    prompts, scenes = asked(_NUM_PROMPTS.value)
+        raise UserError(f"{chosen.workdir} was trained on {model.config.data.name}, not on shapes")
+    prompts, scenes = asked(chosen.num_prompts)
     size = model.config.data.image_size
     real = np.stack([images.center_crop(shapes_text.render(scene, size), size) for scene in scenes])
-    made = model.generate(prompts, seed=_SEED.value, guidance_scale=_GUIDANCE.value, batch_size=40)
+    scale = {} if chosen.guidance_scale is None else {"guidance_scale": chosen.guidance_scale}
+    made = model.generate(prompts, seed=chosen.seed, batch_size=40, **scale)
     columns = {
         "generated": scores(made.pixels[:, 0], scenes),
         "reconstructed": scores(model.reconstruct(real), scenes),
@@ -82,4 +84,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    app.run(main)
+    main()

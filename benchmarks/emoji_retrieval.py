@@ -15,10 +15,10 @@ A model of a folder of one's own, such as one that was fine-tuned, is asked for 
 captions among its training pictures, and for all held-out ones among all pictures;
 ``--data=emoji_text`` asks it for what its base knew.
 
-The ceiling is the same for the true pictures after a pass through the tokenizer. PSNR is to the true
-picture. Sharpness is the mean squared difference of neighbouring pixels over that of the true
-pictures. A picture counts as a copy of the training picture that is nearest to it, if that one's own
-nearest neighbour among the training pictures is more than three times as far away.
+The ceiling is the same for the true pictures after a pass through the tokenizer. PSNR is to the
+true picture. Sharpness is the mean squared difference of neighbouring pixels over that of the true
+pictures. A picture counts as a copy of the training picture that is nearest to it, if that one's
+own nearest neighbour among the training pictures is more than three times as far away.
 """
 
 import argparse
