@@ -34,8 +34,8 @@ SETS = {"emoji": emoji, "shapes": shapes}
 # Changes of the set's config, by dotted keys. "as configured" is the config itself.
 ROWS = {
     "as configured": {},
-    "all records equally often": {"data.balance_by": ""},
-    "all concepts equally often": {"data.balance_power": 0.0},
+    "rare concepts more often": {"data.balance_by": "concept"},
+    "all concepts equally often": {"data.balance_by": "concept", "data.balance_power": 0.0},
     "half the learning rate": {"training.learning_rate": 1e-3},
     "twice the learning rate": {"training.learning_rate": 4e-3},
     "auxiliary weight 5e-4": {"training.auxiliary_weight": 5e-4},
@@ -46,7 +46,7 @@ ROWS = {
     "8 layers of 112": {"denoiser.num_layers": 8, "denoiser.width": 112},
 }
 # Rows that have a meaning on one set alone.
-_ONLY = {"all records equally often": "emoji", "all concepts equally often": "emoji"}
+_ONLY = {"rare concepts more often": "emoji", "all concepts equally often": "emoji"}
 
 
 def rows_of(name: str) -> list[str]:
