@@ -13,13 +13,12 @@ of 100 captions whose pair of colour and shape no training picture has.
 """
 
 import argparse
-import functools
-import json
 import time
 from pathlib import Path
 
 import jax
 import numpy as np
+import study
 from ml_collections import ConfigDict
 
 from configs import emoji, shapes
@@ -126,8 +125,7 @@ def report(place: Path, name: str, seeds: int, chosen: list[str]) -> None:
                 continue
             kept = workdir / "recipe.json"
             if not kept.exists():
-                lines = (workdir / "metrics.jsonl").read_text().splitlines()
-                last = functools.reduce(dict.__or__, map(json.loads, lines))
+                last = study.metrics(workdir)
                 numbers = {
                     f"{split} bits": last[f"{split}/bits_per_token"]
                     for split in ("train", "validation")
@@ -139,11 +137,7 @@ def report(place: Path, name: str, seeds: int, chosen: list[str]) -> None:
     print(f"| row | runs | {' | '.join(columns)} |")
     print("|" + "---|" * (2 + len(columns)))
     for row, runs in found.items():
-        cells = []
-        for column in columns:
-            values = np.array([run[column] for run in runs])
-            error = values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.nan
-            cells.append(f"{values.mean():.3f} ± {error:.3f}")
+        cells = [study.over_seeds([run[column] for run in runs]) for column in columns]
         print(f"| {row} | {len(runs)} | {' | '.join(cells)} |", flush=True)
 
 

@@ -22,8 +22,8 @@ _CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "vqd_
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
-# Most tests compile more than they compute, and XLA compiles twice as fast without its expensive
-# passes. JAX_DISABLE_MOST_OPTIMIZATIONS=0 tests the programs that users run; .ci/run does so for
+# Most tests compile more than they compute, and XLA compiles faster without its expensive passes.
+# JAX_DISABLE_MOST_OPTIMIZATIONS=0 tests the programs that users run; .ci/run does so for
 # one file of every room.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
@@ -139,28 +139,36 @@ def tiny_run(start, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def tiny_model():
-    """An untrained model of configs/tiny.py. Not to be changed."""
+def untrained():
+    """untrained(config) -> a model with random weights."""
     # After the folder of compiled programs is set.
     import jax
 
-    from configs import tiny
     from vqd_jax import config as config_lib
     from vqd_jax.models import autoencoder, conditioned
     from vqd_jax.pipeline import VQDiffusion
 
-    config = tiny.get_config()
+    def untrained(config):
+        @jax.jit
+        def init():
+            params = conditioned.init_params(config_lib.model_config(config), jax.random.key(0))
+            codec = config_lib.autoencoder_config(config)
+            # Large enough that the text and the guidance matter to an untrained network.
+            return jax.tree.map(lambda x: 8 * x, params), autoencoder.init_params(
+                codec, jax.random.key(1)
+            )
 
-    @jax.jit
-    def init():
-        params = conditioned.init_params(config_lib.model_config(config), jax.random.key(0))
-        codec = config_lib.autoencoder_config(config)
-        # Large enough that the text and the guidance matter to an untrained network.
-        return jax.tree.map(lambda x: 8 * x, params), autoencoder.init_params(
-            codec, jax.random.key(1)
-        )
+        return VQDiffusion(config, *init())
 
-    return VQDiffusion(config, *init())
+    return untrained
+
+
+@pytest.fixture(scope="session")
+def tiny_model(untrained):
+    """An untrained model of configs/tiny.py. Not to be changed."""
+    from configs import tiny
+
+    return untrained(tiny.get_config())
 
 
 SERVER = ROOT / "tests" / "bucket_server.py"

@@ -30,9 +30,9 @@ def test_a_replace_mass_is_that_of_the_schedule(script):
     keeps = []
     for mass in script.MASKS:
         noise = config_lib.noise_schedule(script.run_config(base, mass, 3))
-        # 1 leaves what is still kept.
+        # Short by the 9e-6 that are still kept: 2e-4 of 0.05, the smallest above 1e-6.
         replaced = noise.num_codes * np.asarray(noise.replace, np.float64)
-        np.testing.assert_allclose(replaced[-1], float(mass), rtol=0.01 * (mass != "0"), atol=1e-12)
+        np.testing.assert_allclose(replaced[-1], float(mass), rtol=2e-4, atol=1e-12)
         keeps.append(noise.keep)
     np.testing.assert_array_equal(keeps, np.tile(keeps[:1], (len(keeps), 1)))
     paper = script.run_config(base, "0.1", 3)

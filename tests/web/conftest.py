@@ -11,39 +11,24 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 
 @pytest.fixture(scope="session")
-def untrained():
-    """untrained("text") -> a model of 16 tokens and up to 1,000 steps with that condition."""
-    import jax
-
+def model_of(untrained):
+    """model_of("text") -> a model of 16 tokens and up to 1,000 steps with that condition."""
     from configs import tiny
-    from vqd_jax import config as config_lib
-    from vqd_jax.models import autoencoder, conditioned
-    from vqd_jax.pipeline import VQDiffusion
 
-    def untrained(condition):
+    def model_of(condition):
         config = tiny.get_config()
         config.diffusion.num_steps, config.sampling.num_steps = 1000, 100
         config.denoiser.condition = condition
         config.denoiser.num_classes = 3 if condition == "class" else 0
+        return untrained(config)
 
-        @jax.jit
-        def init():
-            params = conditioned.init_params(config_lib.model_config(config), jax.random.key(0))
-            codec = config_lib.autoencoder_config(config)
-            # Large enough that the text and the guidance matter to an untrained network.
-            return jax.tree.map(lambda x: 8 * x, params), autoencoder.init_params(
-                codec, jax.random.key(1)
-            )
-
-        return VQDiffusion(config, *init())
-
-    return untrained
+    return model_of
 
 
 @pytest.fixture(scope="session")
-def web_model(untrained):
+def web_model(model_of):
     """A model of texts. Not to be changed."""
-    return untrained("text")
+    return model_of("text")
 
 
 @contextlib.contextmanager

@@ -295,9 +295,9 @@ def test_the_keyboard_is_enough(page):
 
 
 @pytest.mark.parametrize(("condition", "prompt"), [("class", "2"), ("none", "")])
-def test_a_model_of_classes_or_of_nothing(condition, prompt, browser, untrained, serve):
+def test_a_model_of_classes_or_of_nothing(condition, prompt, browser, model_of, serve):
     """A list of classes and no prompt; neither of them, and no guidance."""
-    model, size = untrained(condition), {"width": 1280, "height": 900}
+    model, size = model_of(condition), {"width": 1280, "height": 900}
 
     def alone(seed):
         # With the programs of the page, so that no others are compiled.
