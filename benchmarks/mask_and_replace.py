@@ -12,6 +12,7 @@ A training or a measurement that is finished is a file in DIR and is not done ag
 """
 
 import functools
+import itertools
 import time
 from pathlib import Path
 
@@ -160,22 +161,21 @@ def measure(config: ConfigDict, flags) -> None:
     """Trains and measures all that is left to do; models of one replace mass share programs."""
     source = codes_lib.open_split(f"{config.data.codes}/validation")
     codes, conditions = likelihood.chosen(source, config.evaluation.num_images, "text")
-    for mass in flags.mass:
-        shared = None
-        for seed in range(flags.seeds):
-            workdir = folder_of(flags.workdir, mass, seed)
-            of_run = run_config(config, mass, seed)
-            study.once(workdir / "trained.json", lambda: train(of_run, workdir))  # noqa: B023
-            found = pretrained.load_run(str(workdir))
-            correct = functools.partial(self_correction, found, codes, conditions)
-            study.once(workdir / "self_correction.json", correct)
-            shared = shared or VQDiffusion(*found)
-            model = shared.with_params(found.params)
-            for rule in rules_of(mass, flags.rule):
-                for steps in flags.steps:
-                    draw = functools.partial(drawn_right, model, rule, steps, flags.pictures)
-                    study.once(workdir / f"drawn_{rule}_{steps}.json", draw)
-                    print(f"{workdir.name}: {rule}, {steps} steps", flush=True)
+    shared = {}
+    # All masses once, and then again, so that what is there when it is stopped can be compared.
+    for seed, mass in itertools.product(range(flags.seeds), flags.mass):
+        workdir = folder_of(flags.workdir, mass, seed)
+        of_run = run_config(config, mass, seed)
+        study.once(workdir / "trained.json", functools.partial(train, of_run, workdir))
+        found = pretrained.load_run(str(workdir))
+        correct = functools.partial(self_correction, found, codes, conditions)
+        study.once(workdir / "self_correction.json", correct)
+        model = shared.setdefault(mass, VQDiffusion(*found)).with_params(found.params)
+        for rule in rules_of(mass, flags.rule):
+            for steps in flags.steps:
+                draw = functools.partial(drawn_right, model, rule, steps, flags.pictures)
+                study.once(workdir / f"drawn_{rule}_{steps}.json", draw)
+                print(f"{workdir.name}: {rule}, {steps} steps", flush=True)
 
 
 def report(flags) -> None:

@@ -13,6 +13,7 @@ of 100 captions whose pair of colour and shape no training picture has.
 """
 
 import argparse
+import sys
 import time
 from pathlib import Path
 
@@ -20,6 +21,8 @@ import jax
 import numpy as np
 import study
 from ml_collections import ConfigDict
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from configs import emoji, shapes
 from vqd_jax import config as config_lib

@@ -8,12 +8,15 @@ import argparse
 import ast
 import functools
 import json
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from configs import shapes
 from vqd_jax import config as config_lib
