@@ -213,8 +213,8 @@ def load(directory: str | epath.Path, abstract_state: Any) -> Restored:
 
 
 def abstract(tree: Any) -> Any:
-    """Shapes and dtypes of a pytree, placed on the first device."""
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    """Shapes and dtypes of a pytree, placed on the first device of this process."""
+    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
 
 

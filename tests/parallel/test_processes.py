@@ -240,6 +240,20 @@ def test_sigterm_to_one_process_saves_and_ends_all(launch, run, one, two, tmp_pa
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 2])
+def test_two_processes_begin_from_weights_as_one_does(run, one, tiny_run, tmp_path, rank):
+    config = {"training.init_from": str(tiny_run), "training.adapter_rank": rank}
+    run(1, 1, tmp_path / "one", config=config)
+    run(2, 4, tmp_path / "two", config=config | ALL_AXES)
+    assert_same(tmp_path / "two", tmp_path / "one")
+    # On batches of chance the first loss tells the weights that it began from.
+    assert losses(tmp_path / "one")[0] != pytest.approx(losses(one)[0], rel=1e-3)
+    alone = from_step_10(tmp_path / "two", tmp_path / "alone")
+    run(1, 1, alone, config=config)
+    assert_same(alone, tmp_path / "one")
+
+
+@pytest.mark.slow
 def test_several_steps_a_call_and_a_trace(run, one, tmp_path):
     options = {"training.steps_per_call": 5, "training.profile_steps": 5}
     run(1, 2, tmp_path, config=options | {"training.log_every": 5})

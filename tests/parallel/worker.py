@@ -66,6 +66,14 @@ class Stream:
         self._number = state["batches"]
 
 
+class Task(stage_two.DenoiserTask):
+    """Stage two; weights to begin from may come from the host, once."""
+
+    def begin(self, state):
+        with jax.transfer_guard("allow"):
+            return super().begin(state)
+
+
 def stream(config, mesh):
     if "codes" not in OPTIONS:
         return Stream(config, mesh)
@@ -105,11 +113,11 @@ def main():
     sharding.require_divisible("training.batch_size", c.batch_size, mesh, c.gradient_accumulation)
     with jax.transfer_guard("disallow"):
         state = loop.fit(
-            stage_two.DenoiserTask(config, stream(config, mesh)),
+            Task(config, stream(config, mesh)),
             loop.Schedule.of(config, keep_checkpoints=3),
             loop.Place(WORKDIR, str(checkpoint.folder(config, WORKDIR)), mesh, config),
         )
-    codes = sample(config, mesh, state.ema_params)
+    codes = sample(config, mesh, jax.jit(stage_two.complete)(state, state.ema_params))
     if processes.is_writer():
         with open(f"{WORKDIR}/codes.json", "w", encoding="utf-8") as file:
             json.dump(codes, file)
