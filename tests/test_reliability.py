@@ -1,6 +1,7 @@
 """Real processes, really killed."""
 
 import functools
+import shutil
 import signal
 import time
 
@@ -88,6 +89,8 @@ def test_killed_at_every_moment_ends_as_if_never_interrupted(start, tiny_run, tm
 
 
 def test_sigterm_saves_and_the_run_goes_on(start, run, tiny_run, tmp_path):
+    for done in ("autoencoder", "codes"):
+        shutil.copytree(tiny_run / done, tmp_path / "run" / done)
     # Without regular saves: what is there to go on from, the signal has saved.
     flags = ("--config=configs/tiny.py", f"--workdir={tmp_path}/run")
     process = start(*flags, "--config.training.save_every=1000")

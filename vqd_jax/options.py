@@ -30,6 +30,8 @@ DATA_SETS = (
 )
 # Networks of the perceptual distance; "random" is squeezenet with random weights.
 PERCEPTUAL = ("squeezenet", "random", "vgg16")
+# How the denoiser learns.
+OPTIMIZERS = ("adamw", "muon")
 # Distances that an evaluation can measure, and networks for their features that need no file.
 METRICS = ("frechet", "kid", "neighbours", "copies", "retrieval")
 FEATURES = ("efficientnet", "mobilenet", "random", "none")
@@ -215,7 +217,7 @@ class DiffusionOptions:
 
 @dataclasses.dataclass(frozen=True)
 class TrainingOptions:
-    """How the denoiser is trained, by AdamW. Errors as in ``config.validate``."""
+    """How the denoiser is trained. Errors as in ``config.validate``."""
 
     init_from: str = ""  # trained weights to begin from (fine-tuning); '' begins anew
     # Rank of low-rank adapters of the kernels whose paths this pattern finds. They alone learn,
@@ -224,6 +226,7 @@ class TrainingOptions:
     adapter_paths: str = "denoiser"
     num_steps: int = 1000
     batch_size: int = 32
+    optimizer: str = "adamw"  # one of OPTIMIZERS; see training/optimizer.py
     learning_rate: float = 1e-3  # the peak
     warmup_steps: int = 100  # a shorter run warms up to its end
     final_learning_rate: float = 0.05  # share of the peak at the end of a cosine
@@ -254,6 +257,9 @@ class TrainingOptions:
             eval_every=1, save_every=1, keep_checkpoints=1, gradient_accumulation=1,
             steps_per_call=1, profile_steps=0, auxiliary_weight=0, weight_decay=0, adapter_rank=0,
         )  # fmt: skip
+        require_choice(self, optimizer=OPTIMIZERS)
+        if self.adapter_rank and self.optimizer != "adamw":
+            raise ValueError(f"optimizer={self.optimizer!r}: adapters learn by 'adamw' alone")
         if self.adapter_rank and not self.init_from:
             raise ValueError("adapter_rank: adapters need a trained model: name it with init_from")
         try:

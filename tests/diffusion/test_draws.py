@@ -78,7 +78,7 @@ def posterior_draws(key, log_p, batch):
     [
         (code_draws, 16.0, 5),
         (code_draws, 18.0, 25),
-        (code_draws, 20.0, 100),
+        pytest.param(code_draws, 20.0, 100, marks=pytest.mark.slow),
         (posterior_draws, 18.0, 25),
     ],
 )

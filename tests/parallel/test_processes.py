@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
 from configs import tiny
@@ -147,6 +148,7 @@ def test_a_run_goes_on_from_eight_devices_on_four(run, one, eight, tmp_path):
     assert_same(workdir, one)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_two_processes_on_one(run, one, two, tmp_path):
     workdir = from_step_10(two, tmp_path / "alone")
     run(1, 1, workdir)
@@ -251,6 +253,20 @@ def test_two_processes_begin_from_weights_as_one_does(run, one, tiny_run, tmp_pa
     alone = from_step_10(tmp_path / "two", tmp_path / "alone")
     run(1, 1, alone, config=config)
     assert_same(alone, tmp_path / "one")
+
+
+@pytest.mark.slow
+def test_muon_makes_the_same_run_on_two_processes_as_on_one(run, one, tmp_path):
+    config = {"training.optimizer": "muon"}
+    run(1, 1, tmp_path / "one", config=config)
+    run(2, 4, tmp_path / "two", config=config | ALL_AXES)
+    # Singular values of nearly nothing are brought to 1, too, and with them the order of sums.
+    pairs = losses(tmp_path / "two"), losses(tmp_path / "one"), losses(one)
+    np.testing.assert_allclose(pairs[0], pairs[1], rtol=1e-3)
+    assert np.abs(np.subtract(pairs[2], pairs[1])).max() > 0.01
+    alone = from_step_10(tmp_path / "two", tmp_path / "alone")
+    run(1, 1, alone, config=config)
+    np.testing.assert_allclose(losses(alone), pairs[0], rtol=1e-3)
 
 
 @pytest.mark.slow

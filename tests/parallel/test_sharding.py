@@ -1,3 +1,5 @@
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -68,6 +70,18 @@ def test_kernels_are_divided_and_norms_are_whole(specs):
 
 
 def test_averages_and_moments_lie_where_their_parameters_do(specs):
+    require_places(specs, moments_of_kernels=2)
+
+
+def test_muon_s_moments_lie_where_their_parameters_do():
+    config = coco.get_config()
+    config.training.optimizer = "muon"
+    placed = places(config, mesh(2, 4, 2))
+    leaves = jax.tree_util.tree_leaves_with_path(placed)
+    require_places({sharding.dotted(path): x.spec for path, x in leaves}, moments_of_kernels=1)
+
+
+def require_places(specs, moments_of_kernels):
     params = {path[7:]: spec for path, spec in specs.items() if path.startswith("params.")}
     assert len(params) > 50
     found = 0
@@ -76,7 +90,10 @@ def test_averages_and_moments_lie_where_their_parameters_do(specs):
             if path.startswith(("ema_params.", "opt_state.")) and path.endswith(f".{name}"):
                 assert spec == wanted, path
                 found += 1
-    assert found == 3 * len(params)
+    # A kernel of scanned layers has an axis more than its rule.
+    kernels = [name for name in params if re.search(r"blocks\..*kernel$", name)]
+    assert len(kernels) > 10
+    assert found == 3 * len(params) - (2 - moments_of_kernels) * len(kernels)
 
 
 def test_convolutions_and_class_tables_have_rules():

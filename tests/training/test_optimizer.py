@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -41,3 +43,49 @@ def test_gradients_are_clipped_by_their_global_norm():
     # With b1 = b2 = 0 the moments are the clipped gradient and its square.
     _, (_, new) = transform.update(gradients, (clip, adam), params)
     np.testing.assert_allclose(new[0].mu["b"], 0.8, rtol=1e-6)
+
+
+MUON = {"b1": 0.9, "b2": 0.9, "weight_decay": 0.1, "clip_norm": 100.0}
+
+
+def test_muon_orthogonalises_every_layer_s_kernel():
+    gradient = jax.random.normal(jax.random.key(0), (2, 24, 8))
+    params = {"denoiser": {"kernel": jnp.zeros_like(gradient)}}
+    transform = optimizer.muon(lambda _: 0.5, **MUON)
+    updates, state = transform.update(
+        {"denoiser": {"kernel": gradient}}, transform.init(params), params
+    )
+    found = np.asarray(updates["denoiser"]["kernel"])
+    # An orthogonal matrix of 24 x 8 has the root mean square sqrt(1 / 24).
+    unit = found / (-0.5 * 0.2 * np.sqrt(24))
+    for layer, g in zip(unit, np.asarray(gradient), strict=True):
+        u, _, v = np.linalg.svd(g, full_matrices=False)
+        # Five steps bring singular values between 0.7 and 1.2, and turn nothing.
+        turned = u.T @ layer @ v.T
+        assert np.all((np.diag(turned) > 0.65) & (np.diag(turned) < 1.25))
+        np.testing.assert_allclose(turned - np.diag(np.diag(turned)), 0.0, atol=1e-5)
+    np.testing.assert_allclose(np.sqrt(np.mean(found**2)), 0.5 * 0.2, rtol=0.15)
+    # One moment, and the counts.
+    assert sum(x.size for x in jax.tree.leaves(state)) < gradient.size + 10
+
+
+def test_muon_is_adamw_with_nesterov_s_momentum_for_all_but_scanned_kernels():
+    params = {
+        "text_encoder": {"blocks": {"kernel": jnp.ones((2, 4, 4))}},
+        "denoiser": {
+            "blocks": {"mlp_in": {"kernel": jnp.ones((2, 3, 5)), "bias": jnp.ones((2, 5))}},
+            "norm_x": {"embedding": {"embedding": jnp.ones((2, 7, 3))}},
+            "to_logits": {"kernel": jnp.ones((3, 9)), "bias": jnp.ones(9)},
+        },
+    }
+    gradients = jax.tree.map(lambda x: 0.1 * x, params)
+    transform = optimizer.muon(lambda _: 1.0, **MUON, frozen=("text_encoder",))
+    updates, _ = transform.update(gradients, transform.init(params), params)
+    frozen = updates.pop("text_encoder")["blocks"]["kernel"]
+    np.testing.assert_array_equal(frozen, gradients.pop("text_encoder")["blocks"]["kernel"])
+    del params["text_encoder"]
+    adam = optax.nadamw(1.0, b1=0.9, b2=0.9, weight_decay=0.1)
+    wanted, _ = adam.update(gradients, adam.init(params), params)
+    kernels = [x["denoiser"]["blocks"]["mlp_in"].pop("kernel") for x in (updates, wanted)]
+    assert np.abs(kernels[0] - kernels[1]).min() > 0.1
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), updates, wanted)

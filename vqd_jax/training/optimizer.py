@@ -1,10 +1,11 @@
-"""AdamW with warm-up, cosine decay and clipping by global norm; averaged weights."""
+"""AdamW and Muon with warm-up, cosine decay and clipping by global norm; averaged weights."""
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 
 
 def learning_rate(
@@ -50,6 +51,52 @@ def adamw(
       frozen: top-level names of parameters without a gradient; they neither decay nor have moments.
     """
     transform = optax.adamw(schedule, b1=b1, b2=b2, weight_decay=weight_decay)
+    return _clipped(transform, clip_norm, frozen)
+
+
+def muon(
+    schedule: optax.Schedule,
+    *,
+    b1: float,
+    b2: float,
+    weight_decay: float,
+    clip_norm: float,
+    frozen: tuple[str, ...] = (),
+) -> optax.GradientTransformation:
+    """Muon for the kernels of scanned layers; AdamW for tables, biases and the logits' kernel.
+
+    Both have Nesterov's momentum. An update of a kernel is its momentum with all singular values
+    brought near 1, by five steps of Newton and Schulz (Jordan et al. 2024). It is scaled to a root
+    mean square of 0.2, about that of AdamW's updates, so that one learning rate serves both (Liu et
+    al. 2025, arXiv:2502.16982, equation 4). Muon has one moment where AdamW has two.
+
+    Args:
+      schedule, weight_decay, clip_norm, frozen: as in ``adamw``.
+      b1, b2: of AdamW.
+    """
+    transform = optax.contrib.muon(
+        schedule,
+        weight_decay=weight_decay,
+        adam_b1=b1,
+        adam_b2=b2,
+        adam_weight_decay=weight_decay,
+        muon_weight_dimension_numbers=_matrices,
+        consistent_rms=0.2,
+    )
+    return _clipped(transform, clip_norm, frozen)
+
+
+def _matrices(params):
+    """Where the kernels [layers, inputs, outputs] are; None at all other leaves."""
+
+    def leaf(path, x):
+        is_kernel = getattr(path[-1], "key", None) == "kernel" and x.ndim == 3
+        return optax.contrib.MuonDimensionNumbers(1, 2) if is_kernel else None
+
+    return jax.tree_util.tree_map_with_path(leaf, params)
+
+
+def _clipped(transform, clip_norm, frozen):
     if frozen:
         transform = optax.masked(
             transform,

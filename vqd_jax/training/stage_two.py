@@ -85,7 +85,8 @@ def _optimizer(config: ConfigDict) -> tuple[optax.GradientTransformation, optax.
     frozen = ()
     if config_lib.model_config(config).freeze_text_encoder and not c.adapter_rank:
         frozen = ("text_encoder",)
-    return optimizer.adamw(
+    make = {"adamw": optimizer.adamw, "muon": optimizer.muon}[c.optimizer]
+    return make(
         rate,
         b1=c.adam_b1,
         b2=c.adam_b2,
@@ -141,7 +142,7 @@ def train_step(
     config: ConfigDict,
     placement: Placement = ONE_DEVICE,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One step of AdamW on the bound, and of the moving average.
+    """One step of the optimizer on the bound, and of the moving average.
 
     Args:
       state: of the step before.
