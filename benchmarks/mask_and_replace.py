@@ -1,7 +1,7 @@
 """Should noise replace codes, or only mask them? Models that differ in nothing else, on shapes.
 
 python benchmarks/mask_and_replace.py --workdir=DIR
-python benchmarks/mask_and_replace.py --workdir=DIR --report
+python benchmarks/mask_and_replace.py --workdir=DIR --report --plot=FILE
 
 One model for every replace mass and seed, all of the same size, trained for the same number of
 steps on the same codes. Each is asked for its bits a token, for the share of wrong tokens that it
@@ -178,16 +178,36 @@ def measure(config: ConfigDict, flags) -> None:
                 print(f"{workdir.name}: {rule}, {steps} steps", flush=True)
 
 
+def kept(flags, mass: str, name: str) -> list[dict]:
+    """What was measured of a mass under this name, one dict for each seed that has it."""
+    paths = [folder_of(flags.workdir, mass, s) / f"{name}.json" for s in range(flags.seeds)]
+    return [study.files.read_json(path, "remove it") for path in paths if path.exists()]
+
+
+def plot(flags) -> None:
+    """Draws the share of pictures in which everything is right, by rule, over the steps."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(flags.rule), figsize=(11, 2.8), sharex=True, sharey=True)
+    for axis, rule in zip(axes, flags.rule, strict=True):
+        for mass in (mass for mass in flags.mass if rule in rules_of(mass, flags.rule)):
+            found = [kept(flags, mass, f"drawn_{rule}_{steps}") for steps in flags.steps]
+            shares = 100 * np.array([[drawn["all"] for drawn in runs] for runs in found])
+            errors = shares.std(axis=1, ddof=1) / np.sqrt(shares.shape[1])
+            axis.errorbar(flags.steps, shares.mean(axis=1), errors, label=mass, capsize=2)
+        axis.set(title=rule, xscale="log", xlabel="steps", xticks=flags.steps)
+        axis.set_xticks(flags.steps, map(str, flags.steps))
+        axis.minorticks_off()
+    axes[0].set_ylabel("everything right (%)")
+    axes[0].legend(title="replace mass", frameon=False)
+    figure.savefig(flags.plot, dpi=80, bbox_inches="tight")
+
+
 def report(flags) -> None:
     """Prints the tables of what is there."""
-
-    def kept(mass, name):
-        paths = [folder_of(flags.workdir, mass, s) / f"{name}.json" for s in range(flags.seeds)]
-        return [study.files.read_json(path, "remove it") for path in paths if path.exists()]
-
     lines = []
     for mass in flags.mass:
-        trained, mending = kept(mass, "trained"), kept(mass, "self_correction")
+        trained, mending = kept(flags, mass, "trained"), kept(flags, mass, "self_correction")
         cells = [
             study.over_seeds([t[f"{s} bits"] for t in trained]) for s in ("validation", "train")
         ]
@@ -204,15 +224,12 @@ def report(flags) -> None:
         lines,
     )  # fmt: skip
     for attribute in ("all", "colour", "shape", "size", "position", "count"):
-        lines = [
-            [mass, rule]
-            + [
-                study.over_seeds([d[attribute] for d in kept(mass, f"drawn_{rule}_{steps}")], True)
-                for steps in flags.steps
-            ]
-            for mass in flags.mass
-            for rule in rules_of(mass, flags.rule)
-        ]
+        lines = []
+        for mass in flags.mass:
+            for rule in rules_of(mass, flags.rule):
+                drawn = [kept(flags, mass, f"drawn_{rule}_{steps}") for steps in flags.steps]
+                cells = [study.over_seeds([d[attribute] for d in runs], True) for runs in drawn]
+                lines.append([mass, rule, *cells])
         what = "Everything right" if attribute == "all" else f"{attribute.capitalize()} right"
         steps = [f"{steps} steps" for steps in flags.steps]
         study.print_table(f"{what} (%)", ["replace mass", "rule", *steps], lines)
@@ -223,10 +240,13 @@ def main() -> None:
     parser.add_argument("--mass", nargs="+", choices=tuple(MASKS), default=list(MASKS))
     parser.add_argument("--rule", nargs="+", default=list(RULES))
     parser.add_argument("--steps", nargs="+", type=int, default=list(STEPS))
+    parser.add_argument("--plot", help="a picture of the last table; needs the extra docs")
     flags = parser.parse_args()
     if not flags.report:
         measure(study.begin(flags), flags)
     report(flags)
+    if flags.plot:
+        plot(flags)
 
 
 if __name__ == "__main__":

@@ -65,10 +65,10 @@ def _generating(model: VQDiffusion, engine: Engine) -> Callable:
             if event == "failed":
                 raise UserError(value)
             if event == "part":
-                part = value
-                yield _answer(part, model)
-        over = {"seconds": value, "request": asked.fields(), "is_over": True}
-        yield _answer(part, model) | over
+                answer = _answer(value, model)
+                if value.trajectory is None:
+                    yield answer
+        yield answer | {"seconds": value, "request": asked.fields(), "is_over": True}
 
     return generate
 

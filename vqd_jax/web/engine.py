@@ -61,7 +61,7 @@ class Ticket:
 @dataclasses.dataclass(eq=False)
 class _Batch:
     tickets: list[Ticket]
-    parts: Iterator[Sequence[Any]]
+    parts: Iterator[Sequence[Any] | None]
     seconds: float = 0.0
 
 
@@ -70,7 +70,7 @@ class Engine:
 
     Args:
       start: of requests that run together; each item of the iterator that it returns has one part
-        for each of them.
+        for each of them, or is None where there is nothing to tell.
       key: requests of one key may run together.
       kind: of requests that run together: what decides which programs they need.
       max_rows: most pictures in one sampling.
@@ -79,7 +79,7 @@ class Engine:
 
     def __init__(
         self,
-        start: Callable[[list[Any]], Iterator[Sequence[Any]]],
+        start: Callable[[list[Any]], Iterator[Sequence[Any] | None]],
         key: Callable[[Any], Hashable],
         kind: Callable[[list[Any]], Hashable],
         *,
@@ -206,9 +206,10 @@ class Engine:
             self._fail(batch, error)
             return
         batch.seconds += time.monotonic() - now
-        for ticket, part in zip(batch.tickets, parts, strict=True):
-            if not ticket.cancelled:
-                ticket.post("part", part)
+        if parts is not None:
+            for ticket, part in zip(batch.tickets, parts, strict=True):
+                if not ticket.cancelled:
+                    ticket.post("part", part)
         self._running.append(batch)
 
     def _finish(self, batch: _Batch) -> None:

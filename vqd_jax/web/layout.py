@@ -51,12 +51,13 @@ async def _values(
             elif event == "part":
                 part = value
                 shown = await asyncio.to_thread(work.side, request, part)
-                yield {
-                    "phase": "running",
-                    "text": f"{before}step {part.done} of {part.total}",
-                    "share": part.done / part.total,
-                    "sides": [*sides, shown],
-                }
+                if part.trajectory is None:
+                    yield {
+                        "phase": "running",
+                        "text": f"{before}step {part.done} of {part.total}",
+                        "share": part.done / part.total,
+                        "sides": [*sides, shown],
+                    }
         shown["seconds"] = value
         if len(requests) > 1:
             bits = await asyncio.to_thread(work.bits_per_token, model, request, part.tokens)

@@ -30,8 +30,8 @@ from vqd_jax.web.form import Request
 ROWS = sorted(rows_lib.sizes(form_lib.MAX_PICTURES))
 # Steps between two previews; a cancel takes effect after so many at the latest.
 EVERY = 5
-# Seconds between two decodings of one sampling; more often nobody sees, and each costs as much as a
-# step of a small network.
+# Seconds between two previews of one sampling. More often nobody sees, and to decode and send one
+# costs as much as some steps of a small network.
 PAUSE = 0.25
 # Times of the schedule that a likelihood visits.
 NUM_DRAWS = 20
@@ -45,8 +45,7 @@ class Part(NamedTuple):
     Attributes:
       done, total: steps.
       tokens: int32 [J, N]; K is the mask.
-      pixels: uint8 [J, S, S, 3]; where the mask is, the likeliest code is decoded. Until all is
-        done they may be those of up to ``PAUSE`` before.
+      pixels: uint8 [J, S, S, 3]; where the mask is, the likeliest code is decoded.
       candidates: int32 [J, N, C], the likeliest codes, the best first.
       probabilities: float32 [J, N, C], theirs.
       confidence: float32 [J, N], the probability of the code that is there.
@@ -96,8 +95,13 @@ def _rows(count: int) -> int:
     return next(rows for rows in ROWS if rows >= count)
 
 
-def sampling(model: VQDiffusion, requests: Sequence[Request]) -> Iterator[list[Part]]:
-    """Samples requests of one key together; after every segment, a part of each of them."""
+def sampling(model: VQDiffusion, requests: Sequence[Request]) -> Iterator[list[Part] | None]:
+    """Samples requests of one key together.
+
+    Yields:
+      After every segment, a part of each request, or None where it is too early for a preview; at
+      last their parts with the trajectory.
+    """
     rows = [(request, j) for request in requests for j in range(request.num_images)]
     # Rows that fill up the batch repeat the first.
     rows += [rows[0]] * (_rows(len(rows)) - len(rows))
@@ -115,12 +119,16 @@ def sampling(model: VQDiffusion, requests: Sequence[Request]) -> Iterator[list[P
     )  # fmt: skip
     if first.guidance_scale != 1:
         call.keywords["negative_prompt"] = [request.negative_prompt for request, _ in rows]
-    last, decoded = None, -math.inf
+    last, shown = None, -math.inf
     for preview, made in _in_turns(call):
-        last = preview or last
-        if last.step == last.num_steps or time.monotonic() - decoded >= PAUSE:
-            pixels, decoded = last.pixels, time.monotonic()
-        yield _parts(requests, last, pixels, None if made is None else made.trajectory)
+        last, now = preview or last, time.monotonic()
+        if made is not None:
+            yield _parts(requests, last, made.trajectory)
+        elif last.step == last.num_steps or now - shown < PAUSE:
+            yield None
+        else:
+            shown = now
+            yield _parts(requests, last, None)
 
 
 def _in_turns(call: Callable) -> Iterator[tuple[Preview | None, Any]]:
@@ -158,16 +166,13 @@ def _in_turns(call: Callable) -> Iterator[tuple[Preview | None, Any]]:
 
 
 def _parts(
-    requests: Sequence[Request],
-    preview: Preview,
-    pixels: np.ndarray,
-    trajectory: np.ndarray | None,
+    requests: Sequence[Request], preview: Preview, trajectory: np.ndarray | None
 ) -> list[Part]:
     parts, begin = [], 0
     for request in requests:
         mine = slice(begin, begin + request.num_images)
         begin += request.num_images
-        arrays = (preview.tokens, pixels, preview.candidates, preview.probabilities)
+        arrays = (preview.tokens, preview.pixels, preview.candidates, preview.probabilities)
         arrays = (array[mine] for array in (*arrays, preview.confidence))
         seen = None if trajectory is None else trajectory[:, mine]
         parts.append(Part(preview.step, preview.num_steps, *arrays, seen))
