@@ -1,7 +1,7 @@
 """Takes the pictures of docs/page.md from the real page, in Debian's chromium.
 
 pip install -e '.[test]' && apt-get install chromium
-python -m vqd_jax.main --mode=serve --workdir=runs/shapes
+python -m vqd_jax.main --mode=serve
 python docs/figures/page.py http://127.0.0.1:7860
 
 It writes page_*.png beside this file.
@@ -13,8 +13,8 @@ from pathlib import Path
 
 from playwright.sync_api import sync_playwright
 
-PROMPT = "a large red circle in the centre, white background"
-# Rows and columns of the tokens of configs/shapes.py.
+PROMPT = "woman astronaut, medium skin tone"
+# Rows and columns of the tokens of the packaged model.
 GRID = 8
 STATUS = "document.querySelector('[data-part=status]').textContent"
 
@@ -55,7 +55,7 @@ def take(browser, address, name, width, scheme):
     page.screenshot(path=Path(__file__).with_name(f"page_{name}_{scheme}.png"), full_page=True)
     if (name, scheme) == ("wide", "light"):
         page.locator("[data-part=clear]").click()
-        page.locator("[data-part=step]").fill("55")
+        page.locator("[data-part=step]").fill("12")
         page.wait_for_timeout(1500)
         page.locator("[data-part=work]").screenshot(path=Path(__file__).with_name("page_steps.png"))
     context.close()
