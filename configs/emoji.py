@@ -28,7 +28,8 @@ def get_config():
     config.denoiser.init_std = 0.06
     config.denoiser.scan_unroll = 6
     config.training.num_steps = 2600
-    config.training.learning_rate = 2e-3
+    config.training.optimizer = "muon"
+    config.training.learning_rate = 4e-3
     config.training.auxiliary_weight = 1e-2
     config.training.eval_every = 1300
     config.training.save_every = 650

@@ -3,10 +3,9 @@
 python -m vqd_jax.main --config=configs/shapes.py --workdir=DIR
 python benchmarks/attribute_accuracy.py --workdir=DIR
 
-Training took 20 minutes of processor time on one CPU core, which other work shared. On pairs of
-colour and shape that were held out, the colour was right in 99.5 +- 0.5 % of the pictures, the
-shape in 85.5 +- 2.5 %, the size in 97.5 +- 1.1 % and the position in 100 %. The autoencoder alone
-leaves 93.5 +- 1.7 % of the shapes readable.
+On pairs of colour and shape that were held out, colour, size, position and the number of objects
+were right in 100 % of 200 pictures, and the shape in 97.0 +- 1.2 %, which is what the autoencoder
+alone leaves readable. Training took SHAPES_TIME.
 """
 
 from vqd_jax.config import default_config
@@ -17,13 +16,14 @@ def get_config():
     config.data.name = "shapes_text"
     config.autoencoder.num_codes = 128
     config.autoencoder.revival_threshold = 0.05
-    config.autoencoder.num_steps = 1000
+    config.autoencoder.num_steps = 2000
     config.text_encoder.context_length = 36
     config.denoiser.num_layers = 4
     config.denoiser.init_std = 0.06
     config.denoiser.scan_unroll = 4
-    config.training.num_steps = 4000
-    config.training.learning_rate = 2e-3
+    config.training.num_steps = 2000
+    config.training.optimizer = "muon"
+    config.training.learning_rate = 4e-3
     config.training.auxiliary_weight = 1e-2
     config.training.ema_decay = 0.995
     config.training.eval_every = 1000
