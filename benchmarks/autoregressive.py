@@ -288,13 +288,7 @@ class CausalTask(Task):
     def __init__(self, config, dataset):
         self.batches, self._config = dataset, config
         self._sizes = beside(config_lib.model_config(config))
-        c = config.training
-        rate = optimizer.learning_rate(
-            c.learning_rate, c.warmup_steps, c.num_steps, c.final_learning_rate
-        )
-        self._optimizer = optimizer.adamw(
-            rate, b1=c.adam_b1, b2=c.adam_b2, weight_decay=c.weight_decay, clip_norm=c.clip_norm
-        )
+        self._optimizer, _ = optimizer.make(config.training)
 
     def create_state(self):
         params = functional.init(Causal, self._sizes, jax.random.key(self._config.seed))

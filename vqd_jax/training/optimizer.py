@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import optax.contrib
+from ml_collections import ConfigDict
 
 
 def learning_rate(
@@ -16,6 +17,21 @@ def learning_rate(
     return optax.warmup_cosine_decay_schedule(
         0.0, peak, warmup_steps, num_steps, end_value=final_share * peak
     )
+
+
+def make(
+    c: ConfigDict, frozen: tuple[str, ...] = ()
+) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """The optimizer of ``config.training``, and its learning rate; ``frozen`` as in ``adamw``."""
+    rate = learning_rate(c.learning_rate, c.warmup_steps, c.num_steps, c.final_learning_rate)
+    return {"adamw": adamw, "muon": muon}[c.optimizer](
+        rate,
+        b1=c.adam_b1,
+        b2=c.adam_b2,
+        weight_decay=c.weight_decay,
+        clip_norm=c.clip_norm,
+        frozen=frozen,
+    ), rate
 
 
 def averaged(averages: Any, params: Any, decay: float, step: jax.Array) -> Any:

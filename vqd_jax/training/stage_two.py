@@ -78,22 +78,9 @@ def complete(state: TrainState | None, params: Any) -> Any:
 
 
 def _optimizer(config: ConfigDict) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    c = config.training
-    rate = optimizer.learning_rate(
-        c.learning_rate, c.warmup_steps, c.num_steps, c.final_learning_rate
-    )
-    frozen = ()
-    if config_lib.model_config(config).freeze_text_encoder and not c.adapter_rank:
-        frozen = ("text_encoder",)
-    make = {"adamw": optimizer.adamw, "muon": optimizer.muon}[c.optimizer]
-    return make(
-        rate,
-        b1=c.adam_b1,
-        b2=c.adam_b2,
-        weight_decay=c.weight_decay,
-        clip_norm=c.clip_norm,
-        frozen=frozen,
-    ), rate
+    is_frozen = config_lib.model_config(config).freeze_text_encoder
+    frozen = ("text_encoder",) if is_frozen and not config.training.adapter_rank else ()
+    return optimizer.make(config.training, frozen)
 
 
 def create_state(config: ConfigDict) -> TrainState:
