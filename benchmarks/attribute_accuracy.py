@@ -1,6 +1,7 @@
 """Share of attributes of generated pictures that are what the prompt asked for.
 
 python benchmarks/attribute_accuracy.py --workdir=DIR
+python benchmarks/attribute_accuracy.py --workdir=DIR --rule ordinary confidence --num_steps 1 4 25
 
 DIR is the workdir of a run of configs/shapes.py. The prompts are the captions of test scenes with
 one object, whose pair of colour and shape no training picture has. Every attribute is read back
@@ -56,12 +57,27 @@ def of_model(model: VQDiffusion, count: int) -> dict[str, float]:
     return {name: float(mean) for name, (mean, _) in scores(made.pixels[:, 0], scenes).items()}
 
 
+def print_steps(model, prompts, scenes, rules, counts, options) -> None:
+    """Prints the share of pictures in which everything is right, by rule and number of steps."""
+    print("| rule | " + " | ".join(f"{count} steps" for count in counts) + " |")
+    print("|" + "---|" * (1 + len(counts)))
+    for rule in rules:
+        cells = []
+        for count in counts:
+            made = model.generate(prompts, rule=rule, num_steps=count, **options)
+            mean, error = scores(made.pixels[:, 0], scenes)["all"]
+            cells.append(f"{100 * mean:.1f} ± {100 * error:.1f} %")
+        print(f"| {rule} | {' | '.join(cells)} |", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workdir", required=True, help="of a run on shapes_text")
     parser.add_argument("--num_prompts", type=int, default=200, help="test scenes with one object")
     parser.add_argument("--seed", type=int, default=0, help="decides the pictures")
     parser.add_argument("--guidance_scale", type=float, help="the config's if unset")
+    parser.add_argument("--rule", nargs="+", help="prints a table of rules and --num_steps")
+    parser.add_argument("--num_steps", nargs="+", type=int, default=[10, 25, 100])
     chosen = parser.parse_args()
     logging.set_verbosity(logging.WARNING)
     model = VQDiffusion.from_workdir(chosen.workdir)
@@ -71,7 +87,11 @@ def main() -> None:
     size = model.config.data.image_size
     real = np.stack([images.center_crop(shapes_text.render(scene, size), size) for scene in scenes])
     scale = {} if chosen.guidance_scale is None else {"guidance_scale": chosen.guidance_scale}
-    made = model.generate(prompts, seed=chosen.seed, batch_size=40, **scale)
+    scale |= {"seed": chosen.seed, "batch_size": 40}
+    if chosen.rule:
+        print_steps(model, prompts, scenes, chosen.rule, chosen.num_steps, scale)
+        return
+    made = model.generate(prompts, **scale)
     columns = {
         "generated": scores(made.pixels[:, 0], scenes),
         "reconstructed": scores(model.reconstruct(real), scenes),
