@@ -47,6 +47,19 @@ def pytest_collection_modifyitems(items):
     items.sort(key=place)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def memory_maps():
+    """Lets go of compiled programs before there are too many for a process.
+
+    Linux allows 65,530 maps in a process, each program of XLA's takes several, and the one that
+    gets none ends the process with a fault of segmentation.
+    """
+    yield
+    maps = Path("/proc/self/maps")
+    if "jax" in sys.modules and maps.exists() and maps.read_bytes().count(b"\n") > 30_000:
+        sys.modules["jax"].clear_caches()
+
+
 @pytest.fixture(scope="session")
 def environment(tmp_path_factory):
     """Environment of child processes: their own data folder, and no accelerator."""
