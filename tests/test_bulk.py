@@ -191,4 +191,6 @@ def test_two_processes_share_the_work_and_check_each_other(start, model, tmp_pat
     assert len(list((tmp_path / "out").glob("*.png"))) == count
     made = [np.asarray(Image.open(tmp_path / "out" / f"0000000{k}.png")) for k in range(3)]
     expected = model.generate(PROMPTS, seed=1, num_steps=3).pixels[:, 0]
-    np.testing.assert_array_equal(made, expected)
+    # On some processors (Xeon) a batch of another size rounds a value in thousands the other way.
+    differ = np.abs(np.subtract(made, expected, dtype=int))
+    assert differ.max() <= 1 and differ.mean() < 2e-3
