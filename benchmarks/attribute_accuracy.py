@@ -59,7 +59,7 @@ def of_model(model: VQDiffusion, count: int) -> dict[str, float]:
 
 def print_steps(model, prompts, scenes, rules, counts, options) -> None:
     """Prints the share of pictures in which everything is right, by rule and number of steps."""
-    print("| rule | " + " | ".join(f"{count} steps" for count in counts) + " |")
+    print(f"| rule, steps | {' | '.join(map(str, counts))} |")
     print("|" + "---|" * (1 + len(counts)))
     for rule in rules:
         cells = []
@@ -84,14 +84,15 @@ def main() -> None:
     if not model.config.data.name.startswith("shapes_text"):
         raise UserError(f"{chosen.workdir} was trained on {model.config.data.name}, not on shapes")
     prompts, scenes = asked(chosen.num_prompts)
+    options = {"seed": chosen.seed, "batch_size": 40}
+    if chosen.guidance_scale is not None:
+        options["guidance_scale"] = chosen.guidance_scale
+    if chosen.rule:
+        print_steps(model, prompts, scenes, chosen.rule, chosen.num_steps, options)
+        return
     size = model.config.data.image_size
     real = np.stack([images.center_crop(shapes_text.render(scene, size), size) for scene in scenes])
-    scale = {} if chosen.guidance_scale is None else {"guidance_scale": chosen.guidance_scale}
-    scale |= {"seed": chosen.seed, "batch_size": 40}
-    if chosen.rule:
-        print_steps(model, prompts, scenes, chosen.rule, chosen.num_steps, scale)
-        return
-    made = model.generate(prompts, **scale)
+    made = model.generate(prompts, **options)
     columns = {
         "generated": scores(made.pixels[:, 0], scenes),
         "reconstructed": scores(model.reconstruct(real), scenes),

@@ -188,18 +188,22 @@ def plot(flags) -> None:
     """Draws the share of pictures in which everything is right, by rule, over the steps."""
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(flags.rule), figsize=(11, 2.8), sharex=True, sharey=True)
-    for axis, rule in zip(axes, flags.rule, strict=True):
+    figure, axes = plt.subplots(
+        1, len(flags.rule), figsize=(11, 2.8), sharex=True, sharey=True, squeeze=False
+    )
+    for axis, rule in zip(axes[0], flags.rule, strict=True):
         for mass in (mass for mass in flags.mass if rule in rules_of(mass, flags.rule)):
-            found = [kept(flags, mass, f"drawn_{rule}_{steps}") for steps in flags.steps]
-            shares = 100 * np.array([[drawn["all"] for drawn in runs] for runs in found])
-            errors = shares.std(axis=1, ddof=1) / np.sqrt(shares.shape[1])
-            axis.errorbar(flags.steps, shares.mean(axis=1), errors, label=mass, capsize=2)
-        axis.set(title=rule, xscale="log", xlabel="steps", xticks=flags.steps)
+            runs = [kept(flags, mass, f"drawn_{rule}_{steps}") for steps in flags.steps]
+            shares = [100 * np.array([drawn["all"] for drawn in of_steps]) for of_steps in runs]
+            means = [share.mean() for share in shares]
+            errors = [share.std(ddof=1) / np.sqrt(len(share)) for share in shares]
+            axis.errorbar(flags.steps, means, errors, label=mass, capsize=2)
+        axis.set(title=rule, xscale="log", xlabel="steps")
         axis.set_xticks(flags.steps, map(str, flags.steps))
         axis.minorticks_off()
-    axes[0].set_ylabel("everything right (%)")
-    axes[0].legend(title="replace mass", frameon=False)
+    axes[0, 0].set_ylabel("everything right (%)")
+    lines = axes[0, 0].get_legend_handles_labels()
+    figure.legend(*lines, title="replace mass", loc="center right", frameon=False)
     figure.savefig(flags.plot, dpi=80, bbox_inches="tight")
 
 
@@ -240,7 +244,7 @@ def main() -> None:
     parser.add_argument("--mass", nargs="+", choices=tuple(MASKS), default=list(MASKS))
     parser.add_argument("--rule", nargs="+", default=list(RULES))
     parser.add_argument("--steps", nargs="+", type=int, default=list(STEPS))
-    parser.add_argument("--plot", help="a picture of the last table; needs the extra docs")
+    parser.add_argument("--plot", help="file for curves of what is all right; needs the extra docs")
     flags = parser.parse_args()
     if not flags.report:
         measure(study.begin(flags), flags)

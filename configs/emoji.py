@@ -3,12 +3,13 @@
 python -m vqd_jax.main --config=configs/emoji.py --workdir=DIR
 
 A picture has 32x32 pixels and 8x8 tokens, from a codebook of 128. The denoiser has 2.1 M
-parameters, and a small text encoder is trained with it. All of it took 16 min 21 s on two slow
-cores, without the installation. A token of a training picture cost 2.14 bits in the end with its
-own caption and 10.46 bits with another picture's. For validation pictures, whose concepts the model
-never saw, it was 6.42 and 7.15 bits. Captions of 200 training people brought their own picture, the
-nearest of all, in 84.0 +- 2.6 %, those of 200 objects in 8.5 +- 2.0 %
-(benchmarks/emoji_retrieval.py). With AdamW, 2,600 steps, which take as long, brought 69 and 5 %.
+parameters, and a small text encoder is trained with it. The autoencoder and the codes took 3
+minutes, and the steps 13 min 21 s, on two slow cores and without the installation. A token of a
+training picture cost 2.14 bits in the end with its own caption and 10.46 bits with another
+picture's. For validation pictures, whose concepts the model never saw, it was 6.42 and 7.15 bits.
+Captions of 200 training people brought their own picture, the nearest of all, in 84.0 +- 2.6 %,
+those of 200 objects in 8.5 +- 2.0 % (benchmarks/emoji_retrieval.py). 2,600 steps of AdamW had
+brought 69 and 5 %.
 
 Most concepts have one picture, and people have most pictures. To take rare concepts more often did
 not help in so short a time: with data.balance_by="concept", 1,900 steps of AdamW brought 1 % of the

@@ -5,7 +5,8 @@ python benchmarks/attribute_accuracy.py --workdir=DIR
 
 On pairs of colour and shape that were held out, colour, size, position and the number of objects
 were right in 100 % of 200 pictures, and the shape in 97.0 +- 1.2 %, which is what the autoencoder
-alone leaves readable. Training took about 20 minutes of processor time on one slow core.
+alone leaves readable. On one slow core the tokenizer and its codes take 4 minutes, and the steps
+about 15, at 74 pictures a second.
 """
 
 from vqd_jax.config import default_config

@@ -248,7 +248,7 @@ def test_two_processes_begin_from_weights_as_one_does(run, one, tiny_run, tmp_pa
     run(1, 1, tmp_path / "one", config=config)
     run(2, 4, tmp_path / "two", config=config | ALL_AXES)
     assert_same(tmp_path / "two", tmp_path / "one")
-    # On batches of chance the first loss tells the weights that it began from.
+    # It did not begin from random weights.
     assert losses(tmp_path / "one")[0] != pytest.approx(losses(one)[0], rel=1e-3)
     alone = from_step_10(tmp_path / "two", tmp_path / "alone")
     run(1, 1, alone, config=config)
@@ -260,7 +260,7 @@ def test_muon_makes_the_same_run_on_two_processes_as_on_one(run, one, tmp_path):
     config = {"training.optimizer": "muon"}
     run(1, 1, tmp_path / "one", config=config)
     run(2, 4, tmp_path / "two", config=config | ALL_AXES)
-    # Singular values of nearly nothing are brought to 1, too, and with them the order of sums.
+    # Muon brings small singular values to 1, and with them what sums in another order differ by.
     pairs = losses(tmp_path / "two"), losses(tmp_path / "one"), losses(one)
     np.testing.assert_allclose(pairs[0], pairs[1], rtol=1e-3)
     assert np.abs(np.subtract(pairs[2], pairs[1])).max() > 0.01

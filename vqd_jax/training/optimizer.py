@@ -22,16 +22,14 @@ def learning_rate(
 def make(
     c: ConfigDict, frozen: tuple[str, ...] = ()
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """The optimizer of ``config.training``, and its learning rate; ``frozen`` as in ``adamw``."""
+    """The optimizer of ``config.training``, and its learning rate; ``frozen`` as in ``clipped``.
+
+    Every parameter decays, as in the published code.
+    """
     rate = learning_rate(c.learning_rate, c.warmup_steps, c.num_steps, c.final_learning_rate)
-    return {"adamw": adamw, "muon": muon}[c.optimizer](
-        rate,
-        b1=c.adam_b1,
-        b2=c.adam_b2,
-        weight_decay=c.weight_decay,
-        clip_norm=c.clip_norm,
-        frozen=frozen,
-    ), rate
+    kind = {"adamw": optax.adamw, "muon": muon}[c.optimizer]
+    transform = kind(rate, b1=c.adam_b1, b2=c.adam_b2, weight_decay=c.weight_decay)
+    return clipped(transform, c.clip_norm, frozen), rate
 
 
 def averaged(averages: Any, params: Any, decay: float, step: jax.Array) -> Any:
@@ -49,35 +47,8 @@ def averaged(averages: Any, params: Any, decay: float, step: jax.Array) -> Any:
     return jax.tree.map(lambda a, p: a + (1 - decay) * (p - a), averages, params)
 
 
-def adamw(
-    schedule: optax.Schedule,
-    *,
-    b1: float,
-    b2: float,
-    weight_decay: float,
-    clip_norm: float,
-    frozen: tuple[str, ...] = (),
-) -> optax.GradientTransformation:
-    """AdamW on clipped gradients; every parameter decays, as in the published code.
-
-    Args:
-      schedule: the learning rate of every step.
-      b1, b2, weight_decay: of AdamW.
-      clip_norm: largest global norm of the gradients.
-      frozen: top-level names of parameters without a gradient; they neither decay nor have moments.
-    """
-    transform = optax.adamw(schedule, b1=b1, b2=b2, weight_decay=weight_decay)
-    return _clipped(transform, clip_norm, frozen)
-
-
 def muon(
-    schedule: optax.Schedule,
-    *,
-    b1: float,
-    b2: float,
-    weight_decay: float,
-    clip_norm: float,
-    frozen: tuple[str, ...] = (),
+    schedule: optax.Schedule, *, b1: float, b2: float, weight_decay: float
 ) -> optax.GradientTransformation:
     """Muon for the kernels of scanned layers; AdamW for tables, biases and the logits' kernel.
 
@@ -87,10 +58,11 @@ def muon(
     al. 2025, arXiv:2502.16982, equation 4). Muon has one moment where AdamW has two.
 
     Args:
-      schedule, weight_decay, clip_norm, frozen: as in ``adamw``.
+      schedule: the learning rate of every step.
       b1, b2: of AdamW.
+      weight_decay: of both.
     """
-    transform = optax.contrib.muon(
+    return optax.contrib.muon(
         schedule,
         weight_decay=weight_decay,
         adam_b1=b1,
@@ -99,7 +71,6 @@ def muon(
         muon_weight_dimension_numbers=_matrices,
         consistent_rms=0.2,
     )
-    return _clipped(transform, clip_norm, frozen)
 
 
 def _matrices(params):
@@ -112,7 +83,16 @@ def _matrices(params):
     return jax.tree_util.tree_map_with_path(leaf, params)
 
 
-def _clipped(transform, clip_norm, frozen):
+def clipped(
+    transform: optax.GradientTransformation, clip_norm: float, frozen: tuple[str, ...] = ()
+) -> optax.GradientTransformation:
+    """An optimizer on clipped gradients.
+
+    Args:
+      transform: the optimizer.
+      clip_norm: largest global norm of the gradients.
+      frozen: top-level names of parameters without a gradient; they neither decay nor have moments.
+    """
     if frozen:
         transform = optax.masked(
             transform,
