@@ -67,8 +67,8 @@ def load_ours(folder):
     return generate
 
 
-def load_diffusers(folder):
-    """The same with diffusers' pipeline."""
+def diffusers_pipeline(folder):
+    """diffusers' pipeline of a folder, on all cores."""
     import diffusers
     import torch
     from diffusers.pipelines.deprecated.vq_diffusion import pipeline_vq_diffusion
@@ -79,6 +79,12 @@ def load_diffusers(folder):
     torch.set_num_threads(os.cpu_count())
     pipeline = diffusers.VQDiffusionPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def load_diffusers(folder):
+    """The same with diffusers' pipeline."""
+    pipeline = diffusers_pipeline(folder)
 
     def generate(prompts, steps):
         return pipeline(prompts, num_inference_steps=steps, guidance_scale=GUIDANCE).images

@@ -50,6 +50,8 @@ def begin(flags: argparse.Namespace) -> ConfigDict:
       UserError: the folder has the files of a study with other settings.
     """
     config = shapes.get_config()
+    # What a restart needs; --set may ask for more.
+    config.training.keep_checkpoints = 1
     for change in flags.set:
         key, _, value = change.partition("=")
         config.update_from_flattened_dict({key: ast.literal_eval(value)})
@@ -69,9 +71,8 @@ def begin(flags: argparse.Namespace) -> ConfigDict:
         modes.encode(config, str(tokenizer))
     config.autoencoder.path = str(tokenizer)
     config.data.codes = str(tokenizer / "codes")
-    # A run is measured when it is finished, and keeps what a restart needs.
+    # A run is measured when it is finished.
     config.training.eval_every = config.training.num_steps
-    config.training.keep_checkpoints = 1
     return config
 
 

@@ -165,9 +165,19 @@ def test_what_a_layout_cannot_hold_is_an_error(tmp_path_factory, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("layout", ["diffusers", "published"])
+def test_features_that_others_would_scale_are_refused(tmp_path, layout):
+    config = tiny.get_config()
+    model = VQDiffusion(config, *random_params(config))
+    with pytest.raises(UserError, match="text_encoder.normalize=False"):
+        model.save_pretrained(str(tmp_path / "x"), format=layout)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_diffusers_draws_with_the_context_length_of_the_model(tmp_path):
     """The tokenizer pads to what the text encoder takes: 16 tokens of configs/tiny.py, not 77."""
     config = tiny.get_config()
+    config.text_encoder.normalize = True
     model = VQDiffusion(config, *random_params(config))
     model.save_pretrained(str(tmp_path / "pipeline"), format="diffusers")
     made = open_pipeline(tmp_path / "pipeline")(

@@ -166,6 +166,20 @@ def require_quick_gelu(described: Mapping[str, Any], source: str | Path) -> None
         raise UserError(f"{source} has the activation {found}, not quick_gelu")
 
 
+def require_normalized(config: TextEncoderConfig) -> None:
+    """Refuses a text encoder whose features another program would scale to length 1.
+
+    Raises:
+      UserError: ``text_encoder.normalize`` is off.
+    """
+    if not config.normalize:
+        raise UserError(
+            "this layout belongs to code that scales text features to length 1, and this model was "
+            "trained without (config.text_encoder.normalize=False): its pictures would be wrong "
+            "there; format='vqd_jax' holds it"
+        )
+
+
 def read_text_encoder(
     found: Mapping[str, Any], source: str, *, num_heads: int | None = None, normalize: bool = True
 ) -> tuple[TextEncoderConfig, Any, set[str]]:

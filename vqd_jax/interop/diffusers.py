@@ -105,6 +105,7 @@ def write(directory: str, config: ConfigDict, params: Any, tokenizer: ClipTokeni
     rows = denoiser_tables.diffusers_rows(sizes.denoiser)
     if not config_lib.has_released_schedule(config):
         raise UserError("diffusers computes the 'released' noise schedule alone")
+    clip_files.require_normalized(sizes.text_encoder)
     codec = config_lib.autoencoder_config(config)
     codec, codec_params = taming.for_diffusers(codec, params["autoencoder"])
     text_rows = tables.prefixed(clip_files.HUGGINGFACE_TEXT, theirs="text_model.")
