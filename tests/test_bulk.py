@@ -58,6 +58,11 @@ def test_only_what_is_missing_is_made(model, mesh, tmp_path, monkeypatch):
     assert len(names(tmp_path)) == 10
 
 
+def test_a_missing_picture_is_drawn_with_its_batch():
+    """So its pixels are rounded as they were."""
+    assert bulk._whole_batches(range(4, 12), [5, 11], 3) == [4, 5, 6, 10, 11]
+
+
 def test_array_records_hold_the_same_pictures(model, mesh, tmp_path, monkeypatch):
     monkeypatch.setattr(bulk, "BLOCK", 5)
     make(model, mesh, tmp_path / "png")
@@ -138,6 +143,14 @@ def test_a_file_of_prompts(tmp_path):
     path.write_bytes(b"a cat\x00\n")
     with pytest.raises(UserError, match="is no text: it holds bytes of zero"):
         modes.read_prompts(str(path))
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-be"])
+def test_prompts_as_programs_write_them(tmp_path, encoding):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes("a cat\r\n\r\nein K\u00e4se \U0001f600\r\n".encode(encoding))
+    # No mark of the byte order stays in the first one.
+    assert modes.read_prompts(str(path)) == ["a cat", "ein K\u00e4se \U0001f600"]
 
 
 def test_four_devices_make_the_same_pictures(run, call, tiny_run, tmp_path):

@@ -75,10 +75,13 @@ def sample_many(
     with tqdm(total=sum(map(len, mine)), desc="sampling", unit="image", mininterval=1) as bar:
         for block in mine:
             missing = _missing(output, block, format)
-            pairs = [(k % len(prompts), k // len(prompts)) for k in missing]
+            drawn = _whole_batches(block, missing, batch_size)
+            pairs = [(k % len(prompts), k // len(prompts)) for k in drawn]
             texts = [prompts[i] for i, _ in pairs]
             made = model.sample_rows(texts, pairs, batch_size=batch_size, **request, **options)
-            _write(output, missing, model.decode_codes(made.codes, batch_size), format)
+            pixels = model.decode_codes(made.codes, batch_size)
+            places = [drawn.index(k) for k in missing]
+            _write(output, missing, pixels[places], format)
             bar.update(len(block))
     processes.wait_for_all(f"{output}: pictures written")
     logging.info("%d pictures of %d prompts are in %s", num_images, len(prompts), output)
@@ -135,6 +138,16 @@ def _missing(folder: str, block: range, format: str) -> list[int]:
         found = reader.num_records()
         reader.close()
     return [] if found >= len(block) else list(block)
+
+
+def _whole_batches(block: range, missing: list[int], batch_size: int) -> list[int]:
+    """The pictures of the batches of a block that have a missing one.
+
+    A processor may round a picture otherwise in a batch of another size, so a batch is drawn again
+    as it was.
+    """
+    batches = {(k - block[0]) // batch_size for k in missing}
+    return [k for k in block if (k - block[0]) // batch_size in batches]
 
 
 def _write(folder: str, numbers: Sequence[int], pixels: np.ndarray, format: str) -> None:

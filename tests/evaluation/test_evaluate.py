@@ -92,11 +92,9 @@ def test_what_is_cut_off_is_made_again_and_the_report_is_the_same(evaluated, fol
     pictures = sorted((folder / "out").glob("pictures/*/*.png"))
     features = sorted((folder / "out").glob("features/*/*.npy"))
     assert len(pictures) == 128
-    # Sixteen of each setting: on some processors (Xeon) a picture that is made again in a batch of
-    # another size has a pixel that is rounded to the other side.
-    for path in [*pictures[48:80], *features[::2]]:
+    for path in [*pictures[40:90], *features[::2]]:
         path.unlink()
-    kept = {path: path.stat().st_mtime_ns for path in [*pictures[:48], *features[1::2]]}
+    kept = {path: path.stat().st_mtime_ns for path in [*pictures[:40], *features[1::2]]}
     # What a kill in the middle of a file leaves.
     shutil.copy(pictures[0], pictures[0].with_name(".tmp-0-00000050.png"))
     for name in ("report.json", "report.html", "protocol.txt"):
