@@ -107,9 +107,9 @@ def draw(side: str, folder: Path, steps: int, prompts: list[str], target: Path) 
     np.savez(target, pixels=np.concatenate(pixels), **seconds)
 
 
-def in_process(side: str, folder: Path, steps: int, count: int, name: str) -> dict:
+def in_process(side: str, folder: Path, steps: int, count: int) -> dict:
     """What ``draw`` makes, of a fresh process."""
-    target = folder.parent / f"{name}.npz"
+    target = folder.parent / "drawn.npz"
     command = [sys.executable, __file__, "--part", side, str(folder), str(steps), str(target)]
     subprocess.run([*command, f"--count={count}"], check=True)
     return dict(np.load(target))
@@ -117,7 +117,7 @@ def in_process(side: str, folder: Path, steps: int, count: int, name: str) -> di
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--count", type=int, default=100, help="captions of objects; of people, too")
+    parser.add_argument("--count", type=int, default=100, help="captions of each group")
     parser.add_argument("--ours", type=int, nargs="+", default=[1, 2, 4, 10, 25, 100])
     parser.add_argument("--diffusers", type=int, nargs="+", default=[25, 50, 100])
     parser.add_argument("--rounds", type=int, default=3, help="of the timings")
@@ -135,9 +135,9 @@ def main() -> None:
         found = {row: [] for row in rows}
         for number in range(flags.rounds):
             for side, steps in rows:
-                found[side, steps].append(
-                    in_process(side, folder, steps, flags.count, f"{side}_{steps}_{number}")
-                )
+                # The first round draws all pictures, the others those that are timed.
+                count = flags.count if number == 0 else BATCHES[-1] // 2
+                found[side, steps].append(in_process(side, folder, steps, count))
     print(f"{os.cpu_count()} cores; {len(prompts)} captions; medians of {flags.rounds} rounds")
     print("| side, steps | right | PSNR, dB | seconds a picture, one | of eight |")
     print("|---|---|---|---|---|")

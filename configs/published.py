@@ -82,6 +82,8 @@ def vqgan(config):
     config.autoencoder.adam_b1 = 0.5
     config.autoencoder.adam_b2 = 0.9
     config.autoencoder.clip_norm = 1e9
+    # Their 0.25 is the weight of the codebook's own term.
+    config.autoencoder.commitment = 1.0
     config.autoencoder.squared_weight = 0.0
     config.autoencoder.perceptual_weight = 1.0
     config.autoencoder.adversarial_weight = 0.8

@@ -30,9 +30,11 @@ def get_config():
     config.autoencoder.warmup_steps = 5_000
     config.autoencoder.adam_b1 = 0.0
     config.autoencoder.ema_decay = 0.9999
+    config.autoencoder.commitment = 0.25
     config.autoencoder.squared_weight = 0.0
     config.autoencoder.perceptual_weight = 1.0
     config.autoencoder.adversarial_weight = 0.1
+    config.autoencoder.adaptive_weight = False
     config.autoencoder.adversarial_start = 20_000
     config.autoencoder.adversarial_warmup = 5_000
     config.autoencoder.discriminator = "blurpool"

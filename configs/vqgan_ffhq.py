@@ -4,8 +4,7 @@ python -m vqd_jax.main --mode=train_autoencoder --config=configs/vqgan_ffhq.py -
     --config.data.dir=FFHQ
 
 Published codes learn by gradients; here they are moving averages, and codes that nothing uses are
-seeded anew. docs/tokenizer.md describes the losses. This config has not been run yet, and
-the first step of its adversarial loss has not been compared with the published one.
+seeded anew. docs/tokenizer.md describes the losses. This config has not been run yet.
 """
 
 from configs import ffhq, published

@@ -2,6 +2,10 @@ import pathlib
 import subprocess
 import sys
 
+import jax
+
+from vqd_jax.parallel import processes
+
 ROOT = pathlib.Path(__file__).parents[1]
 PROGRAM = """
 import logging
@@ -26,3 +30,9 @@ def test_warnings_of_libraries_are_shown():
         "no CUDA. Falling back to cpu.",
         "captions.txt is not UTF-8; it is read as Windows' code page 1252",
     ]
+
+
+def test_the_first_line_names_the_devices(caplog):
+    with caplog.at_level("INFO"), processes.session(distributed=False):
+        pass
+    assert caplog.messages[:1] == [f"{jax.device_count()} x cpu"]

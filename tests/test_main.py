@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import resource
 import shutil
 import time
@@ -13,6 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vqd_jax import config as config_lib
+from vqd_jax import main, modes
 from vqd_jax.errors import UserError
 from vqd_jax.interop import convert, folder
 from vqd_jax.pipeline import VQDiffusion
@@ -86,6 +89,22 @@ def test_a_long_prompt_is_cut_with_a_warning(call, tiny_run, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("def", "SyntaxError"),
+        ("a = b", "NameError: name 'b'"),
+        ("import nothing_at_all", "nothing_at"),
+    ],
+)
+def test_a_config_that_is_no_program_is_one_line(call, tmp_path, text, message):
+    (tmp_path / "mine.py").write_text(text)
+    status, output = call(f"--config={tmp_path}/mine.py", f"--workdir={tmp_path}/run")
+    assert status == 1
+    assert "the file of --config is no program" in output and message in output
+    assert "Traceback" not in output
+
+
+@pytest.mark.parametrize(
     ("flags", "message"),
     [
         ([TINY, "--config.training.nums_steps=3", "--workdir=W"], "nums_steps"),
@@ -121,6 +140,57 @@ def test_a_mistake_is_named_and_nothing_is_written(call, tiny_run, tmp_path, fla
         ["samples"],
         [".lock", "config.json"],
     )
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--mode=sample", "--prompt=x", "--model=~/$RUN"], "HOME/seven is no model folder"),
+        (["--mode=sample", "--prompts=$HOME/$RUN"], "HOME/seven cannot be read as a file of prom"),
+        ([TINY, "--workdir=~/w", "--config.autoencoder.path=~/$RUN"], "HOME/seven is not a model"),
+        ([TINY, "--workdir=~/w", "--config.data.more_codes=('~/$RUN',)"], "HOME/seven/train has"),
+        (
+            [TINY, "--mode=prepare", "--config.data.name=ffhq_images", "--config.data.dir=~/$RUN"],
+            "there is no directory HOME/seven",
+        ),
+    ],
+)
+def test_paths_of_flags_and_fields_are_expanded_alike(call, tmp_path, monkeypatch, flags, message):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("RUN", "seven")
+    status, output = call(*flags)
+    assert status == 1
+    assert message.replace("HOME", str(tmp_path)) in output
+    assert not list(tmp_path.rglob("~*"))
+
+
+def test_every_field_that_is_a_path_is_expanded():
+    """By its name; those of another program or of a pattern are none."""
+    words = re.compile(
+        r"(^|_)(dir|path|codes|init_from|checkpoints|cache|clip|inception(_statistics)?)$"
+    )
+    flat = config_lib.flatten(config_lib.default_config())
+    found = {
+        key
+        for key, value in flat.items()
+        if isinstance(value, str | tuple | list) and words.search(key.split(".")[1])
+    }
+    assert found == set(main._PATH_FIELDS)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "name"),
+    [
+        ("A red, red heart!", "a-red-red-heart"),
+        ("\u8d64\u3044 \u5fc3", "\u8d64\u3044-\u5fc3"),
+        ("\U0001f600", "grinning-face"),
+        ("\u2764\ufe0f \U0001f408", "heavy-black-heart-cat"),
+        ("", "no-prompt"),
+        (" \ue000", "no-prompt"),
+    ],
+)
+def test_files_are_called_by_their_prompt(prompt, name):
+    assert modes._slug(prompt) == name
 
 
 def test_a_mistake_can_be_put_right_in_the_same_workdir(call, tmp_path):

@@ -73,6 +73,15 @@ def test_every_seed_of_32_bits_will_do(model):
     assert (largest != next_to_it).any()
 
 
+@pytest.mark.parametrize("half", ["\ud83d", "\udce9"])
+def test_half_a_character_in_a_prompt_is_none(model, half):
+    # A text that was cut within an emoji, and a byte of a command line that is no UTF-8.
+    options = {"num_steps": 2, "guidance_scale": 2.0}
+    cut = model.generate([f"a cat {half}"], negative_prompt=f"a dog {half}", **options)
+    whole = model.generate(["a cat \ufffd"], negative_prompt="a dog \ufffd", **options)
+    np.testing.assert_array_equal(cut.codes, whole.codes)
+
+
 def test_scale_seed_and_prompt_do_not_recompile(model):
     model.generate(["a"], num_images=1, guidance_scale=2.0, truncation=0.9)
     compiled = model._networks.sample._cache_size()
@@ -278,8 +287,10 @@ def test_a_model_comes_back_from_its_folder(model, made, tmp_path):
 
 
 def test_a_folder_in_the_home_directory_is_found(model, tmp_path, monkeypatch):
-    model.save_pretrained(str(tmp_path / "model"))
     monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    model.save_pretrained("~/model")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
     assert VQDiffusion.from_pretrained("~/model").fingerprint() == model.fingerprint()
     # What it makes goes beside it, and not into the working directory.
     assert pretrained.beside("~/model") == tmp_path / "model"

@@ -305,6 +305,8 @@ def parse(argv: list[str]) -> list[str]:
         if isinstance(error, KeyError | AttributeError):
             text = f"the config has no such field: {text}"
         console.fail(f"{text} (see --help, and vqd_jax/options.py for the fields)")
+    except (SyntaxError, NameError, ImportError) as error:
+        console.fail(f"the file of --config is no program: {type(error).__name__}: {error}")
 
 
 def _outside(error: Exception) -> str | None:

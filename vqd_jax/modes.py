@@ -3,6 +3,7 @@
 import functools
 import re
 import sys
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -444,7 +445,10 @@ def serve(host: str, port: int, **loading: Any) -> None:
 
 
 def _slug(prompt: str) -> str:
-    return re.sub(r"[\W_]+", "-", prompt.lower()).strip("-")[:40] or "no-prompt"
+    # Signs alone, such as emoji, are spelled out.
+    signs = (unicodedata.name(x, "") for x in prompt if unicodedata.category(x)[0] == "S")
+    found = (re.sub(r"[\W_]+", "-", x.lower()).strip("-") for x in (prompt, " ".join(signs)))
+    return next(filter(None, found), "no-prompt")[:40]
 
 
 def _frames(model: VQDiffusion, tokens: np.ndarray) -> list[Image.Image]:

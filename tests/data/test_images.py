@@ -9,7 +9,7 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image, ImageOps
+from PIL import Image, ImageFont, ImageOps
 
 from vqd_jax.data import images, masks
 from vqd_jax.errors import UserError
@@ -336,6 +336,27 @@ def test_a_file_that_is_no_picture_is_named():
     for name in ("truncated.jpg", "nothing.jpg"):
         with pytest.raises(UserError, match=f"{name} cannot be read as a picture"):
             images.load(BAD / name)
+
+
+def test_a_label_is_drawn_in_a_font_that_has_its_letters(tmp_path, monkeypatch):
+    own, other = ImageFont.load_default(15), str(tmp_path / "other.ttf")
+    assert images._has_letters(own, "red heart, 12!") and not images._has_letters(own, "\u82b1")
+    # Another font of this machine, of which the letters are made up.
+    (tmp_path / "other.ttf").write_bytes(own.font_bytes)
+    monkeypatch.setattr(images, "_FONTS", ("missing.ttf", other))
+
+    def has_letters(font, text):
+        return set(text) <= set("red\u82b1" if font.path == other else "red")
+
+    monkeypatch.setattr(images, "_has_letters", has_letters)
+    assert images._font("red").path != other
+    assert images._font("red\u82b1").path == other
+
+
+def test_letters_that_no_font_has_are_told(caplog):
+    shown = images.grid(np.zeros((1, 1, 32, 32, 3), np.uint8), ["red \U000ffffd"])
+    assert shown.size[0] > 32
+    assert "every letter of 'red " in caplog.text
 
 
 def test_grid_shows_every_picture_enlarged_above_its_label():

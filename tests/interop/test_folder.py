@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from vqd_jax.errors import UserError
-from vqd_jax.interop import folder
+from vqd_jax.interop import folder, tensors
 
 PARAMS = {
     "a": {0: {"kernel": np.arange(6.0).reshape(2, 3).astype(np.float32)}},
@@ -112,3 +112,17 @@ def test_what_is_no_model_is_not_replaced(tmp_path):
         assert (other / name).exists()
     with pytest.raises(UserError, match="is a file"):
         folder.save(thesis / "thesis.txt", {}, {})
+
+
+def test_a_variant_in_half_precision_is_taken_where_it_is_alone(tmp_path):
+    array = np.linspace(0, 1, 10, dtype=np.float32)
+    half = {"w": array.astype(np.float16)}
+    tensors.write_safetensors(tmp_path / "model.fp16.safetensors", half, {"w": np.float16})
+    found = folder.read_weights(tmp_path, "model", "model.bin")["w"].read(np.float32)
+    np.testing.assert_array_equal(found, half["w"].astype(np.float32))
+    # Whole precision comes first.
+    folder.write_shards(tmp_path, "model", {"w": array})
+    found = folder.read_weights(tmp_path, "model", "model.bin")["w"].read(np.float32)
+    np.testing.assert_array_equal(found, array)
+    with pytest.raises(UserError, match="has neither vae.safetensors nor vae.bin"):
+        folder.read_weights(tmp_path, "vae", "vae.bin")

@@ -67,11 +67,11 @@ def run(launch):
     return run
 
 
-def losses(workdir):
+def losses(workdir, name="train/loss"):
     lines = (workdir / "metrics.jsonl").read_text().splitlines()
-    rows = [json.loads(line) for line in lines]
+    rows = [row for row in map(json.loads, lines) if name in row]
     assert [row["step"] for row in rows] == list(range(1, 21))
-    return [row["train/loss"] for row in rows]
+    return [row[name] for row in rows]
 
 
 def codes(workdir):
@@ -228,7 +228,7 @@ def test_a_jax_that_hides_its_key_value_store_is_told(monkeypatch, caplog):
 def test_sigterm_to_one_process_saves_and_ends_all(launch, run, one, two, tmp_path):
     # Its number of calls is not that of its steps, and Orbax has told the service those of saves.
     workdir = from_step_10(two, tmp_path / "run")
-    options = {"config": {"training.save_every": 5}}
+    options = {"config": {"training.save_every": 2}}
     started = launch(2, 1, workdir, signal_at=17, **options)
     (first, second), _ = outputs_within(started, 300)
     assert [process.returncode for process in started] == [143, 143], first + second
@@ -267,6 +267,55 @@ def test_muon_makes_the_same_run_on_two_processes_as_on_one(run, one, tmp_path):
     alone = from_step_10(tmp_path / "two", tmp_path / "alone")
     run(1, 1, alone, config=config)
     np.testing.assert_allclose(losses(alone), pairs[0], rtol=1e-3)
+
+
+# Stage one with both networks, from the command line.
+JUDGED = {
+    "adversarial_weight": 0.2, "lecam_weight": 0.1, "ema_decay": 0.9, "learning_rate": 2e-4,
+    "discriminator_channels": 8, "discriminator_layers": 1,
+}  # fmt: skip
+
+
+@pytest.fixture
+def train_tokenizer(start):
+    """train_tokenizer(processes, devices of each, workdir, flags) -> their outputs."""
+
+    def train_tokenizer(count, devices, workdir, *flags):
+        fields = {f"autoencoder.{name}": value for name, value in JUDGED.items()}
+        flags += tuple(f"--config.{name}={value}" for name, value in (RUN | fields).items())
+        flags += ("--config=configs/tiny.py", "--mode=train_autoencoder", f"--workdir={workdir}")
+        env = {}
+        if count > 1:
+            flags += ("--distributed",)
+            address = f"127.0.0.1:{free_port()}"
+            env = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(count)}
+        started = [
+            start(*flags, devices=devices, env=env | {"JAX_PROCESS_ID": str(index)})
+            for index in range(count)
+        ]
+        outputs = [process.communicate(timeout=600)[0] for process in started]
+        assert [process.returncode for process in started] == [0] * count, "\n".join(outputs)
+        return outputs
+
+    return train_tokenizer
+
+
+@pytest.mark.slow
+def test_two_processes_train_a_tokenizer_with_a_discriminator(train_tokenizer, tmp_path):
+    one, two, alone = (tmp_path / name for name in ("one", "two", "alone"))
+    train_tokenizer(1, 1, one)
+    train_tokenizer(2, 2, two, "--config.mesh.fsdp=2")
+    shutil.copytree(two, alone)
+    for name in ("checkpoints/20", "model"):
+        shutil.rmtree(alone / "autoencoder" / name)
+    (output,) = train_tokenizer(1, 1, alone)
+    assert "autoencoder goes on from step 10" in output
+    for name in ("autoencoder/loss", "autoencoder/discriminator_loss"):
+        expected = losses(one / "autoencoder", name)
+        assert np.ptp(expected) > 0.01
+        for workdir in (two, alone):
+            found = losses(workdir / "autoencoder", name)
+            np.testing.assert_allclose(found, expected, rtol=1e-5, err_msg=f"{name} {workdir}")
 
 
 @pytest.mark.slow

@@ -1,4 +1,10 @@
+import json
+import os
+import pathlib
 import re
+import socket
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -131,6 +137,42 @@ def test_batches_must_be_divisible():
     sharding.require_divisible("training.batch_size", 6, real, 3)
     with pytest.raises(UserError, match="config.training.batch_size=6 .*gradient_accumulation=4"):
         sharding.require_divisible("training.batch_size", 6, real, 4)
+
+
+ROOT = pathlib.Path(__file__).parents[2]
+PUT = """
+import json, sys
+import jax, numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from vqd_jax.parallel import sharding
+port, index = sys.argv[1], int(sys.argv[2])
+jax.distributed.initialize(f"127.0.0.1:{port}", 2, index)
+place = NamedSharding(jax.make_mesh((1, 2, 1), sharding.AXES), PartitionSpec("fsdp"))
+old = jax.jit(lambda: jax.numpy.zeros((2, 3)), out_shardings=place)()
+mine = np.full((2, 3), 10.0 * index, np.float32) + np.arange(2, dtype=np.float32)[:, None]
+new = sharding.put_like({"w": old}, {"w": mine})["w"]
+assert new.sharding == place
+print(json.dumps(np.asarray(new.addressable_data(0)).tolist()))
+"""
+
+
+def test_every_process_puts_its_own_part_of_weights_and_asks_no_other():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", PUT, str(port), str(index)],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
+            env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        )
+        for index in range(2)
+    ]  # fmt: skip
+    found = [process.communicate(timeout=120) for process in both]
+    assert [process.returncode for process in both] == [0, 0], found
+    # Each has other values: whoever compared or gathered them would stop, or have them mixed.
+    rows = [json.loads(out.splitlines()[-1]) for out, _ in found]
+    assert rows == [[[0.0] * 3], [[11.0] * 3]]
 
 
 def test_one_process_has_all_rows_and_gets_them_back():

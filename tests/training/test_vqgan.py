@@ -2,8 +2,12 @@
 
 import dataclasses
 import functools
+import json
+import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,13 +15,16 @@ import numpy as np
 import pytest
 
 from configs import tiny
+from vqd_jax import checkpoint
 from vqd_jax import config as config_lib
-from vqd_jax.interop import perceptual_files
+from vqd_jax.data import batches, encode
+from vqd_jax.errors import UserError
+from vqd_jax.interop import perceptual_files, pretrained
 from vqd_jax.models import autoencoder, discriminator, perceptual
 from vqd_jax.models.autoencoder import AutoencoderConfig
 from vqd_jax.options import AutoencoderOptions
-from vqd_jax.parallel import sharding
-from vqd_jax.training import adversarial, stage_one, task, tokenizer
+from vqd_jax.parallel import rows, sharding
+from vqd_jax.training import adversarial, stage_one, stage_two, task, tokenizer
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -155,6 +162,27 @@ def test_the_parts_of_a_batch_make_the_step_of_the_whole():
         assert_equal(getattr(of_whole, part), getattr(of_parts, part), atol=2e-4)
 
 
+@pytest.mark.slow
+def test_every_part_of_a_batch_has_its_own_weight_and_statistics():
+    # Without momentum, the first moment of Adam is the gradient.
+    whole_batch = dataclasses.replace(
+        JUDGED, adaptive_weight=True, discriminator="patchgan", adam_b1=0.0, clip_norm=1e9
+    )
+    in_parts = dataclasses.replace(whole_batch, gradient_accumulation=2)
+
+    def gradients(state):
+        return [part.opt_state[1][0].mu for part in (state, state.discriminator)]
+
+    start = begun(whole_batch)
+    alone = [compiled(whole_batch)(start, PIXELS[part::2]) for part in range(2)]
+    together, metrics = compiled(in_parts)(start, PIXELS)
+    expected = jax.tree.map(lambda a, b: (a + b) / 2, *[gradients(state) for state, _ in alone])
+    assert_equal(gradients(together), expected, rtol=1e-3, atol=1e-6)
+    weights = [float(found["adversarial_weight"]) for _, found in alone]
+    assert weights[0] != pytest.approx(weights[1], rel=0.01)
+    assert float(metrics["adversarial_weight"]) == pytest.approx(np.mean(weights), rel=1e-4)
+
+
 def test_before_its_start_the_discriminator_neither_learns_nor_counts():
     late = dataclasses.replace(JUDGED, adversarial_start=2, adversarial_warmup=1)
     judged, metrics = run(begun(late), late, 2)
@@ -225,6 +253,172 @@ def test_bfloat16_and_remat_change_gradients_by_rounding():
     # A latent between two codes may choose the other one.
     a, b = found
     assert float(a @ b) > 0.9 * float(jnp.linalg.norm(a) * jnp.linalg.norm(b))
+
+
+LAYOUT = Path(__file__).parents[1] / "data" / "layouts" / "jsonl"
+NUM_CODES = 256  # Twelve pictures of 16 codes cannot use them all.
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Config and workdir of a run of stage one with both networks. Not to be changed."""
+    workdir = tmp_path_factory.mktemp("trained")
+    shutil.copytree(LAYOUT, workdir / "pictures")
+    config = tiny.get_config()
+    config.data.update({"name": "image_text_folder", "dir": str(workdir / "pictures")})
+    config.autoencoder.update(dataclasses.asdict(JUDGED))
+    config.autoencoder.update({"num_codes": NUM_CODES, "num_steps": 8, "batch_size": 4})
+    config.autoencoder.update({"steps_per_call": 2, "profile_steps": 2})
+    config.training.update({"log_every": 2, "save_every": 4, "eval_every": 8})
+    stage_two.train_autoencoder(config, str(workdir / "run"))
+    return config, workdir / "run"
+
+
+@pytest.fixture
+def at_step_4(trained, tmp_path):
+    """Config and workdir of that run as it was when step 4 was saved."""
+    config, workdir = trained
+    shutil.copytree(workdir, tmp_path / "run")
+    for name in ("checkpoints/8", "model", "model_remapped", "profile"):
+        shutil.rmtree(tmp_path / "run" / "autoencoder" / name)
+    return config.copy_and_resolve_references(), tmp_path / "run"
+
+
+def finished(config, workdir):
+    """The state that a run ended with."""
+    made = stage_one.AutoencoderTask(config, sharding.make_mesh(config))
+    wanted = checkpoint.abstract(jax.eval_shape(made.create_state))
+    step, state = checkpoint.load(f"{workdir}/autoencoder/checkpoints", wanted)
+    assert step == config.autoencoder.num_steps
+    return state
+
+
+def given(config, workdir):
+    """The complete parameters in its model folder."""
+    return pretrained.load_autoencoder(config, pretrained.model_folder(str(workdir)))
+
+
+def logged(workdir):
+    """Every number of metrics.jsonl but those of the clock, by step and name."""
+    lines = (workdir / "autoencoder" / "metrics.jsonl").read_text().splitlines()
+    return {
+        (row["step"], name): value
+        for row in map(json.loads, lines)
+        for name, value in row.items()
+        if not name.endswith("images_per_second")
+    }
+
+
+@pytest.mark.slow
+def test_a_run_leaves_its_averages_and_a_trace(trained):
+    config, workdir = trained
+    assert_equal(given(config, workdir), finished(config, workdir).averaged)
+    (trace,) = (workdir / "autoencoder" / "profile").rglob("*.xplane.pb")
+    assert trace.stat().st_size > 1000
+    # That of stage two would be here.
+    assert not (workdir / "profile").exists()
+
+
+@pytest.mark.slow
+def test_codes_that_no_training_picture_has_are_left_out(trained):
+    config, workdir = trained
+    params, crop = given(config, workdir), encode.crop(config, encode.TRAIN)
+    records = batches.records(encode.data_set(config), encode.TRAIN, decode=False)
+    crops = np.stack([crop(records[i], config.seed, i) for i in range(len(records))])
+    codec = encode.Codec(config_lib.autoencoder_config(config), params)
+    codes = np.asarray(codec.encode(rows.padded(crops, codec.batch_size)))[: len(crops)]
+    used = np.unique(codes)
+    assert 2 < len(used) < NUM_CODES
+    expected = np.zeros(NUM_CODES, np.int32)
+    expected[used] = np.arange(1, len(used) + 1)
+    # The fields that the log names; id 0 is every code that is left out.
+    fewer = config.copy_and_resolve_references()
+    fewer.autoencoder.update({"num_codes": len(used) + 1, "codebook_size": NUM_CODES})
+    found = pretrained.load_autoencoder(fewer, str(workdir / "autoencoder" / "model_remapped"))
+    np.testing.assert_array_equal(found.pop("remap")["full_to_code"], expected)
+    assert_equal(found, params)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["", "autoencoder/model_remapped"])
+def test_a_run_begins_from_a_trained_tokenizer(trained, place):
+    config, workdir = trained
+    params = given(config, workdir)
+    config = config.copy_and_resolve_references()
+    config.autoencoder.init_from = str(workdir / place)
+    mesh = sharding.make_mesh(config)
+    again = stage_one.AutoencoderTask(config, mesh)
+    fresh = task.init_state(again, mesh)
+    state = again.begin(fresh)
+    # All entries of the codebook, whatever the remap.
+    assert_equal(tokenizer.complete(state), params)
+    assert_equal(state.averaged, params)
+    # As if the latents of a batch of 4 pictures had chosen all codes equally often.
+    sizes = np.asarray(state.codebook.cluster_size)
+    np.testing.assert_array_equal(sizes, np.full(NUM_CODES, 4 * 16 / NUM_CODES, np.float32))
+    centres = np.asarray(state.codebook.cluster_sum) / sizes[:, None]
+    np.testing.assert_allclose(centres, params["quantize"]["embedding"], rtol=1e-6)
+    # The discriminator and both optimizers begin anew.
+    assert_equal(
+        (state.discriminator, state.opt_state, state.step),
+        (fresh.discriminator, fresh.opt_state, fresh.step),
+    )
+
+
+@pytest.mark.slow
+def test_steps_of_one_call_are_the_steps_one_by_one(trained, at_step_4):
+    config, workdir = at_step_4
+    config.autoencoder.update({"steps_per_call": 1, "profile_steps": 0})
+    stage_two.train_autoencoder(config, str(workdir))
+    ours, theirs = finished(config, workdir), finished(*trained)
+    # They are another program, which rounds otherwise. The gradient of some biases is rounding
+    # alone, and Adam makes a step of it; so moments are compared, and parameters less closely.
+    for part in ("codebook", "opt_state"):
+        assert_equal(getattr(ours, part), getattr(theirs, part), rtol=1e-3, atol=1e-5)
+    for part in ("lecam", "opt_state"):
+        pair = [getattr(state.discriminator, part) for state in (ours, theirs)]
+        assert_equal(*pair, rtol=1e-3, atol=1e-5)
+    assert_equal(ours, theirs, rtol=1e-3, atol=2e-4)
+    assert logged(workdir) == pytest.approx(logged(trained[1]), rel=1e-3)
+
+
+@pytest.mark.slow
+def test_a_discriminator_that_is_not_finite_stops_the_run(at_step_4):
+    config, workdir = at_step_4
+    # Step 5 makes its weights so large that its gradient has no finite norm at step 6. The loss is
+    # still finite there.
+    config.autoencoder.discriminator_learning_rate = 1e7
+    with pytest.raises(UserError) as error:
+        stage_two.train_autoencoder(config, str(workdir))
+    told = r"the loss is -?\d[\d.e+]* and the gradient norm (inf|nan) at step 6; the last good"
+    told += f" checkpoint is {workdir}/autoencoder/checkpoints/4\\. "
+    assert re.match(told, str(error.value))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        ("discriminator", "patchgan", "discriminator: 'blurpool' -> 'patchgan'"),
+        ("discriminator_layers", 2, "discriminator_layers: 1 -> 2"),
+        ("adversarial_weight", 0.0, "adversarial_weight: 0.2 -> 0.0"),
+    ],
+)
+def test_a_run_does_not_go_on_with_another_discriminator(at_step_4, key, value, told):
+    config, workdir = at_step_4
+    config.autoencoder[key] = value
+    with pytest.raises(UserError, match=f"was made with another config .autoencoder.{told}"):
+        stage_two.train_autoencoder(config, str(workdir))
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_another_discriminator_is_refused_by_its_arrays(at_step_4):
+    config, workdir = at_step_4
+    config.autoencoder.discriminator_layers = 2
+    # Without it, nothing else says what the run was made with.
+    (workdir / "config.json").unlink()
+    with pytest.raises(UserError, match=r"checkpoints/4 is of another model .*discriminator\."):
+        stage_two.train_autoencoder(config, str(workdir))
 
 
 @pytest.mark.slow

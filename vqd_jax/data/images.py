@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import simplejpeg
+from absl import logging
 from PIL import Image, ImageDraw, ImageFont
 
 from vqd_jax import files
@@ -57,6 +58,12 @@ _SIDES = {
 # Numbers in [0, 1) that `random_crop` takes.
 NUM_UNIFORMS = 5
 
+# Fonts with more letters than Pillow's own, by their names on Linux, macOS and Windows.
+_FONTS = (
+    "DejaVuSans.ttf", "LiberationSans-Regular.ttf", "NotoSans-Regular.ttf", "arial.ttf",
+    "NotoSansCJK-Regular.ttc", "Arial Unicode.ttf", "msyh.ttc", "NotoSansArabic-Regular.ttf",
+)  # fmt: skip
+_LABEL_SIZE = 15
 # Pixels between the pictures of a grid.
 _MARGIN = 8
 # Small pictures are enlarged to about this many pixels, by a whole factor.
@@ -406,12 +413,33 @@ def grid(images: np.ndarray, labels: Sequence[str]) -> Image.Image:
     sheet = tiled(
         [[Image.fromarray(np.concatenate([enlarge(i), blank])) for i in row] for row in images]
     )
-    font, draw = ImageFont.load_default(15), ImageDraw.Draw(sheet)
+    draw = ImageDraw.Draw(sheet)
     for row, label in enumerate(labels):
         top = _MARGIN + row * (side + _LABEL_HEIGHT + _MARGIN) + side + 3
+        font = _font(label)
         text = _fit(label or "(no prompt)", font, sheet.width - 2 * _MARGIN)
         draw.text((_MARGIN, top), text, fill="black", font=font)
     return sheet
+
+
+def _font(text: str) -> ImageFont.FreeTypeFont:
+    """The first font that has every letter of a text: Pillow's own, or one of this machine."""
+    own = font = ImageFont.load_default(_LABEL_SIZE)
+    others = iter(_FONTS)
+    while not _has_letters(font, text):
+        name = next(others, None)
+        if name is None:
+            logging.warning("none of the fonts %s is here and has every letter of %r", _FONTS, text)
+            return own
+        with contextlib.suppress(OSError):
+            font = ImageFont.truetype(name, _LABEL_SIZE)
+    return font
+
+
+def _has_letters(font: ImageFont.FreeTypeFont, text: str) -> bool:
+    # Whatever a font lacks looks like this, which no font has.
+    lacking = bytes(font.getmask("\U0010ffff"))
+    return all(bytes(font.getmask(letter)) != lacking for letter in set("".join(text.split())))
 
 
 def _fit(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:

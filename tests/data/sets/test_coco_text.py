@@ -152,6 +152,22 @@ def test_a_fault_of_one_row_is_one_bad_record(layout, prepared, rows):
     assert found == whole
 
 
+@pytest.mark.parametrize("spelled", ["{}", "./{}", ".\\{}"])
+def test_a_picture_with_two_ids_is_one_record(layout, prepared, rows, spelled):
+    source = layout("coco")
+    whole = rows(sets.load("coco_text", str(source), str(prepared) + "_whole"), "train")
+    path = source / "annotations/captions_train2014.json"
+    content = annotations(source, "train")
+    name = content["images"][0]["file_name"]
+    content["images"].append({"id": 7, "file_name": spelled.format(name)})
+    content["annotations"].append({"id": 10**9, "image_id": 7, "caption": "one more"})
+    path.write_text(json.dumps(content))
+    builder = sets.load("coco_text", str(source), prepared)
+    found = rows(builder, "train")
+    assert found[f"train2014/{name}"]["captions"].pop() == "one more"
+    assert found == whole and sets.bad_records(builder) == []
+
+
 def test_a_name_that_leads_out_is_refused(layout, prepared):
     source = layout("coco")
     # It could be read.

@@ -15,6 +15,7 @@ import pytest
 
 from vqd_jax.data import images, sets
 from vqd_jax.data.sets import prepare
+from vqd_jax.data.sets.image_text_folder import ImageTextFolder
 from vqd_jax.errors import UserError
 from vqd_jax.options import DATA_SETS
 
@@ -129,6 +130,22 @@ def test_a_caption_file_that_is_missing_is_named(layout, prepared):
     [bad] = sets.bad_records(builder)
     assert bad["file"] == "images/001.Rooster/Rooster_0001_796111.jpg"
     assert bad["reason"].endswith("Rooster_0001_796111.txt: the file is missing")
+
+
+class Forgetful(ImageTextFolder, skip_registration=True):
+    """A builder with a fault of ours: it loses the first picture of every split."""
+
+    name = "image_text_folder"
+
+    def _generate_examples(self, split, items):
+        return super()._generate_examples(split, items[1:])
+
+
+def test_a_set_in_which_something_was_lost_is_not_made(layout, prepared):
+    told = "12 items of the split train gave 11 records and bad records: a fault of this program"
+    with pytest.raises(OSError, match=told):
+        prepare.from_files(Forgetful, "", str(layout("jsonl")), prepared, 0.5, "")
+    assert not list(pathlib.Path(prepared).rglob("dataset_info.json"))
 
 
 def test_too_many_bad_records_stop_with_the_counts(bad, prepared):

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import tarfile
+import unicodedata
 
 import pytest
 
@@ -288,9 +289,13 @@ def test_what_this_program_wrote_into_the_data_is_left_out(layout, prepared, row
         "many": ("manifest.json", "prompts.txt", "00000000.png"),
         "samples": ("grid_seed0.png", "000_a_seed0_00.png"),
         "emoji_text/1.0.0": ("dataset_info.json", "features.json"),
+        "run2/inspect": ("training_stream.png", "statistics.md"),
+        "out": ("report.json", "report.html", "protocol.txt"),
+        "diffusers": ("model_index.json", "tokenizer/merges.txt"),
     }.items():
         (source / folder).mkdir(parents=True)
         for name in names:
+            (source / folder / name).parent.mkdir(exist_ok=True)
             shutil.copy(picture, source / folder / name)
     again = sets.load(NAME, str(source), prepared)
     assert sets.source_fingerprint(again) == sets.source_fingerprint(first)
@@ -318,6 +323,19 @@ def test_every_file_is_a_record_a_part_or_named(layout, prepared, rows):
     }
     found = rows(builder, "train")
     assert len(found) == 11 and {"train/0000.jfif", "train/0001"} <= set(found)
+
+
+def test_a_text_is_found_by_another_spelling_of_the_name(layout, prepared, rows):
+    source = layout("jsonl") / "train"
+    to_pairs(source)
+    composed, apart = (unicodedata.normalize(form, "caf\u00e9") for form in ("NFC", "NFD"))
+    (source / "0000.txt").rename(source / f"{composed}.txt")
+    (source / "0000.jpg").rename(source / f"{apart}.jpg")
+    builder = sets.load(NAME, str(source), prepared)
+    assert sets.bad_records(builder) == [] and sets.left_out(builder) == {}
+    found = rows(builder, "train") | rows(builder, "validation")
+    text = (source / f"{composed}.txt").read_text().strip()
+    assert found[f"{apart}.jpg"]["captions"] == [text]
 
 
 def test_a_name_that_is_not_utf_8_is_a_record(layout, prepared, rows):

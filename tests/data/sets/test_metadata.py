@@ -74,6 +74,17 @@ def test_one_bad_row_of_a_table_touches_no_other(folder, captions):
     assert not bad
 
 
+@pytest.mark.parametrize("empty", ["", "\n\n", "file_name,text\n"])
+def test_an_empty_table_touches_no_other(folder, captions, empty):
+    (folder / "metadata.csv").write_text("file_name,text\n0000.jpg,a fox\n")
+    (folder / "new").mkdir()
+    (folder / "new/metadata.csv").write_text(empty)
+    assert captions(folder) == ({"0000.jpg": ["a fox"]}, {})
+    (folder / "metadata.csv").write_text(empty)
+    with pytest.raises(UserError, match="metadata.csv has no row with file_name and one of text"):
+        captions(folder)
+
+
 def test_other_columns_are_named_with_what_is_needed(folder, captions):
     (folder / "metadata.csv").write_text("path;words\n0000.jpg;a\n")
     with pytest.raises(UserError, match=r"metadata.csv:1 has the columns path, words; there must"):

@@ -1,6 +1,7 @@
 import io
 import json
 import tarfile
+import unicodedata
 
 import pytest
 from PIL import Image
@@ -107,6 +108,16 @@ def test_tars_that_were_joined_and_names_of_other_letters(read):
     found, bad = read(sample("0") + sample("long " * 30) + sample(odd, "text"), lambda d: d + d)
     assert set(found) == {"0.png", f"{'long ' * 30}.png", f"{odd}.png"}
     assert {b.reason for b in bad.values()} == {"an earlier sample of this tar has the same key"}
+
+
+def test_two_spellings_of_a_name_are_one_sample(read):
+    composed, apart = (unicodedata.normalize(form, "caf\u00e9") for form in ("NFC", "NFD"))
+    members = [(f"{apart}.png", PNG), (f"{composed}.txt", b"a cup"), ("./0.png", PNG)]
+    found, bad = read([*members, ("0.txt", b"zero"), *sample("1"), *sample("0")])
+    assert found == {f"{apart}.png": ["a cup"], "./0.png": ["zero"], "1.png": ["1"]}
+    assert {name: b.reason for name, b in bad.items()} == {
+        "0.png": "an earlier sample of this tar has the same key"
+    }
 
 
 def test_what_is_no_tar_is_named(read):

@@ -11,7 +11,7 @@ from google.protobuf.message import DecodeError
 from tensorflow_datasets.proto import tf_example_pb2
 
 from vqd_jax.data.sets.file_set import Bad, FileSet, Item, Record, clean
-from vqd_jax.data.sets.tree import Tree
+from vqd_jax.data.sets.tree import Tree, canonical
 from vqd_jax.errors import UserError
 
 _PHASES = {"train": "train", "validation": "val"}
@@ -124,9 +124,13 @@ def _read_phase(tree: Tree, phase: str) -> list[Item]:
     if len(images) + len(rows) != told:
         raise RuntimeError(f"{name}: its rows do not add up: a fault of this program")
     folder = _images(tree, phase)
+    # A picture with two ids, or with two spellings of its name, is one record.
+    pictures: dict[str, tuple[str, list]] = {}
+    for i, found in captions.items():
+        pictures.setdefault(canonical(names[i]), (names[i], []))[1].extend(found)
     items = [
-        Item(f"{folder}/{names[i]}", tuple(text for _, text in sorted(found, key=lambda x: x[0])))
-        for i, found in captions.items()
+        Item(f"{folder}/{name}", tuple(text for _, text in sorted(found, key=lambda x: x[0])))
+        for name, found in pictures.values()
     ]
     return items + problems
 

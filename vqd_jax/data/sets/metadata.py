@@ -126,6 +126,8 @@ def _rows(tree: Tree, name: str) -> Iterator[tuple[int, Any]]:
 
 def _table_rows(text: str, path: str) -> Iterator[tuple[int, Any]]:
     """The rows below the header of a text table; the header tells the delimiter."""
+    if not text.strip():
+        return
     csv.field_size_limit(_LONGEST_FIELD)
     # Line ends of all systems, which stay as they are.
     lines = list(io.StringIO(text, newline=""))

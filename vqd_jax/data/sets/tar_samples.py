@@ -12,7 +12,7 @@ from vqd_jax import files
 from vqd_jax.data import images
 from vqd_jax.data.sets.file_set import Bad, Record, clean
 from vqd_jax.data.sets.metadata import captions_of
-from vqd_jax.data.sets.tree import Tree
+from vqd_jax.data.sets.tree import Tree, canonical
 
 _TEXTS = ("txt", "json")
 # Members that are kept while it is not clear where a sample ends.
@@ -67,7 +67,8 @@ def read(tree: Tree, tar: str) -> Iterator[Record | Bad]:
 
 
 def _part(name: str, data: bytes) -> _Part:
-    folder, slash, base = name.rpartition("/")
+    # What is compared has one spelling; the picture keeps that of the tar.
+    folder, slash, base = canonical(name).rpartition("/")
     stem, _, kind = base.rpartition(".") if "." in base else (base, "", "")
     return _Part(
         name, folder + slash + stem, folder + slash + base.partition(".")[0], kind.lower(), data

@@ -29,13 +29,16 @@ _BLOCK = 512  # bytes of a tar's header, and what its members are padded to
 _MAX_MEMBER_BYTES = 2**30
 _REFUSED = "a link, a device, over 1 GiB or a name that leads out: refused"
 # A folder with all files of a row was written by this program (or by TFDS for it): prepared sets,
-# the folders of runs and models, and folders of pictures that a model made.
+# the folders of runs and models, folders of pictures that a model made, and reports on either.
 _OURS = (
     ("dataset_info.json", "features.json"),
     ("config.json", ".lock"),
     ("config.json", "*.safetensors"),
     ("manifest.json", "prompts.txt"),
     ("grid_seed*.png",),
+    ("model_index.json",),
+    ("training_stream.png", "statistics.md"),
+    ("report.json", "report.html"),
 )
 
 
