@@ -76,7 +76,7 @@ def diffusers_pipeline(folder):
     # The index of a pipeline can name only what the library's front page has.
     name = "LearnedClassifierFreeSamplingEmbeddings"
     setattr(diffusers, name, getattr(pipeline_vq_diffusion, name))
-    torch.set_num_threads(os.cpu_count())
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
     pipeline = diffusers.VQDiffusionPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

@@ -282,8 +282,9 @@ def train_tokenizer(start):
 
     def train_tokenizer(count, devices, workdir, *flags):
         fields = {f"autoencoder.{name}": value for name, value in JUDGED.items()}
-        flags += tuple(f"--config.{name}={value}" for name, value in (RUN | fields).items())
-        flags += ("--config=configs/tiny.py", "--mode=train_autoencoder", f"--workdir={workdir}")
+        named = ("--config=configs/tiny.py", "--mode=train_autoencoder", f"--workdir={workdir}")
+        changed = (f"--config.{name}={value}" for name, value in (RUN | fields).items())
+        flags = (*named, *changed, *flags)
         env = {}
         if count > 1:
             flags += ("--distributed",)

@@ -155,6 +155,28 @@ def test_further_codes_are_mixed_in_by_weight(coco, make_config, tmp_path, monke
     assert len(losses(tmp_path / "run")) == 4
 
 
+def test_a_run_inside_its_data_goes_on_when_both_have_moved(coco, make_config, tmp_path):
+    config = make_config("image_text_folder", "jsonl")
+    config.autoencoder.path = str(coco[0])
+    config.sampling.num_steps = 2
+
+    def train(place, num_steps):
+        config.data.dir, config.training.num_steps = str(place), num_steps
+        stage_two.train(config, str(place / "run"))
+        codes = (place / "run" / "codes").rglob("*")
+        return {path.relative_to(place): path.stat().st_mtime_ns for path in codes}
+
+    first = Path(shutil.copytree(LAYOUTS / "jsonl", tmp_path / "first"))
+    made = train(first, 2)
+    # The run's own pictures stand among the data now.
+    assert list((first / "run").rglob("*.png"))
+    second = first.rename(tmp_path / "second")
+    assert train(second, 3) == made
+    (tmp_path / "third").symlink_to(second)
+    assert train(tmp_path / "third", 4) == made
+    assert list(losses(second / "run")) == [1, 2, 3, 4]
+
+
 def test_mistakes_are_told_before_anything_is_made(make_config, tmp_path):
     config = make_config("coco_text", "coco")
     for field, value, told in (
