@@ -11,7 +11,8 @@ means that the difference is within two of its standard errors, or above. The PS
 picture stands beside it.
 
 Seconds are of batches of one picture and of eight, without the first of each. Every side is a
-process of its own that has all cores that this one may use, and the sides take turns. Needs the extra "convert".
+process of its own, with the cores that this one may use, and the sides take turns. Needs the extra
+"convert".
 """
 
 import argparse
@@ -138,7 +139,8 @@ def main() -> None:
                 # The first round draws all pictures, the others those that are timed.
                 count = flags.count if number == 0 else BATCHES[-1] // 2
                 found[side, steps].append(in_process(side, folder, steps, count))
-    print(f"{len(os.sched_getaffinity(0))} cores; {len(prompts)} captions; medians of {flags.rounds} rounds")
+    cores = len(os.sched_getaffinity(0))
+    print(f"{cores} cores; {len(prompts)} captions; medians of {flags.rounds} rounds")
     print("| side, steps | right | PSNR, dB | seconds a picture, one | of eight |")
     print("|---|---|---|---|---|")
     right, seconds = {}, {}
