@@ -68,7 +68,7 @@ def load_ours(folder):
 
 
 def diffusers_pipeline(folder):
-    """diffusers' pipeline of a folder, on all cores."""
+    """diffusers' pipeline of a folder, on the cores that this process may use."""
     import diffusers
     import torch
     from diffusers.pipelines.deprecated.vq_diffusion import pipeline_vq_diffusion

@@ -31,8 +31,8 @@ os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 # Files that take longest begin first, so that no worker is left alone with one at the end. (Without
 # ``--no-loadscope-reorder``, xdist begins with the files of most tests.)
 _LONGEST = (
-    "parallel/test_processes.py", "test_main.py", "test_reliability.py", "data/test_kills.py",
-    "web/test_page.py", "test_bulk.py",
+    "parallel/test_processes.py", "test_main.py", "test_mistakes.py", "test_reliability.py",
+    "data/test_kills.py", "web/test_page.py", "test_bulk.py",
 )  # fmt: skip
 
 

@@ -306,7 +306,7 @@ def parse(argv: list[str]) -> list[str]:
             text = f"the config has no such field: {text}"
         console.fail(f"{text} (see --help, and vqd_jax/options.py for the fields)")
     except (SyntaxError, NameError, ImportError) as error:
-        console.fail(f"the file of --config is no program: {type(error).__name__}: {error}")
+        console.fail(f"the file of --config fails: {type(error).__name__}: {error}")
 
 
 def _outside(error: Exception) -> str | None:

@@ -130,7 +130,8 @@ class VQDiffusion:
           OSError: it cannot be written.
         """
         params = {**self._networks.params, "autoencoder": self._networks.autoencoder_params}
-        params, directory = jax.tree.map(np.asarray, params), files.expanded(directory)
+        params = jax.tree.map(np.asarray, params)
+        directory = files.expanded(directory)
         if format == "vqd_jax":
             described = {"kind": config_lib.MODEL_KIND, **self.config.to_dict()}
             # It is in the folder; where it came from is nobody's concern elsewhere.

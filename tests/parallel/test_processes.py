@@ -260,7 +260,7 @@ def test_muon_makes_the_same_run_on_two_processes_as_on_one(run, one, tmp_path):
     config = {"training.optimizer": "muon"}
     run(1, 1, tmp_path / "one", config=config)
     run(2, 4, tmp_path / "two", config=config | ALL_AXES)
-    # Muon brings small singular values to 1, and with them what sums in another order differ by.
+    # Muon brings small singular values to 1, and makes rounding errors as large.
     pairs = losses(tmp_path / "two"), losses(tmp_path / "one"), losses(one)
     np.testing.assert_allclose(pairs[0], pairs[1], rtol=1e-3)
     assert np.abs(np.subtract(pairs[2], pairs[1])).max() > 0.01

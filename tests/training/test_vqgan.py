@@ -371,8 +371,8 @@ def test_steps_of_one_call_are_the_steps_one_by_one(trained, at_step_4):
     config.autoencoder.update({"steps_per_call": 1, "profile_steps": 0})
     stage_two.train_autoencoder(config, str(workdir))
     ours, theirs = finished(config, workdir), finished(*trained)
-    # They are another program, which rounds otherwise. The gradient of some biases is rounding
-    # alone, and Adam makes a step of it; so moments are compared, and parameters less closely.
+    # Another program rounds otherwise. The gradient of some biases is a rounding error, and Adam
+    # makes a whole step of it; so parameters are compared less closely than moments.
     for part in ("codebook", "opt_state"):
         assert_equal(getattr(ours, part), getattr(theirs, part), rtol=1e-3, atol=1e-5)
     for part in ("lecam", "opt_state"):

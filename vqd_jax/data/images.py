@@ -437,7 +437,7 @@ def _font(text: str) -> ImageFont.FreeTypeFont:
 
 
 def _has_letters(font: ImageFont.FreeTypeFont, text: str) -> bool:
-    # Whatever a font lacks looks like this, which no font has.
+    # A font draws one sign for all letters that it lacks, and no font has this one.
     lacking = bytes(font.getmask("\U0010ffff"))
     return all(bytes(font.getmask(letter)) != lacking for letter in set("".join(text.split())))
 

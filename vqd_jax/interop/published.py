@@ -228,11 +228,12 @@ def write(path: str, config: ConfigDict, params: Any, tokenizer: ClipTokenizer) 
 
 
 def _require_layout(config: ConfigDict) -> None:
-    sizes = config_lib.model_config(config).denoiser
+    networks = config_lib.model_config(config)
+    sizes = networks.denoiser
     if not config_lib.has_released_schedule(config):
         raise UserError("the published layout holds the 'released' noise schedule alone")
     if sizes.condition == "text":
-        clip_files.require_normalized(config_lib.model_config(config).text_encoder)
+        clip_files.require_normalized(networks.text_encoder)
     if sizes.condition == "class" and sizes.num_classes != IMAGENET_NULL:
         raise UserError(
             f"the published layout has {IMAGENET_NULL} classes; this model has {sizes.num_classes}"
