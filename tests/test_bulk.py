@@ -153,6 +153,7 @@ def test_prompts_as_programs_write_them(tmp_path, encoding):
     assert modes.read_prompts(str(path)) == ["a cat", "ein K\u00e4se \U0001f600"]
 
 
+@pytest.mark.slow
 def test_four_devices_make_the_same_pictures(run, call, tiny_run, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("\n".join(PROMPTS))

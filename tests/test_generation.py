@@ -36,13 +36,13 @@ def half_known():
     "options",
     [
         {},
-        {"rule": "purity", "num_steps": 5},
-        {"rule": "remask", "guidance_scale": 1.0},
+        pytest.param({"rule": "purity", "num_steps": 5}, marks=pytest.mark.slow),
+        pytest.param({"rule": "remask", "guidance_scale": 1.0}, marks=pytest.mark.slow),
         {"rule": "halton", "guidance_scale": 3.0, "guidance_interval": (0.2, 0.7)},
-        {"rule": "entropy_bound"},
-        {"known": half_known()},
+        pytest.param({"rule": "entropy_bound"}, marks=pytest.mark.slow),
+        pytest.param({"known": half_known()}, marks=pytest.mark.slow),
         {"initial": codes(3), "strength": 0.35, "top_k": 4},
-        {"times": (0, 1, 5, 10)},
+        pytest.param({"times": (0, 1, 5, 10)}, marks=pytest.mark.slow),
     ],
 )
 def test_segments_make_the_pictures_of_a_whole_call(model, options):

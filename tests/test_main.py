@@ -146,8 +146,11 @@ def golden_model(tmp_path_factory):
             "num_steps": 3, "guidance_scale": 9.0, "guidance_ramp": True, "top_k": 9,
             "temperature": 2.0, "negative_prompt": "a boat",
         },
-        {"published_fast": 2, "guidance_scale": 9.0, "guidance_interval": (0.2, 0.8)},
-        {"rule": "high_quality", "calls_per_step": 2},
+        pytest.param(
+            {"published_fast": 2, "guidance_scale": 9.0, "guidance_interval": (0.2, 0.8)},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param({"rule": "high_quality", "calls_per_step": 2}, marks=pytest.mark.slow),
         {"num_steps": 2, "start": "schedule", "guidance_scale": 1.0},
     ],
 )  # fmt: skip
@@ -253,6 +256,7 @@ def _parameters(model):
     )
 
 
+@pytest.mark.slow
 def test_adapters_are_trained_and_handed_around(call, tiny_run, tmp_path):
     flags = (TINY, f"--workdir={tmp_path}/run", f"--config.training.init_from={tiny_run}")
     flags += (f"--config.autoencoder.path={tiny_run}", "--config.training.adapter_rank=2")

@@ -107,6 +107,7 @@ def test_every_field_that_is_a_path_is_expanded():
     assert found == set(main._PATH_FIELDS)
 
 
+@pytest.mark.slow
 def test_a_mistake_can_be_put_right_in_the_same_workdir(call, tmp_path):
     workdir = f"--workdir={tmp_path}/run"
     status, output = call(TINY, workdir, "--config.autoencoder.batch_size=100000")
@@ -158,7 +159,7 @@ def limit_file_size():
 @pytest.mark.parametrize(
     "missing",
     [
-        "checkpoints",
+        pytest.param("checkpoints", marks=pytest.mark.slow),
         pytest.param("codes", marks=pytest.mark.slow),
         pytest.param("autoencoder/model", marks=pytest.mark.slow),
     ],

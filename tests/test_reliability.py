@@ -92,6 +92,7 @@ def kill_and_go_on(start, workdir, moments, flags=TINY):
     assert process.returncode == 0, output
 
 
+@pytest.mark.slow
 def test_killed_twice_ends_as_if_never_interrupted(start, tiny_run, tmp_path):
     kill_and_go_on(start, tmp_path / "run", ["a save of stage one", "a grid"])
     assert_same_run(tmp_path / "run", tiny_run)

@@ -77,9 +77,10 @@ def posterior_draws(key, log_p, batch):
     ("draw_codes", "nats", "rounds"),
     [
         (code_draws, 16.0, 5),
-        (code_draws, 18.0, 25),
+        pytest.param(code_draws, 18.0, 25, marks=pytest.mark.slow),
         pytest.param(code_draws, 20.0, 100, marks=pytest.mark.slow),
-        (posterior_draws, 18.0, 25),
+        pytest.param(posterior_draws, 18.0, 25, marks=pytest.mark.slow),
+        (posterior_draws, 16.0, 5),
     ],
 )
 def test_tails_have_their_probability(draw_codes, nats, rounds):

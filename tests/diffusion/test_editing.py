@@ -48,7 +48,7 @@ def half_known():
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: type(rule).__name__)
-@pytest.mark.parametrize("times", [None, (0, 2, 3, 8)])
+@pytest.mark.parametrize("times", [pytest.param(None, marks=pytest.mark.slow), (0, 2, 3, 8)])
 def test_known_codes_never_change(rule, times):
     known = half_known()
     settings = sampler.Settings(rule=rule, known=known, trajectory=True, times=times)
@@ -124,15 +124,19 @@ def copying_network(tokens, time):
     return jax.nn.log_softmax(jax.nn.one_hot(code, NUM_CODES) * 30.0)
 
 
+@jax.jit
+def edited(image_keys, settings):
+    shape = (len(image_keys), NUM_TOKENS)
+    return sampler.sample(image_keys, copying_network, shape, SCHEDULE, settings)
+
+
 @pytest.mark.parametrize(("strength", "time"), [(0.01, 1), (0.125, 1), (0.5, 4), (1.0, 8)])
 def test_strength_decides_what_is_left_of_an_image(strength, time):
     count = 1000
     settings = sampler.Settings(
         initial=jnp.zeros((count, NUM_TOKENS), jnp.int32), strength=strength, num_steps=1
     )
-    codes = sampler.sample(
-        keys(count), copying_network, (count, NUM_TOKENS), SCHEDULE, settings
-    ).codes
+    codes = edited(keys(count), settings).codes
     shares = np.bincount(np.asarray(codes).ravel(), minlength=NUM_CODES) / codes.size
     exact = np.full(NUM_CODES, SCHEDULE.replace[time])
     exact[0] += SCHEDULE.keep[time]
@@ -207,8 +211,9 @@ def scaled_network(tokens, time):
     return jax.nn.log_softmax(jax.nn.one_hot(code, NUM_CODES) * 3.0)
 
 
-def guided(guidance, num_steps=4):
-    settings = sampler.Settings(num_steps=num_steps, guidance=guidance, trajectory=True)
+@jax.jit
+def guided(guidance):
+    settings = sampler.Settings(num_steps=4, guidance=guidance, trajectory=True)
     return sampler.sample(keys(2), scaled_network, (2, NUM_TOKENS), SCHEDULE, settings)
 
 

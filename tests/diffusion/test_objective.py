@@ -313,7 +313,10 @@ def test_noise_of_a_batch_has_the_marginal_law():
         assert stats.chisquare(counts, counts.sum() * p / p.sum()).pvalue > 1e-4
 
 
-@pytest.mark.parametrize("num_tokens", [1, 15, 16, 50])
+@pytest.mark.parametrize(
+    "num_tokens",
+    [pytest.param(1, marks=pytest.mark.slow), 15, pytest.param(16, marks=pytest.mark.slow), 50],
+)
 def test_chunks_leave_values_and_gradients(num_tokens):
     # Terms are computed a chunk of tokens at a time; the last chunk may overlap the one before.
     num_codes, batch = 5, 3
@@ -346,6 +349,7 @@ def test_logits_and_their_log_softmax_give_one_loss():
     x0 = np.tile([[0, 2], [1, 1]], (4, 1))
     noise_schedule = schedule.paper(NUM_STEPS, NUM_CODES)
 
+    @functools.partial(jax.jit, static_argnums=0)
     def loss(network):
         return objective.variational_bound(
             jax.random.key(0), network, x0, noise_schedule,

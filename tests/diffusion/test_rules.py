@@ -138,7 +138,10 @@ REVEALING = [
 
 
 @pytest.mark.parametrize("rule", REVEALING, ids=lambda rule: type(rule).__name__)
-@pytest.mark.parametrize("num_steps", [1, 7, 50])
+@pytest.mark.parametrize(
+    "num_steps",
+    [pytest.param(1, marks=pytest.mark.slow), 7, pytest.param(50, marks=pytest.mark.slow)],
+)
 def test_budgets_sum_to_the_number_of_tokens(rule, num_steps):
     noise_schedule = schedule.released(50, 5)
     result = chain(rule, 3, 32, noise_schedule, flat(5), num_steps=num_steps)
@@ -283,8 +286,8 @@ def test_remasking_keeps_the_marginals(tables, strength):
 @pytest.mark.parametrize(
     ("make", "start", "share"),
     [
-        (schedule.released, "schedule", 0.5),
-        (schedule.paper, "schedule", 0.0),
+        pytest.param(schedule.released, "schedule", 0.5, marks=pytest.mark.slow),
+        pytest.param(schedule.paper, "schedule", 0.0, marks=pytest.mark.slow),
         (schedule.paper, "schedule", 0.5),
         (schedule.paper, "masked", 0.5),
     ],

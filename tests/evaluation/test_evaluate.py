@@ -87,6 +87,7 @@ def test_the_report_has_every_part(evaluated, folder):
     assert "<script" not in words and "FID" not in words
 
 
+@pytest.mark.slow
 def test_what_is_cut_off_is_made_again_and_the_report_is_the_same(evaluated, folder):
     before = without_time(folder)
     pictures = sorted((folder / "out").glob("pictures/*/*.png"))

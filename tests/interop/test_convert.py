@@ -192,6 +192,7 @@ def test_the_averaged_weights_are_the_default(converted, models, golden, tmp_pat
     np.testing.assert_allclose(ours, log_softmax(g["logits_without_ema"]), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_every_kind_of_model_generates(models):
     made = models["class_model"].generate([3, "5", ""], num_images=2, seed=1, num_steps=5)
     assert made.pixels.shape == (3, 2, 8, 8, 3)

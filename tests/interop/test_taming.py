@@ -55,7 +55,9 @@ def check(config, params, numbers, in_range_255=True):
         np.testing.assert_allclose((decoded + 1) / 2, expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["text_model", "class_model", "uncond_model"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("text_model", marks=pytest.mark.slow), "class_model", "uncond_model"]
+)
 def test_the_tokenizer_in_a_released_checkpoint(name):
     found, numbers = codec(name), np.load(GOLDEN / f"{name}.npz")
     path = GOLDEN / f"{name}_mapping.pt"

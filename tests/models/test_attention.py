@@ -68,7 +68,14 @@ def test_the_stream_between_layers_is_constrained(stack):
 
 
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("num_queries, num_keys, width", [(16, 77, 64), (77, 77, 12), (6, 8, 8)])
+@pytest.mark.parametrize(
+    "num_queries, num_keys, width",
+    [
+        pytest.param(16, 77, 64, marks=pytest.mark.slow),
+        pytest.param(77, 77, 12, marks=pytest.mark.slow),
+        (6, 8, 8),
+    ],
+)
 def test_what_is_padded_for_cudnn_changes_nothing(num_queries, num_keys, width, causal):
     # Here without cuDNN; what is compiled with it, tests/benchmarks/test_gpu_compile.py looks at.
     rng = np.random.default_rng(4)

@@ -170,6 +170,7 @@ def test_lists_become_tuples():
     assert (config.downsampling, config.grid_size, config.num_tokens) == (4, 4, 16)
 
 
+@pytest.mark.slow
 def test_bfloat16_changes_results_by_rounding(tiny_params):
     images = jax.random.uniform(jax.random.key(1), (2, 16, 16, 3), minval=-1.0)
 

@@ -31,6 +31,7 @@ def test_published_parameter_counts():
     assert count(clip.abstract_params(clip.VIT_L_14)) == 427_616_513
 
 
+@pytest.mark.slow
 def test_the_text_feature_is_that_of_the_end_token():
     model = clip.Clip(TINY, rngs=nnx.Rngs(0))
     ids = np.array([[9, 5, 2, 10, 0, 0], [9, 10, 0, 0, 0, 0]])

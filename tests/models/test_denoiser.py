@@ -98,7 +98,7 @@ def remat3(request):
         jax.config.update("jax_remat3", False)
 
 
-@pytest.mark.parametrize("remat", ["dots", "full"])
+@pytest.mark.parametrize("remat", ["dots", pytest.param("full", marks=pytest.mark.slow)])
 def test_remat_leaves_values_and_gradients(model, inputs, remat, remat3):
     graphdef, params = nnx.split(model, nnx.Param)
 

@@ -24,6 +24,7 @@ CONFIG = AutoencoderConfig(
     num_codes=9,
     norm_groups=2,
 )
+INIT = jax.jit(autoencoder.init_params, static_argnums=0)
 COUNTS = np.array([0, 5, 0, 0, 1, 2, 0, 8, 0])
 
 
@@ -60,7 +61,7 @@ def test_what_is_no_remap_is_named(remap, message):
 @pytest.mark.parametrize("kind", autoencoder.QUANTIZERS)
 def test_an_autoencoder_with_codes_left_out(kind):
     config = dataclasses.replace(CONFIG, quantizer=kind)
-    params = autoencoder.init_params(config, jax.random.key(0))
+    params = INIT(config, jax.random.key(0))
     remap = quantizer.build_remap(COUNTS)
     smaller, remapped = autoencoder.with_remap(config, params, remap)
     assert (smaller.num_codes, smaller.codebook_size) == (5, 9)
@@ -81,7 +82,7 @@ def test_an_autoencoder_with_codes_left_out(kind):
 
 def test_initial_parameters_keep_the_first_codes():
     config = dataclasses.replace(CONFIG, num_codes=4, codebook_size=7)
-    params = autoencoder.init_params(config, jax.random.key(0))
+    params = INIT(config, jax.random.key(0))
     np.testing.assert_array_equal(params["remap"]["full_to_code"], [0, 1, 2, 3, 0, 0, 0])
     assert params["quantize"]["embedding"].shape == (7, 5)
 

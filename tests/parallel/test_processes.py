@@ -118,6 +118,7 @@ def two(run, tmp_path_factory):
     return workdir
 
 
+@pytest.mark.slow
 def test_eight_devices_make_the_same_run_as_one(one, eight):
     assert_same(eight, one)
 
@@ -192,7 +193,7 @@ def outputs_within(started, seconds):
 
 
 def test_a_process_that_dies_ends_the_others_and_is_named(launch, tmp_path):
-    started = launch(2, 1, tmp_path, kill_at=5, config={"training.num_steps": 10_000})
+    started = launch(2, 1, tmp_path, kill_at=5)
     started[1].wait(timeout=300)
     assert started[1].returncode == -signal.SIGKILL
     (output,), _ = outputs_within(started[:1], 60)
@@ -202,7 +203,7 @@ def test_a_process_that_dies_ends_the_others_and_is_named(launch, tmp_path):
 
 
 def test_an_error_in_one_process_ends_the_others_and_is_told(launch, tmp_path):
-    started = launch(2, 1, tmp_path, fail_at=5, config={"training.num_steps": 10_000})
+    started = launch(2, 1, tmp_path, fail_at=5)
     started[1].wait(timeout=300)
     (output, failed), _ = outputs_within(started, 60)
     assert "ValueError: a broken record" in failed

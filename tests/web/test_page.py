@@ -294,7 +294,9 @@ def test_the_keyboard_is_enough(page):
     assert set(np.flatnonzero(changed)) <= {5, 6}
 
 
-@pytest.mark.parametrize(("condition", "prompt"), [("class", "2"), ("none", "")])
+@pytest.mark.parametrize(
+    ("condition", "prompt"), [("class", "2"), pytest.param("none", "", marks=pytest.mark.slow)]
+)
 def test_a_model_of_classes_or_of_nothing(condition, prompt, browser, model_of, serve):
     """A list of classes and no prompt; neither of them, and no guidance."""
     model, size = model_of(condition), {"width": 1280, "height": 900}

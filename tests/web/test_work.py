@@ -25,4 +25,6 @@ def test_previews_come_now_and_then_and_the_picture_always(web_model, monkeypatc
     assert [part.done for part in parts] == told
     assert [part.trajectory is None for part in parts] == [True] * (len(told) - 1) + [False]
     assert len(decoded) == len(parts)
-    np.testing.assert_array_equal(parts[-1].pixels, decode(parts[-1].tokens))
+    # Programs of different batches round a pixel between two levels to either of them.
+    again = decode(parts[-1].tokens).astype(int)
+    np.testing.assert_allclose(parts[-1].pixels.astype(int), again, atol=1)
