@@ -326,7 +326,7 @@ SMALL = conditioned.ConditionedDenoiserConfig(
 
 
 def test_texts_and_times_are_worked_out_once_a_generation():
-    params = conditioned.init_params(SMALL, jax.random.key(0))
+    params = jax.jit(lambda: conditioned.init_params(SMALL, jax.random.key(0)))()
     settings = sampler.Settings(num_steps=4, guidance=jnp.float32(5.0))
     keys, ids = jax.random.split(jax.random.key(1), 2), jnp.ones((2, 6), jnp.int32)
     program = jax.jit(

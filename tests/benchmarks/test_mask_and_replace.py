@@ -53,6 +53,7 @@ def test_a_tenth_of_every_picture_is_exchanged(script):
     assert given.max() < 7
 
 
+@pytest.mark.slow
 def test_nothing_is_put_right_where_nothing_was_ever_replaced(script):
     base = tiny.get_config()
     base.data.name = "shapes_text"

@@ -168,7 +168,17 @@ def test_an_edited_image_depends_on_its_own_key_only():
     np.testing.assert_array_equal(alone.codes[0], together.codes[1])
 
 
-@pytest.mark.parametrize("rule", RULES, ids=lambda rule: type(rule).__name__)
+# Two of each kind are enough to notice that a batch shares a key; the others are slow tests.
+@pytest.mark.parametrize(
+    "rule",
+    [
+        rule
+        if isinstance(rule, rules.Ancestral | rules.Remask | rules.Halton | rules.EntropyBound)
+        else pytest.param(rule, marks=pytest.mark.slow)
+        for rule in RULES
+    ],
+    ids=lambda rule: type(rule).__name__,
+)
 def test_every_rule_depends_on_the_own_key_only(rule):
     settings = sampler.Settings(rule=rule, num_steps=3)
     together = run(keys(3), settings)

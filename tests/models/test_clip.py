@@ -31,9 +31,8 @@ def test_published_parameter_counts():
     assert count(clip.abstract_params(clip.VIT_L_14)) == 427_616_513
 
 
-@pytest.mark.slow
 def test_the_text_feature_is_that_of_the_end_token():
-    model = clip.Clip(TINY, rngs=nnx.Rngs(0))
+    model = nnx.jit(lambda: clip.Clip(TINY, rngs=nnx.Rngs(0)))()
     ids = np.array([[9, 5, 2, 10, 0, 0], [9, 10, 0, 0, 0, 0]])
     feature = model.embed_text(ids)
     assert feature.shape == (2, 5)
@@ -48,7 +47,7 @@ def test_the_text_feature_is_that_of_the_end_token():
 
 
 def test_bound_parameters_are_the_model():
-    model = clip.Clip(TINY, rngs=nnx.Rngs(0))
+    model = nnx.jit(lambda: clip.Clip(TINY, rngs=nnx.Rngs(0)))()
     params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
     images = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), dtype=np.uint8)
     run = jax.jit(lambda params: clip.bind(TINY, params).embed_images(images))
@@ -63,7 +62,7 @@ TOWER = ImageEncoderConfig(image_size=12, patch_size=4, width=8, num_layers=2, n
 
 @pytest.fixture(scope="module")
 def tower():
-    return ImageEncoder(TOWER, rngs=nnx.Rngs(0))
+    return nnx.jit(lambda: ImageEncoder(TOWER, rngs=nnx.Rngs(0)))()
 
 
 def test_every_pixel_reaches_the_feature(tower):
@@ -86,7 +85,9 @@ def test_a_patch_is_a_square_of_pixels(tower):
 
 def test_bfloat16_is_near_float32(tower):
     images = np.random.default_rng(2).integers(0, 256, (2, 12, 12, 3), dtype=np.uint8)
-    half = ImageEncoder(dataclasses.replace(TOWER, dtype="bfloat16"), rngs=nnx.Rngs(0))
+    half = nnx.jit(
+        lambda: ImageEncoder(dataclasses.replace(TOWER, dtype="bfloat16"), rngs=nnx.Rngs(0))
+    )()
     features = half(images)
     assert features.dtype == jnp.bfloat16
     np.testing.assert_allclose(features.astype(jnp.float32), tower(images), atol=0.1)

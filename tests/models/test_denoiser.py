@@ -158,7 +158,7 @@ def test_bfloat16_is_near_and_leaves_parameters_alone(model, inputs):
 def test_guidance_of_bfloat16_logits_is_that_of_float32_logits():
     """Total variation at guidance 5; with logits rounded to bfloat16 it is 0.020."""
     config = dataclasses.replace(CONFIG, num_codes=200, width=64, dtype="bfloat16", init_std=0.125)
-    model = Denoiser(config, rngs=nnx.Rngs(0))
+    model = nnx.jit(lambda: Denoiser(config, rngs=nnx.Rngs(0)))()
     kernel = model.to_logits.kernel[...]
     bias = model.to_logits.bias[...] = 2 * jax.random.normal(jax.random.key(1), (200,))
     noise = jax.random.normal(jax.random.key(2), (2, 1, 256, 64))
@@ -178,7 +178,7 @@ def test_guidance_of_bfloat16_logits_is_that_of_float32_logits():
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_logits_have_the_gradient_of_a_product(dtype):
-    model = Denoiser(dataclasses.replace(CONFIG, dtype=dtype), rngs=nnx.Rngs(0))
+    model = nnx.jit(lambda: Denoiser(dataclasses.replace(CONFIG, dtype=dtype), rngs=nnx.Rngs(0)))()
     h = jax.random.normal(jax.random.key(0), (2, 6, 8)).astype(dtype)
     weights = jax.random.normal(jax.random.key(1), (2, 6, 7))
     ours = jax.grad(lambda h: jnp.sum(weights * model.logits(h)))(h)
@@ -231,7 +231,7 @@ SMALL_CLASS = DenoiserConfig(
 
 
 def initial(config):
-    return Denoiser(config, rngs=nnx.Rngs(0))
+    return nnx.jit(lambda: Denoiser(config, rngs=nnx.Rngs(0)))()
 
 
 def test_labels_matter_and_the_null_label_is_the_mean_row():
@@ -307,7 +307,7 @@ def test_what_remat_works_out_again(remat3):
     def products(remat):
         """In the gradient, of one layer and what is outside of them."""
         config = dataclasses.replace(CONFIG, remat=remat)
-        graphdef, params = nnx.split(Denoiser(config, rngs=nnx.Rngs(0)))
+        graphdef, params = nnx.split(nnx.jit(lambda: Denoiser(config, rngs=nnx.Rngs(0)))())
         tokens, time, text = jnp.zeros((2, 6), int), jnp.ones(2, int), jnp.ones((2, 5, 6))
         gradient = jax.grad(lambda params: nnx.merge(graphdef, params)(tokens, time, text).sum())
         return jax.jit(gradient).lower(params).as_text().count("stablehlo.dot_general")

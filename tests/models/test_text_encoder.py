@@ -19,7 +19,7 @@ def layer(stacked, index):
 
 @pytest.fixture(scope="module")
 def model():
-    return TextEncoder(CONFIG, rngs=nnx.Rngs(0))
+    return nnx.jit(lambda: TextEncoder(CONFIG, rngs=nnx.Rngs(0)))()
 
 
 IDS = np.array([[1, 5, 2, 9, 10, 0], [3, 3, 3, 10, 0, 0]])
@@ -42,7 +42,6 @@ def test_scanned_blocks_are_the_loop(model):
     np.testing.assert_allclose(model(IDS), model.norm_out(h), atol=1e-5)
 
 
-@pytest.mark.slow
 def test_no_position_sees_a_later_one(model):
     h = jax.random.normal(jax.random.key(0), (1, 6, 8))
 
@@ -53,7 +52,7 @@ def test_no_position_sees_a_later_one(model):
         return h[0]
 
     # Largest effect of input position j on output position i.
-    effect = np.abs(jax.jacobian(features)(h)[:, :, 0]).max((1, 3))
+    effect = np.abs(jax.jit(jax.jacobian(features))(h)[:, :, 0]).max((1, 3))
     assert (effect[np.triu_indices(6, 1)] == 0).all()
     assert (effect[np.tril_indices(6)] > 1e-6).all()
 
@@ -67,7 +66,9 @@ def test_ids_behind_a_position_do_not_move_it(model):
 
 
 def test_normalised_features_have_length_1(model):
-    normal = TextEncoder(dataclasses.replace(CONFIG, normalize=True), rngs=nnx.Rngs(0))
+    normal = nnx.jit(
+        lambda: TextEncoder(dataclasses.replace(CONFIG, normalize=True), rngs=nnx.Rngs(0))
+    )()
     features = normal(IDS)
     np.testing.assert_allclose(jnp.linalg.norm(features, axis=-1), 1, rtol=1e-5)
     plain = model(IDS)

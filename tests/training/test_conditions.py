@@ -58,6 +58,7 @@ def test_a_class_conditional_model_is_trained_and_sampled(tmp_path):
     assert model.generate([3, 4], num_images=2).pixels.shape == (2, 2, 16, 16, 3)
 
 
+@pytest.mark.slow
 def test_an_unconditional_model_is_trained_and_sampled(tmp_path):
     config = make_config(tmp_path, "ffhq", "none")
     config.data.name = "ffhq_images"

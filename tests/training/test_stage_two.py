@@ -76,6 +76,7 @@ def losses(workdir):
     return {row["step"]: row["train/loss"] for row in rows if "train/loss" in row}
 
 
+@pytest.mark.slow
 def test_cached_features_train_like_computed_ones(coco, make_config, tmp_path):
     config = make_config("coco_text", "coco")
     config.autoencoder.path = str(coco[0])
@@ -155,6 +156,7 @@ def test_further_codes_are_mixed_in_by_weight(coco, make_config, tmp_path, monke
     assert len(losses(tmp_path / "run")) == 4
 
 
+@pytest.mark.slow
 def test_a_run_inside_its_data_goes_on_when_both_have_moved(coco, make_config, tmp_path):
     config = make_config("image_text_folder", "jsonl")
     config.autoencoder.path = str(coco[0])

@@ -109,8 +109,9 @@ def test_the_first_step_seeds_the_codebook_from_the_encoder(step, start):
     assert 0 < popular < 16
 
 
+@functools.partial(jax.jit, static_argnums=2)
 def _gradients(state, pictures, options):
-    """Gradients, (latents, codes) and metrics of a batch, uncompiled."""
+    """Gradients, (latents, codes) and metrics of a batch."""
     return training._gradients(
         None,
         jax.random.key(0),
@@ -133,9 +134,10 @@ def test_reconstruction_terms_by_hand(start):
     pixels = jnp.asarray(_pictures(4))
     options = dataclasses.replace(OPTIONS, squared_weight=0.25, commitment=0.5)
     _, (z, codes), metrics = _gradients(start, pixels, options)
-    model = autoencoder.bind(CONFIG, training.complete(start))
     chosen = np.asarray(start.codebook.codebook)[np.asarray(codes)]
-    error = np.asarray(model.decode_latents(chosen)) - np.asarray(autoencoder.from_pixels(pixels))
+    decode = jax.jit(lambda p, z: autoencoder.bind(CONFIG, p).decode_latents(z))
+    made = np.asarray(decode(training.complete(start), chosen))
+    error = made - np.asarray(autoencoder.from_pixels(pixels))
     reconstruction = 0.75 * np.abs(error).mean() + 0.25 * (error**2).mean()
     commitment = ((np.asarray(z) - chosen) ** 2).mean()
     np.testing.assert_allclose(metrics["reconstruction"], reconstruction, rtol=1e-4)
