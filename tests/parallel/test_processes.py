@@ -192,6 +192,7 @@ def outputs_within(started, seconds):
     return outputs, time.monotonic() - start
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_ends_the_others_and_is_named(launch, tmp_path):
     started = launch(2, 1, tmp_path, kill_at=5)
     started[1].wait(timeout=300)
