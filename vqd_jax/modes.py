@@ -438,9 +438,7 @@ def serve(host: str, port: int, **loading: Any) -> None:
         # An extra; nothing else needs it.
         from vqd_jax.web import server
     except ModuleNotFoundError as error:
-        raise UserError(
-            f"the page needs {error.name}: pip install -e '.[web]' in the folder of this program"
-        ) from error
+        raise UserError(f"the page needs {error.name}: pip install 'vqd_jax[web]'") from error
     server.serve(_loaded(**loading), host, port)
 
 

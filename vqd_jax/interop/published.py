@@ -202,7 +202,7 @@ def write(path: str, config: ConfigDict, params: Any, tokenizer: ClipTokenizer) 
         import torch
     except ImportError as error:
         raise UserError(
-            'writing the published layout needs PyTorch: pip install "vqd_jax[convert]"'
+            "writing the published layout needs PyTorch: pip install 'vqd_jax[convert]'"
         ) from error
 
     def as_torch(arrays):
