@@ -27,7 +27,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
 # JAX_DISABLE_MOST_OPTIMIZATIONS=0 tests the programs that users run; .ci/run does so for
 # one file of every room.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-# XLA's older way to make loops compiles in two thirds of the time. Later ones do not know the flag.
+# XLA's older way to make loops compiles faster. Later versions do not know the flag.
 if importlib.metadata.version("jaxlib").startswith("0.10."):
     os.environ["XLA_FLAGS"] = (
         f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"

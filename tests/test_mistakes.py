@@ -156,14 +156,8 @@ def limit_file_size():
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 
 
-@pytest.mark.parametrize(
-    "missing",
-    [
-        pytest.param("checkpoints", marks=pytest.mark.slow),
-        pytest.param("codes", marks=pytest.mark.slow),
-        pytest.param("autoencoder/model", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("missing", ["checkpoints", "codes", "autoencoder/model"])
 def test_a_disk_that_is_full_ends_the_run_with_a_message(run, tiny_run, tmp_path, missing):
     workdir = tmp_path / "run"
     shutil.copytree(tiny_run, workdir)

@@ -168,7 +168,8 @@ def test_an_edited_image_depends_on_its_own_key_only():
     np.testing.assert_array_equal(alone.codes[0], together.codes[1])
 
 
-# Two of each kind are enough to notice that a batch shares a key; the others are slow tests.
+# A batch that shares a key shows in one rule of each kind, so the others are slow tests. Of
+# LeaveOneOut two codes differed once, on another processor; nobody knows why.
 @pytest.mark.parametrize(
     "rule",
     [

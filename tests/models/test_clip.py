@@ -23,6 +23,10 @@ def count(params):
     return sum(x.size for x in jax.tree.leaves(params))
 
 
+def initial(module, config):
+    return nnx.jit(lambda: module(config, rngs=nnx.Rngs(0)))()
+
+
 def test_published_parameter_counts():
     small = clip.abstract_params(clip.VIT_B_32)
     # 63,428,096 are the text tower and its projection, as the published VQ-Diffusion files have it.
@@ -32,7 +36,7 @@ def test_published_parameter_counts():
 
 
 def test_the_text_feature_is_that_of_the_end_token():
-    model = nnx.jit(lambda: clip.Clip(TINY, rngs=nnx.Rngs(0)))()
+    model = initial(clip.Clip, TINY)
     ids = np.array([[9, 5, 2, 10, 0, 0], [9, 10, 0, 0, 0, 0]])
     feature = model.embed_text(ids)
     assert feature.shape == (2, 5)
@@ -47,7 +51,7 @@ def test_the_text_feature_is_that_of_the_end_token():
 
 
 def test_bound_parameters_are_the_model():
-    model = nnx.jit(lambda: clip.Clip(TINY, rngs=nnx.Rngs(0)))()
+    model = initial(clip.Clip, TINY)
     params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
     images = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), dtype=np.uint8)
     run = jax.jit(lambda params: clip.bind(TINY, params).embed_images(images))
@@ -62,7 +66,7 @@ TOWER = ImageEncoderConfig(image_size=12, patch_size=4, width=8, num_layers=2, n
 
 @pytest.fixture(scope="module")
 def tower():
-    return nnx.jit(lambda: ImageEncoder(TOWER, rngs=nnx.Rngs(0)))()
+    return initial(ImageEncoder, TOWER)
 
 
 def test_every_pixel_reaches_the_feature(tower):
@@ -85,9 +89,7 @@ def test_a_patch_is_a_square_of_pixels(tower):
 
 def test_bfloat16_is_near_float32(tower):
     images = np.random.default_rng(2).integers(0, 256, (2, 12, 12, 3), dtype=np.uint8)
-    half = nnx.jit(
-        lambda: ImageEncoder(dataclasses.replace(TOWER, dtype="bfloat16"), rngs=nnx.Rngs(0))
-    )()
+    half = initial(ImageEncoder, dataclasses.replace(TOWER, dtype="bfloat16"))
     features = half(images)
     assert features.dtype == jnp.bfloat16
     np.testing.assert_allclose(features.astype(jnp.float32), tower(images), atol=0.1)

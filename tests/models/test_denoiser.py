@@ -16,6 +16,11 @@ CONFIG = DenoiserConfig(
 )
 
 
+def initial(config):
+    # Compiled as one: to compile every draw by itself takes longer than most tests.
+    return nnx.jit(lambda: Denoiser(config, rngs=nnx.Rngs(0)))()
+
+
 def layer(stacked, index):
     return jax.tree.map(lambda x: x[index], stacked)
 
@@ -158,7 +163,7 @@ def test_bfloat16_is_near_and_leaves_parameters_alone(model, inputs):
 def test_guidance_of_bfloat16_logits_is_that_of_float32_logits():
     """Total variation at guidance 5; with logits rounded to bfloat16 it is 0.020."""
     config = dataclasses.replace(CONFIG, num_codes=200, width=64, dtype="bfloat16", init_std=0.125)
-    model = nnx.jit(lambda: Denoiser(config, rngs=nnx.Rngs(0)))()
+    model = initial(config)
     kernel = model.to_logits.kernel[...]
     bias = model.to_logits.bias[...] = 2 * jax.random.normal(jax.random.key(1), (200,))
     noise = jax.random.normal(jax.random.key(2), (2, 1, 256, 64))
@@ -178,7 +183,7 @@ def test_guidance_of_bfloat16_logits_is_that_of_float32_logits():
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_logits_have_the_gradient_of_a_product(dtype):
-    model = nnx.jit(lambda: Denoiser(dataclasses.replace(CONFIG, dtype=dtype), rngs=nnx.Rngs(0)))()
+    model = initial(dataclasses.replace(CONFIG, dtype=dtype))
     h = jax.random.normal(jax.random.key(0), (2, 6, 8)).astype(dtype)
     weights = jax.random.normal(jax.random.key(1), (2, 6, 7))
     ours = jax.grad(lambda h: jnp.sum(weights * model.logits(h)))(h)
@@ -228,10 +233,6 @@ SMALL_CLASS = DenoiserConfig(
     num_codes=7, grid=(2, 3), num_steps=5, width=8, num_layers=2, num_heads=2, mlp="conv",
     condition="class", num_classes=4, position_table=(3, 5),
 )  # fmt: skip
-
-
-def initial(config):
-    return nnx.jit(lambda: Denoiser(config, rngs=nnx.Rngs(0)))()
 
 
 def test_labels_matter_and_the_null_label_is_the_mean_row():
@@ -307,7 +308,7 @@ def test_what_remat_works_out_again(remat3):
     def products(remat):
         """In the gradient, of one layer and what is outside of them."""
         config = dataclasses.replace(CONFIG, remat=remat)
-        graphdef, params = nnx.split(nnx.jit(lambda: Denoiser(config, rngs=nnx.Rngs(0)))())
+        graphdef, params = nnx.split(initial(config))
         tokens, time, text = jnp.zeros((2, 6), int), jnp.ones(2, int), jnp.ones((2, 5, 6))
         gradient = jax.grad(lambda params: nnx.merge(graphdef, params)(tokens, time, text).sum())
         return jax.jit(gradient).lower(params).as_text().count("stablehlo.dot_general")

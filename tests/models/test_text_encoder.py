@@ -13,13 +13,17 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 CONFIG = TextEncoderConfig(vocab_size=11, context_length=6, width=8, num_layers=3, num_heads=2)
 
 
+def initial(config):
+    return nnx.jit(lambda: TextEncoder(config, rngs=nnx.Rngs(0)))()
+
+
 def layer(stacked, index):
     return jax.tree.map(lambda x: x[index], stacked)
 
 
 @pytest.fixture(scope="module")
 def model():
-    return nnx.jit(lambda: TextEncoder(CONFIG, rngs=nnx.Rngs(0)))()
+    return initial(CONFIG)
 
 
 IDS = np.array([[1, 5, 2, 9, 10, 0], [3, 3, 3, 10, 0, 0]])
@@ -66,9 +70,7 @@ def test_ids_behind_a_position_do_not_move_it(model):
 
 
 def test_normalised_features_have_length_1(model):
-    normal = nnx.jit(
-        lambda: TextEncoder(dataclasses.replace(CONFIG, normalize=True), rngs=nnx.Rngs(0))
-    )()
+    normal = initial(dataclasses.replace(CONFIG, normalize=True))
     features = normal(IDS)
     np.testing.assert_allclose(jnp.linalg.norm(features, axis=-1), 1, rtol=1e-5)
     plain = model(IDS)
