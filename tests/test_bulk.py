@@ -63,6 +63,7 @@ def test_a_missing_picture_is_drawn_with_its_batch():
     assert bulk._whole_batches(range(4, 12), [5, 11], 3) == [4, 5, 6, 10, 11]
 
 
+@pytest.mark.slow
 def test_array_records_hold_the_same_pictures(model, mesh, tmp_path, monkeypatch):
     monkeypatch.setattr(bulk, "BLOCK", 5)
     make(model, mesh, tmp_path / "png")

@@ -38,7 +38,10 @@ def half_known():
         {},
         pytest.param({"rule": "purity", "num_steps": 5}, marks=pytest.mark.slow),
         pytest.param({"rule": "remask", "guidance_scale": 1.0}, marks=pytest.mark.slow),
-        {"rule": "halton", "guidance_scale": 3.0, "guidance_interval": (0.2, 0.7)},
+        pytest.param(
+            {"rule": "halton", "guidance_scale": 3.0, "guidance_interval": (0.2, 0.7)},
+            marks=pytest.mark.slow,
+        ),
         pytest.param({"rule": "entropy_bound"}, marks=pytest.mark.slow),
         pytest.param({"known": half_known()}, marks=pytest.mark.slow),
         {"initial": codes(3), "strength": 0.35, "top_k": 4},
@@ -99,6 +102,7 @@ def test_one_program_serves_all_segments_of_all_numbers_of_steps(model):
     assert model._networks.advance._cache_size() == compiled
 
 
+@pytest.mark.slow
 def test_a_callback_may_cancel(model):
     seen = []
 
@@ -159,6 +163,7 @@ def test_impossible_codes_are_named(model, call, message):
         call(model)
 
 
+@pytest.mark.slow
 def test_one_to_sixteen_pictures_are_three_shapes(model):
     networks = model._networks
     programs = (networks.sample, networks.decode, networks.encode)
@@ -236,6 +241,7 @@ def test_likelihood_counts_the_bits_of_pictures_and_prompts(model):
             model.likelihood(codes=None if not options else some, prompts="x", **options)
 
 
+@pytest.mark.slow
 def test_dtypes_and_a_mesh_are_chosen_when_a_model_is_read(model, tmp_path):
     model.save_pretrained(str(tmp_path / "model"))
     plain = model.generate("a cat", seed=2)

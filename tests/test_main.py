@@ -142,16 +142,21 @@ def golden_model(tmp_path_factory):
     "words",
     [
         {"times": (0, 2, 4), "guidance_scale": (1.0, 5.0), "rule": "purity", "truncation": 0.8},
-        {
-            "num_steps": 3, "guidance_scale": 9.0, "guidance_ramp": True, "top_k": 9,
-            "temperature": 2.0, "negative_prompt": "a boat",
-        },
+        pytest.param(
+            {
+                "num_steps": 3, "guidance_scale": 9.0, "guidance_ramp": True, "top_k": 9,
+                "temperature": 2.0, "negative_prompt": "a boat",
+            },
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             {"published_fast": 2, "guidance_scale": 9.0, "guidance_interval": (0.2, 0.8)},
             marks=pytest.mark.slow,
         ),
         pytest.param({"rule": "high_quality", "calls_per_step": 2}, marks=pytest.mark.slow),
-        {"num_steps": 2, "start": "schedule", "guidance_scale": 1.0},
+        pytest.param(
+            {"num_steps": 2, "start": "schedule", "guidance_scale": 1.0}, marks=pytest.mark.slow
+        ),
     ],
 )  # fmt: skip
 def test_the_flags_of_sampling_are_the_words_of_generate(call, golden_model, tmp_path, words):
@@ -284,6 +289,7 @@ def test_adapters_are_trained_and_handed_around(call, tiny_run, tmp_path):
     assert status == 1 and "trained all parameters: export it with --format=vqd_jax" in output
 
 
+@pytest.mark.slow
 def test_a_decoder_that_was_trained_further_is_put_in(call, tiny_run, tmp_path):
     run, folder_of_run = VQDiffusion.from_pretrained(str(tiny_run)), tiny_run / "autoencoder/model"
     params = jax.tree.map(np.array, run._networks.autoencoder_params)

@@ -89,6 +89,7 @@ def test_scale_seed_and_prompt_do_not_recompile(model):
     assert model._networks.sample._cache_size() == compiled
 
 
+@pytest.mark.slow
 def test_fewer_steps(model):
     made = model.generate(["red heart"], num_steps=3, trajectory=True)
     assert made.trajectory.shape == (3, 1, 1, 16)
@@ -222,6 +223,7 @@ def test_a_mask_of_a_picture_that_is_cut_is_cut_alike(model):
     assert not changed[1:].any()
 
 
+@pytest.mark.slow
 def test_editing_keeps_more_of_the_picture_at_low_strength(model):
     image = np.random.default_rng(1).integers(0, 256, (16, 16, 3)).astype(np.uint8)
     codes = model.encode_images(image[None])[0]
@@ -325,6 +327,7 @@ SMALL = conditioned.ConditionedDenoiserConfig(
 )
 
 
+@pytest.mark.slow
 def test_texts_and_times_are_worked_out_once_a_generation():
     params = jax.jit(lambda: conditioned.init_params(SMALL, jax.random.key(0)))()
     settings = sampler.Settings(num_steps=4, guidance=jnp.float32(5.0))

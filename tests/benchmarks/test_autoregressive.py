@@ -71,6 +71,7 @@ def test_it_has_as_many_parameters_as_ours(script, config):
     )
 
 
+@pytest.mark.slow
 def test_logits_with_the_cache_are_those_without(script, sizes, params, logits):
     codes, texts = inputs()
 
@@ -125,6 +126,7 @@ def test_what_it_draws_follows_guidance_truncation_and_keys(script, sizes, param
     assert (free[0] != same[0]).any()
 
 
+@pytest.mark.slow
 def test_its_loss_is_its_likelihood(script, sizes, params, logits):
     codes, texts = inputs()
     found = script.nats(functional.bind(script.Causal, sizes, params), codes, texts)

@@ -40,6 +40,7 @@ def test_benchmarks_can_be_loaded():
     load([script for script in SCRIPTS if not needs_torch(script)])
 
 
+@pytest.mark.slow
 def test_benchmarks_beside_pytorch_can_be_loaded():
     pytest.importorskip("torch", reason="the extra convert has what they compare with")
     load([script for script in SCRIPTS if needs_torch(script)])

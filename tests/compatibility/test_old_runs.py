@@ -39,6 +39,7 @@ def assert_draws_the_same(model, old):
         )
 
 
+@pytest.mark.slow
 def test_a_model_folder_draws_the_same_pictures(old):
     model = VQDiffusion.from_pretrained("model")
     assert_draws_the_same(model, old)

@@ -49,6 +49,7 @@ def one_device():
     return run(1)
 
 
+@pytest.mark.slow
 def test_codes_do_not_depend_on_the_number_of_devices(one_device):
     eight = run(8)
     assert (one_device["devices"], eight["devices"]) == (1, 8)

@@ -94,6 +94,7 @@ def test_tails_have_their_probability(draw_codes, nats, rounds):
     require_poisson(sum(int(count(seed)) for seed in range(rounds)), expected)
 
 
+@pytest.mark.slow
 def test_noise_of_one_in_a_million_comes_once_in_a_million():
     noise_schedule = schedule.released(100, 5)
 

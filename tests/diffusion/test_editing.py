@@ -104,6 +104,7 @@ def test_steps_that_change_nothing_call_no_network(rule):
     np.testing.assert_array_equal(result.predictions[::2], result.predictions[1::2])
 
 
+@pytest.mark.slow
 def test_images_that_begin_at_different_times_rest_one_by_one():
     # The second image takes no step before its time, whatever the first one does.
     known = half_known()[:2]
@@ -130,7 +131,10 @@ def edited(image_keys, settings):
     return sampler.sample(image_keys, copying_network, shape, SCHEDULE, settings)
 
 
-@pytest.mark.parametrize(("strength", "time"), [(0.01, 1), (0.125, 1), (0.5, 4), (1.0, 8)])
+@pytest.mark.parametrize(
+    ("strength", "time"),
+    [pytest.param(0.01, 1, marks=pytest.mark.slow), (0.125, 1), (0.5, 4), (1.0, 8)],
+)
 def test_strength_decides_what_is_left_of_an_image(strength, time):
     count = 1000
     settings = sampler.Settings(
@@ -228,6 +232,7 @@ def guided(guidance):
     return sampler.sample(keys(2), scaled_network, (2, NUM_TOKENS), SCHEDULE, settings)
 
 
+@pytest.mark.slow
 def test_a_list_of_scales_is_the_scale_of_every_step():
     constant = guided(2.5)
     listed = guided(np.full(4, 2.5, np.float32))

@@ -345,6 +345,7 @@ def test_chunks_leave_values_and_gradients(num_tokens):
     np.testing.assert_allclose(gradient, slope, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_logits_and_their_log_softmax_give_one_loss():
     x0 = np.tile([[0, 2], [1, 1]], (4, 1))
     noise_schedule = schedule.paper(NUM_STEPS, NUM_CODES)

@@ -283,6 +283,7 @@ def test_golden_chains(golden, name):
             np.testing.assert_allclose(np.exp(log_x0), theirs, atol=5e-6)
 
 
+@pytest.mark.slow
 def test_guidance_asks_for_pairs_of_rows_in_one_call():
     asked = []
 

@@ -15,7 +15,7 @@ from vqd_jax.evaluation.pictures import FolderPictures
 
 FLAGS = (
     "--config=configs/tiny.py", "--config.evaluation.features=random",
-    "--config.evaluation.features_side=16", "--config.evaluation.num_generated=64",
+    "--config.evaluation.features_side=8", "--config.evaluation.num_generated=64",
     "--config.evaluation.metrics=('kid','neighbours','copies','retrieval')",
     "--config.evaluation.protocol=held_out", "--mode=evaluate",
 )  # fmt: skip
@@ -64,7 +64,7 @@ def test_the_report_has_every_part(evaluated, folder):
     assert report["protocol"]["name"] == "held_out, 64 of 176 pictures"
     assert report["protocol"]["num_real"] == 176 and report["protocol"]["seed"] == 1
     assert [r["setting"]["num_steps"] for r in report["results"]] == [2, 3]
-    figures = report["results"][0]["figures"]["random-0-16"]
+    figures = report["results"][0]["figures"]["random-0-8"]
     wanted = {"kid", "precision", "recall", "density", "coverage", "copies", "copies_held_out"}
     assert wanted | {"retrieval_1", "retrieval_5"} == figures.keys()
     # An untrained model is worse than real pictures through its autoencoder, by far.
@@ -73,11 +73,11 @@ def test_the_report_has_every_part(evaluated, folder):
     assert figures["retrieval_1"]["value"] < 0.1
     assert 0.1 < figures["copies_held_out"]["value"] < 0.6
     ceiling = report["ceiling"]
-    assert ceiling["figures"]["random-0-16"]["kid"]["value"] > 0
+    assert ceiling["figures"]["random-0-8"]["kid"]["value"] > 0
     assert 0 < ceiling["reconstruction"]["psnr"]["value"] < 100
     assert ceiling["reconstruction"]["codes_used"] <= ceiling["reconstruction"]["codes"] == 32
     assert report["captions"]["bits_per_token"] > 0
-    for word in (report["model"], "seed 1", "num steps 3", "random-0-16", "jax 0."):
+    for word in (report["model"], "seed 1", "num steps 3", "random-0-8", "jax 0."):
         assert word in report["paragraph"]
     html = (folder / "out" / "report.html").read_text()
     assert html.count("<svg") > 5 and html.count("data:image/png") == 4
@@ -175,8 +175,8 @@ def test_pictures_of_another_program(evaluated, folder, call, tmp_path):
 def test_a_mistake_is_one_line(folder, call, tmp_path, flags, message):
     for name in ("empty", "small", "told"):
         (tmp_path / name).mkdir()
-    for name in ("small", "told"):
-        Image.new("RGB", (8, 8)).save(tmp_path / name / "a.png")
+    for name, size in (("small", (8, 8)), ("told", (16, 16))):
+        Image.new("RGB", size).save(tmp_path / name / "a.png")
     (tmp_path / "told" / "metadata.jsonl").write_text('{"file": "a.png"}\n')
     (tmp_path / "wrong.pth").write_bytes(b"something else")
     flags = [f.replace("PATH", str(tmp_path)).replace("MODEL", f"{folder}/model") for f in flags]

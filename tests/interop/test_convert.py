@@ -154,6 +154,7 @@ def test_a_whole_chain_of_the_unconditional_model(models, golden):
     np.testing.assert_array_equal(tokens, g["chain_tokens"])
 
 
+@pytest.mark.slow
 def test_a_fast_chain_of_the_text_model(models, golden):
     model, g = models["text_model"], golden["text_model"]
     settings = sampler.published_fast(int(g["fast_speed"]), config_lib.noise_schedule(model.config))

@@ -129,6 +129,7 @@ def test_diffusers_generates_from_our_folder(theirs):
     assert made.images.shape == (1, 8, 8, 3)
 
 
+@pytest.mark.slow
 def test_a_codec_that_diffusers_cannot_have_is_refused(text_model, tmp_path):
     with pytest.raises(UserError, match="the first multiplier must be 1"):
         text_model.save_pretrained(str(tmp_path / "pipeline"), format="diffusers")

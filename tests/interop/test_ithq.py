@@ -122,6 +122,7 @@ def test_the_networks_are_the_given_ones(model, source, params, weights, tmp_pat
     np.testing.assert_allclose(ours, exact.log_x0(tokens, np.array([1, 100]), ids), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_it_generates(model):
     made = model.generate(["teddy bear", ""], num_images=2, num_steps=3, guidance_scale=5.0)
     assert made.pixels.shape == (2, 2, 16, 16, 3)

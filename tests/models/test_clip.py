@@ -69,6 +69,7 @@ def tower():
     return initial(ImageEncoder, TOWER)
 
 
+@pytest.mark.slow
 def test_every_pixel_reaches_the_feature(tower):
     images = np.random.default_rng(0).integers(0, 256, (1, 12, 12, 3), dtype=np.uint8)
     plain = tower(images)
@@ -87,6 +88,7 @@ def test_a_patch_is_a_square_of_pixels(tower):
     np.testing.assert_allclose(tower.patch_embedding(x)[0, 1, 2], expected, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_bfloat16_is_near_float32(tower):
     images = np.random.default_rng(2).integers(0, 256, (2, 12, 12, 3), dtype=np.uint8)
     half = initial(ImageEncoder, dataclasses.replace(TOWER, dtype="bfloat16"))

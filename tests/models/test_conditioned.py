@@ -57,6 +57,7 @@ def test_precomputed_text_is_the_text(params):
     )
 
 
+@pytest.mark.slow
 def test_bind_works_under_jit_and_grad(params):
     def loss(params):
         log_x0 = conditioned.bind(CONFIG, params).log_x0(TOKENS, TIME, IDS)

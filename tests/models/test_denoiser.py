@@ -103,7 +103,8 @@ def remat3(request):
         jax.config.update("jax_remat3", False)
 
 
-@pytest.mark.parametrize("remat", ["dots", pytest.param("full", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", ["dots", "full"])
 def test_remat_leaves_values_and_gradients(model, inputs, remat, remat3):
     graphdef, params = nnx.split(model, nnx.Param)
 
@@ -148,6 +149,7 @@ def test_rows_and_columns_are_told_apart(model):
             assert jnp.abs(logits[i] - logits[j]).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_bfloat16_is_near_and_leaves_parameters_alone(model, inputs):
     config = dataclasses.replace(CONFIG, dtype="bfloat16")
     low = nnx.merge(
@@ -304,6 +306,7 @@ def test_remat_names_are_checked_by_the_scan(model):
     assert set(attention.REMAT_POLICIES) == {"none", "dots", "full"}
 
 
+@pytest.mark.slow
 def test_what_remat_works_out_again(remat3):
     def products(remat):
         """In the gradient, of one layer and what is outside of them."""

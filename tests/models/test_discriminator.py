@@ -104,6 +104,7 @@ def test_the_published_size():
     assert shape == (2, 30, 30, 1)
 
 
+@pytest.mark.slow
 def test_a_logit_of_three_layers_sees_70_pixels():
     config = DiscriminatorConfig("patchgan", channels=2)
     params, images = _params(config), jax.random.normal(jax.random.key(0), (1, 128, 128, 3))

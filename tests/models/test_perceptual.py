@@ -42,7 +42,9 @@ def _planes(torch, x):
     return torch.tensor(x.transpose(0, 3, 1, 2).copy(), requires_grad=True)
 
 
-@pytest.mark.parametrize("old", [False, True], ids=["zip", "before 1.6"])
+@pytest.mark.parametrize(
+    "old", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["zip", "before 1.6"]
+)
 def test_lpips_equals_its_package_on_a_torchvision_file(tmp_path, old, monkeypatch):
     torch, lpips = pytest.importorskip("torch"), pytest.importorskip("lpips")
     torch.manual_seed(0)
@@ -131,6 +133,7 @@ def test_every_pixel_counts(squeezenet):
     assert (np.abs(moved).max(axis=-1) > 0).all()
 
 
+@pytest.mark.slow
 def test_bfloat16_changes_the_distance_by_rounding(squeezenet):
     exact, config = distance(squeezenet, A, B), PerceptualConfig(dtype="bfloat16")
     rounded = distance(squeezenet, A, B, config)

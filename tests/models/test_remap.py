@@ -58,6 +58,7 @@ def test_what_is_no_remap_is_named(remap, message):
         quantizer.num_remapped(np.array(remap))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", autoencoder.QUANTIZERS)
 def test_an_autoencoder_with_codes_left_out(kind):
     config = dataclasses.replace(CONFIG, quantizer=kind)

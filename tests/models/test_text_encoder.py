@@ -46,6 +46,7 @@ def test_scanned_blocks_are_the_loop(model):
     np.testing.assert_allclose(model(IDS), model.norm_out(h), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_no_position_sees_a_later_one(model):
     h = jax.random.normal(jax.random.key(0), (1, 6, 8))
 

@@ -42,6 +42,7 @@ def last_metrics(workdir):
     return {key: value for row in rows for key, value in row.items()}
 
 
+@pytest.mark.slow
 def test_a_class_conditional_model_is_trained_and_sampled(tmp_path):
     config = make_config(tmp_path, "imagenet", "class")
     config.data.name = "imagenet_class"
@@ -114,6 +115,7 @@ def test_a_run_begins_from_a_model_folder(parts, tmp_path):
     assert_equal(begun.params["null_text"], fresh.params["null_text"])
 
 
+@pytest.mark.slow
 def test_a_pretrained_text_encoder_stays_as_it_is(parts, tmp_path):
     config, params = parts
     folder.save(tmp_path / "clip", {"kind": "clip"}, {"text": params["text_encoder"]})

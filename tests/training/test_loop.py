@@ -225,6 +225,7 @@ def test_nothing_readable_is_an_error_that_names_the_place(tmp_path):
         fit(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_longer_run_goes_on_from_the_shorter_one(tmp_path):
     whole = fit(tmp_path / "whole", num_steps=20)
     fit(tmp_path / "parts", num_steps=10)

@@ -100,6 +100,7 @@ def test_cached_features_train_like_computed_ones(coco, make_config, tmp_path):
         stage_two.train(config, str(tmp_path / "refused"))
 
 
+@pytest.mark.slow
 def test_a_learned_null_stands_in_for_cached_features_of_no_text(make_config):
     config = make_config("coco_text", "coco")
     config.denoiser.learned_null = True
@@ -130,6 +131,7 @@ def test_features_that_are_trained_are_not_cached(make_config):
     assert abstract["text_features"].shape == (2, 16, 16)
 
 
+@pytest.mark.slow
 def test_further_codes_are_mixed_in_by_weight(coco, make_config, tmp_path, monkeypatch):
     first = make_config("image_text_folder", "jsonl")
     first.autoencoder.path = str(coco[0])

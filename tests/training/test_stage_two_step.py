@@ -87,6 +87,7 @@ def test_a_step_is_a_function_of_state_and_batch(config, batch, steps):
     jax.tree.map(np.testing.assert_array_equal, again.params, states[6].params)
 
 
+@pytest.mark.slow
 def test_a_batch_in_parts_has_the_mean_of_their_gradients(config, batch, steps):
     before = steps[0][5]
     key = jax.random.fold_in(before.key, before.step)

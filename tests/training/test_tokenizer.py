@@ -123,6 +123,7 @@ def _gradients(state, pictures, options):
     )
 
 
+@pytest.mark.slow
 def test_gradients_pass_straight_through_the_codes(start):
     options = dataclasses.replace(OPTIONS, commitment=0.0)
     gradients, _, _ = _gradients(start, jnp.asarray(_pictures(4)), options)
@@ -162,6 +163,7 @@ def test_impossible_options_are_named(change):
         AutoencoderOptions(**({"num_steps": 10, "learning_rate": 1e-3, "warmup_steps": 1} | change))
 
 
+@pytest.mark.slow
 def test_decoder_only_leaves_the_codes_as_they_are(step, start):
     pictures = _pictures(64)
     trained, before = _run(step, start, pictures, 40)

@@ -104,6 +104,7 @@ def losses(params, judge, state, options):
     return reconstruction, -jnp.mean(fake), latent, own
 
 
+@pytest.mark.slow
 def test_both_gradients_are_those_of_each_loss_alone():
     options = dataclasses.replace(JUDGED, adaptive_weight=True)
     state, _ = run(begun(JUDGED), JUDGED, 1)
@@ -148,6 +149,7 @@ def test_a_resumed_run_is_the_uninterrupted_run():
     assert all(all(jax.tree.leaves(part)) for part in parts)
 
 
+@pytest.mark.slow
 def test_the_parts_of_a_batch_make_the_step_of_the_whole():
     parts = dataclasses.replace(JUDGED, gradient_accumulation=2)
     state, _ = run(begun(JUDGED), JUDGED, 1)
@@ -184,6 +186,7 @@ def test_every_part_of_a_batch_has_its_own_weight_and_statistics():
     assert float(metrics["adversarial_weight"]) == pytest.approx(np.mean(weights), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_before_its_start_the_discriminator_neither_learns_nor_counts():
     late = dataclasses.replace(JUDGED, adversarial_start=2, adversarial_warmup=1)
     judged, metrics = run(begun(late), late, 2)
@@ -228,6 +231,7 @@ def test_the_perceptual_term_is_the_distance_of_the_network():
     assert "perceptual" in shapes[1] and "adversarial" not in shapes[1]
 
 
+@pytest.mark.slow
 def test_a_gumbel_codebook_learns_by_gradients():
     config = dataclasses.replace(CONFIG, quantizer="gumbel")
     options = AutoencoderOptions(num_steps=10, warmup_steps=0, kl_weight=0.1, temperature_steps=5)
@@ -239,6 +243,7 @@ def test_a_gumbel_codebook_learns_by_gradients():
     assert tokenizer.result(state) is state.params
 
 
+@pytest.mark.slow
 def test_bfloat16_and_remat_change_gradients_by_rounding():
     plain = AutoencoderOptions(num_steps=10, warmup_steps=1)
     rounded = dataclasses.replace(plain, dtype="bfloat16", remat="full")

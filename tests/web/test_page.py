@@ -135,6 +135,7 @@ def test_a_sentence_becomes_pictures_and_tokens_are_painted_again(page, web_mode
     assert recipe(page) == before
 
 
+@pytest.mark.slow
 def test_two_settings_side_by_side_share_the_seed(page):
     page.fill("#prompt textarea", PROMPT)
     page.get_by_role("button", name="Side by side").click()
@@ -150,6 +151,7 @@ def test_two_settings_side_by_side_share_the_seed(page):
     assert second["request"] == first["request"] | {"num_steps": 20}
 
 
+@pytest.mark.slow
 def test_the_steps_can_be_seen_again(page):
     generate(page)
     last = part(page, "canvas").evaluate("canvas => canvas.toDataURL()")
@@ -294,9 +296,8 @@ def test_the_keyboard_is_enough(page):
     assert set(np.flatnonzero(changed)) <= {5, 6}
 
 
-@pytest.mark.parametrize(
-    ("condition", "prompt"), [("class", "2"), pytest.param("none", "", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("condition", "prompt"), [("class", "2"), ("none", "")])
 def test_a_model_of_classes_or_of_nothing(condition, prompt, browser, model_of, serve):
     """A list of classes and no prompt; neither of them, and no guidance."""
     model, size = model_of(condition), {"width": 1280, "height": 900}

@@ -60,6 +60,7 @@ def test_previews_come_before_the_answer(client):
     assert hidden[0] > hidden[-1] == 0 and hidden == sorted(hidden, reverse=True)
 
 
+@pytest.mark.slow
 def test_one_of_two_requests_of_a_client_is_cancelled(client, web_model):
     """The other one, which may run in the same batch, has the pictures of ``generate``."""
     options = {"seed": 3, "num_images": 2, "num_steps": 500}

@@ -8,7 +8,13 @@ import pytest
 from vqd_jax.web import form, work
 
 
-@pytest.mark.parametrize(("pause", "told"), [(math.inf, [5, 20]), (0.0, [5, 10, 15, 20])])
+@pytest.mark.parametrize(
+    ("pause", "told"),
+    [
+        (math.inf, [5, 20]),
+        pytest.param(0.0, [5, 10, 15, 20], marks=pytest.mark.slow),
+    ],
+)
 def test_previews_come_now_and_then_and_the_picture_always(web_model, monkeypatch, pause, told):
     asked = form.parse({"prompt": "a", "num_images": 2, "num_steps": 20, "seed": 5}, web_model)
     decode, decoded = web_model._networks.pixels, []

@@ -117,6 +117,8 @@ class FolderPictures:
         self._paths = found[:count]
         if not found:
             raise UserError(f"{folder} has no picture ({', '.join(sorted(_SUFFIXES))})")
+        # Before hours of work on the real pictures, and not after them.
+        self.read([0])
         self.prompts = self._metadata(folder / "metadata.jsonl")
         self.identity = {"content": self._content()} if identity is None else identity
 
