@@ -53,6 +53,24 @@ def test_upsampling():
     _same(convolution.upsampled_conv, plain, x, kernel)
 
 
+@pytest.mark.parametrize("stride, size", [(1, 6), (2, 6), (2, 7)])
+@pytest.mark.parametrize("side", [3, 5])
+def test_channels_apart(side, stride, size):
+    rng = np.random.default_rng(3)
+    x = rng.normal(size=(2, size, size - 1, 4)).astype(np.float32)
+    kernel = rng.normal(size=(side, side, 1, 4)).astype(np.float32)
+    padding = convolution.same_padding(x.shape[1:3], side, stride)
+    _same(
+        lambda x, k: convolution.depthwise_conv(x, k, stride=stride, padding=padding),
+        lambda x, k: jax.lax.conv_general_dilated(
+            x, k, (stride, stride), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            feature_group_count=4,
+        ),
+        x,
+        kernel,
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("swish", [False, True])
 def test_group_norm_is_that_of_flax(swish):
     rng = np.random.default_rng(2)

@@ -16,6 +16,7 @@ import numpy as np
 
 from vqd_jax.errors import UserError
 from vqd_jax.interop import torch_file
+from vqd_jax.models import convolution
 
 WIDTH = 1280
 _EPSILON = 1e-3
@@ -89,15 +90,10 @@ def load(path: str | Path) -> Any:
 def _conv(params: Any, x: jax.Array, stride: int = 1) -> jax.Array:
     """A convolution with TensorFlow's padding; each channel apart if the kernel says so."""
     kernel = params["kernel"]
-    y = jax.lax.conv_general_dilated(
-        x,
-        kernel,
-        (stride, stride),
-        "SAME",
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        feature_group_count=x.shape[-1] // kernel.shape[2],
-    )
-    return y + params["bias"][None, None, None]
+    padding = convolution.same_padding(x.shape[1:3], kernel.shape[0], stride)
+    apart = kernel.shape[2] < x.shape[-1]
+    conv = convolution.depthwise_conv if apart else convolution.conv
+    return conv(x, kernel, stride=stride, padding=padding) + params["bias"][None, None, None]
 
 
 _relu6 = functools.partial(jnp.clip, min=0.0, max=6.0)

@@ -16,6 +16,7 @@ import numpy as np
 
 from vqd_jax.errors import UserError
 from vqd_jax.interop import torch_file
+from vqd_jax.models import convolution
 
 WIDTH = 1280
 _EPSILON = 1e-5
@@ -82,15 +83,10 @@ def _conv(params: Any, x: jax.Array, stride: int = 1) -> jax.Array:
     """A convolution, padded evenly; each channel apart if the kernel says so."""
     kernel = params["kernel"]
     pad = kernel.shape[0] // 2
-    y = jax.lax.conv_general_dilated(
-        x,
-        kernel,
-        (stride, stride),
-        ((pad, pad), (pad, pad)),
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        feature_group_count=x.shape[-1] // kernel.shape[2],
-    )
-    return y + params["bias"][None, None, None]
+    padding = ((pad, pad), (pad, pad))
+    apart = kernel.shape[2] < x.shape[-1]
+    conv = convolution.depthwise_conv if apart else convolution.conv
+    return conv(x, kernel, stride=stride, padding=padding) + params["bias"][None, None, None]
 
 
 _relu6 = functools.partial(jnp.clip, min=0.0, max=6.0)

@@ -58,6 +58,55 @@ def conv(
     )
 
 
+def depthwise_conv(
+    x: jax.Array, kernel: jax.Array, *, stride: int = 1, padding: Padding
+) -> jax.Array:
+    """A convolution of each channel by itself, without a bias.
+
+    Args:
+      x: [B, H, W, C].
+      kernel: [k, k, 1, C], the dtype of ``x``.
+      stride: of both axes.
+      padding: zeros, ((top, bottom), (left, right)).
+
+    Returns:
+      [B, h, w, C], the dtype of ``x``. On a CPU it may differ by rounding from that of another
+      platform.
+    """
+
+    def plain(x, kernel):
+        return jax.lax.conv_general_dilated(
+            x,
+            kernel,
+            (stride, stride),
+            padding,
+            dimension_numbers=_DIMENSIONS,
+            feature_group_count=x.shape[-1],
+        )
+
+    def shifted(x, kernel):
+        side, x = kernel.shape[0], jnp.pad(x, ((0, 0), *padding, (0, 0)))
+        bottom, right = (n - side + 1 for n in x.shape[1:3])
+        return sum(
+            x[:, i : i + bottom : stride, j : j + right : stride]
+            * kernel[i, j, 0][None, None, None]
+            for i in range(side)
+            for j in range(side)
+        )
+
+    return jax.lax.platform_dependent(x, kernel, cpu=shifted, default=plain)
+
+
+def same_padding(shape: tuple[int, int], side: int, stride: int) -> Padding:
+    """TensorFlow's padding for an input of this height and width: the odd row or column is last."""
+
+    def around(length):
+        total = max((-(-length // stride) - 1) * stride + side - length, 0)
+        return total // 2, total - total // 2
+
+    return around(shape[0]), around(shape[1])
+
+
 def _patches(x: jax.Array, side: int) -> jax.Array:
     """What a kernel sees at every place: [B, H, W, C] -> [B h w, k k C]."""
     height, width = x.shape[1] - side + 1, x.shape[2] - side + 1
