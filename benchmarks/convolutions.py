@@ -1,5 +1,7 @@
 """Ways to write the layers of a small tokenizer at 64 pixels for a CPU: mostly 3x3 convolutions.
 
+The last rows are layers of EfficientNet-Lite0 at 224 pixels that convolve each channel apart.
+
 python benchmarks/convolutions.py
 python benchmarks/convolutions.py --match=doubled    # only shapes with this in their title
 
@@ -194,6 +196,19 @@ def four_convolutions(x, kernel):
     return convolution._four_convolutions(x, kernel)
 
 
+def library_apart(x, kernel):
+    """The library's, with as many groups as channels."""
+    return jax.lax.conv_general_dilated(
+        x, kernel, (1, 1), "SAME", dimension_numbers=DIMENSIONS, feature_group_count=x.shape[-1]
+    )
+
+
+def shifted_products(x, kernel):
+    """The sum of shifted pictures, each times one weight a channel."""
+    padding = convolution.same_padding(x.shape[1:3], kernel.shape[0], 1)
+    return convolution.depthwise_conv(x, kernel, padding=padding)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--match", default="")
@@ -204,6 +219,9 @@ def main():
     rows += [(f"{s}, {c} to {d}, doubled", doubled, (s, c), (3, 3, c, d)) for s, c, d in UPSAMPLED]
     norms = (library_norm, our_norm)
     rows += [(f"{s}, {c}, normalised", norms, (s, c), (c,)) for s, c in ((64, 32), (16, 64))]
+    apart = (library_apart, shifted_products)
+    layers = ((56, 144, 3), (28, 240, 5), (14, 480, 3))
+    rows += [(f"{s}, {c} apart, {k}x{k}", apart, (s, c), (k, k, 1, c)) for s, c, k in layers]
     for title, ways, (side, channels), kernel in rows:
         if arguments.match in title:
             compare(title, ways, (BATCH, side, side, channels), kernel)

@@ -1,6 +1,6 @@
 """Time and memory of an evaluation: features of synthetic pictures, and their distances.
 
-python benchmarks/evaluation_cost.py --counts=10000 --net=efficientnet-64
+python benchmarks/evaluation_cost.py --counts=10000 --net=efficientnet-224
 python benchmarks/evaluation_cost.py --counts=1000,100000 --net=random-16 --metrics=frechet,kid
 
 A picture is made when it is read. Every count is measured in a process of its own, against 3,155
@@ -21,7 +21,7 @@ from vqd_jax.evaluation import distances, features, measures
 from vqd_jax.evaluation.pictures import Extractor
 
 _COUNTS = flags.DEFINE_list("counts", ["1000", "10000"], "Numbers of generated pictures.")
-_NET = flags.DEFINE_string("net", "efficientnet-64", "Network, and the side that it sees.")
+_NET = flags.DEFINE_string("net", "efficientnet-224", "Network, and the side that it sees.")
 _SIDE = flags.DEFINE_integer("side", 32, "Side of a picture in pixels.")
 _METRICS = flags.DEFINE_list("metrics", ["frechet", "kid", "neighbours", "copies"], "Distances.")
 _ONE = flags.DEFINE_bool("one", False, "Measure the first count in this process.")

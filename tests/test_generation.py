@@ -184,6 +184,7 @@ def pictures(*sizes):
     return [draw(0, 256, (height, width, 3)).astype(np.uint8) for height, width in sizes]
 
 
+@pytest.mark.slow
 def test_several_pictures_and_prompts_are_painted_at_once(model):
     images = pictures((16, 16), (24, 40))
     masks = [np.zeros((16, 16), bool), np.zeros((24, 40), bool)]

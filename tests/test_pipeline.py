@@ -100,6 +100,7 @@ def test_fewer_steps(model):
     np.testing.assert_array_equal(listed.trajectory, made.trajectory)
 
 
+@pytest.mark.slow
 def test_the_likeliest_code_alone_is_what_the_predictions_say(model):
     options = {"guidance_scale": 1, "truncation": 1, "trajectory": True}
     made = model.generate(["a cat"], num_steps=1, top_k=1, **options)
@@ -309,6 +310,7 @@ def test_folders_of_other_things_are_named(model, tmp_path):
         VQDiffusion.from_pretrained(str(tmp_path))
 
 
+@pytest.mark.slow
 def test_guidance_of_zero_is_the_model_without_its_text(model):
     def draw(prompt, scale):
         options = dict(num_images=4, seed=3, guidance_scale=scale, truncation=1.0)

@@ -61,6 +61,7 @@ def test_known_codes_never_change(rule, times):
     assert (found == 5).mean() > 0.75
 
 
+@pytest.mark.slow
 def test_an_image_with_known_codes_starts_where_its_share_is_masked():
     asked = []
 
@@ -192,6 +193,7 @@ def test_every_rule_depends_on_the_own_key_only(rule):
         np.testing.assert_array_equal(alone.codes[0], together.codes[image])
 
 
+@pytest.mark.slow
 def test_predictions_are_the_likeliest_codes():
     result = run(keys(2), sampler.Settings(num_steps=3, trajectory=True))
     assert result.predictions.shape == result.trajectory.shape == (3, 2, NUM_TOKENS)

@@ -237,6 +237,7 @@ SMALL_CLASS = DenoiserConfig(
 )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_labels_matter_and_the_null_label_is_the_mean_row():
     model = initial(SMALL_CLASS)
     tokens, time = jnp.array([[7, 1, 2, 7, 3, 0]] * 5), jnp.full(5, 3)

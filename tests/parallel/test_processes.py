@@ -203,6 +203,7 @@ def test_a_process_that_dies_ends_the_others_and_is_named(launch, tmp_path):
     assert "tasks are unhealthy (stopped sending heartbeats):\n1" in output
 
 
+@pytest.mark.slow
 def test_an_error_in_one_process_ends_the_others_and_is_told(launch, tmp_path):
     started = launch(2, 1, tmp_path, fail_at=5)
     started[1].wait(timeout=300)
@@ -227,6 +228,7 @@ def test_a_jax_that_hides_its_key_value_store_is_told(monkeypatch, caplog):
     assert left == [(processes._leave, None)]
 
 
+@pytest.mark.slow
 def test_sigterm_to_one_process_saves_and_ends_all(launch, run, one, two, tmp_path):
     # Its number of calls is not that of its steps, and Orbax has told the service those of saves.
     workdir = from_step_10(two, tmp_path / "run")
