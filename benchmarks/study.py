@@ -90,12 +90,17 @@ def metrics(workdir: Path) -> dict[str, float]:
 
 
 def over_seeds(values: Sequence[float], percent: bool = False) -> str:
-    """Mean and standard error of a figure over the seeds; an en dash where there is none."""
+    """Mean and standard error of a figure over the seeds; an en dash where there is none.
+
+    One seed has no error, so its figure stands alone.
+    """
     if not len(values):
         return "–"
-    scaled = np.asarray(values) * (100 if percent else 1)
-    error = scaled.std(ddof=1) / np.sqrt(len(scaled)) if len(scaled) > 1 else np.nan
-    return f"{scaled.mean():.1f} ± {error:.1f}" if percent else f"{scaled.mean():.3f} ± {error:.3f}"
+    scaled, digits = np.asarray(values) * (100 if percent else 1), 1 if percent else 3
+    if len(scaled) == 1:
+        return f"{scaled[0]:.{digits}f}"
+    error = scaled.std(ddof=1) / np.sqrt(len(scaled))
+    return f"{scaled.mean():.{digits}f} ± {error:.{digits}f}"
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

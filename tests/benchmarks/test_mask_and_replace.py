@@ -81,6 +81,7 @@ def test_what_is_finished_is_not_done_again(script, tmp_path):
     assert study.once(tmp_path / "a" / "b.json", lambda: 1 / 0) == {"x": 1.5}
     assert study.over_seeds([0.1, 0.2, 0.3], percent=True) == "20.0 ± 5.8"
     assert study.over_seeds([]) == "–"
+    assert study.over_seeds([0.25]) == "0.250"
 
 
 def test_everything_is_right_only_if_every_attribute_is(script):
