@@ -69,6 +69,12 @@ def test_time_statistics_count_every_picture(steps):
     assert np.all(np.asarray(states[30].time_statistics.visits) > 10)
 
 
+def test_every_step_draws_other_noise(steps):
+    _, metrics = steps
+    # The rate of the first step is zero, so the second has its parameters, and it has its rows.
+    assert metrics[0]["loss"] != metrics[1]["loss"]
+
+
 def test_every_parameter_gets_a_gradient(steps):
     states, _ = steps
     moved = jax.tree.map(lambda a, b: bool(jnp.any(a != b)), states[0].params, states[1].params)
