@@ -34,8 +34,8 @@ if importlib.metadata.version("jaxlib").startswith("0.10."):
         f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"
     )
 
-# JAX keeps millions of objects and leaves little garbage: to look for it as often as Python does
-# takes a seventh of the time.
+# JAX keeps many objects and leaves little garbage: to look for it as often as Python does takes
+# time.
 gc.freeze()
 gc.set_threshold(200_000, 50, 50)
 

@@ -186,6 +186,12 @@ def test_a_mistake_is_one_line(folder, call, tmp_path, flags, message):
     assert not list((tmp_path / "out").glob("pictures/*")) if (tmp_path / "out").exists() else True
 
 
+def test_another_size_is_refused_when_the_folder_is_opened(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    with pytest.raises(UserError, match="has 8 x 8 pixels"):
+        FolderPictures(tmp_path, 16)
+
+
 def test_a_sweep_is_read():
     found = evaluate.read_sweep(["num_steps=10, 25,10", "rule=purity,ordinary"])
     assert found == {"num_steps": [10, 25], "rule": ["purity", "ordinary"]}
