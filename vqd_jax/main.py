@@ -45,7 +45,7 @@ _PATH_FIELDS = (
     "autoencoder.init_from", "autoencoder.perceptual_path", "text_encoder.path",
     "training.init_from", "training.checkpoints", "evaluation.features_path",
     "evaluation.inception", "evaluation.inception_statistics", "evaluation.clip",
-    "evaluation.cache",
+    "evaluation.cache", "distil.prompts",
 )  # fmt: skip
 # Tasks that a config describes; each is a function of modes.py.
 ON_CONFIG = ("train", "train_autoencoder", "prepare", "encode", "inspect", "plan")
@@ -53,7 +53,7 @@ _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file; fields a
 _WORKDIR = _define_path("workdir", "Folder of a run: checkpoints, metrics, samples.")
 _ON_MODEL = ("sample", "likelihood", "serve", "export")
 _MODE = flags.DEFINE_enum(
-    "mode", None, [*ON_CONFIG, *_ON_MODEL, "evaluate", "convert"],
+    "mode", None, [*ON_CONFIG, *_ON_MODEL, "evaluate", "distil", "convert"],
     "The task; if unset, train with --config and sample with a prompt alone.",
 )  # fmt: skip
 _DISTRIBUTED = flags.DEFINE_bool("distributed", False, "This is one of several processes.")
@@ -61,7 +61,9 @@ _DISTRIBUTED = flags.DEFINE_bool("distributed", False, "This is one of several p
 # The packaged model, which is used where no other is named.
 _PACKAGED = "emoji"
 _MODEL = _define_path(
-    "model", f"{', '.join(_ON_MODEL)}: model folder, or give --workdir; {_PACKAGED} if unset."
+    "model",
+    f"{', '.join(_ON_MODEL)}: model folder, or give --workdir; {_PACKAGED} if unset. "
+    "distil: the teacher.",
 )
 _PROMPT = flags.DEFINE_multi_string(
     "prompt", None, "sample, likelihood: a text; may be given several times."
@@ -197,6 +199,8 @@ def main(argv: list[str]) -> None:
         convert.convert(source, target, dtype=dtype, **_values(_CONVERSION))
     elif mode == "evaluate":
         _evaluate(_MODEL.value or _WORKDIR.value)
+    elif mode == "distil":
+        _distil(_require(_MODEL), _require(_WORKDIR))
     elif mode in _ON_MODEL:
         _use_model(mode, _MODEL.value or _WORKDIR.value or _PACKAGED)
     else:
@@ -246,6 +250,21 @@ def _evaluate(model_dir: str | None) -> None:
             model_dir, config=config, output=_OUTPUT.value, pictures=_GIVEN.value,
             sweep=_SWEEP.value, **options,
         )  # fmt: skip
+
+
+def _distil(model_dir: str, workdir: str) -> None:
+    config = _CONFIG.value
+    if config is None:
+        raise UserError("--config is missing: a file such as configs/distil.py")
+    from vqd_jax import config as config_lib
+    from vqd_jax import modes
+    from vqd_jax.parallel import processes
+
+    _expand_paths(config)
+    config_lib.validate(config)
+    options = {n: v for n, v in _values(_SAMPLING).items() if n not in ("num_images", "seed")}
+    with processes.session(_DISTRIBUTED.value):
+        modes.distil(config, model_dir, workdir, **options)
 
 
 def _use_config(mode: str) -> None:

@@ -25,6 +25,7 @@ from vqd_jax.generation import Generation, Preview
 from vqd_jax.interop import pretrained
 from vqd_jax.parallel import processes, program, sharding
 from vqd_jax.pipeline import VQDiffusion
+from vqd_jax.training import distil as distil_lib
 from vqd_jax.training import stage_one, stage_two
 from vqd_jax.training import task as task_lib
 from vqd_jax.training.loop import Terminated
@@ -45,9 +46,23 @@ def train_autoencoder(config: ConfigDict, workdir: str) -> None:
     logging.info("the autoencoder of this run is %s", pretrained.model_folder(workdir))
 
 
-def _exit_if_terminated(run, config, workdir) -> None:
+def distil(config: ConfigDict, model_dir: str, workdir: str, **options: Any) -> None:
+    """Trains a student of few steps on pictures that a model draws.
+
+    Args:
+      config: how it is trained, and for how many steps; see ``training.distil.student_config``.
+      model_dir: the teacher, a model folder or a workdir.
+      workdir: of the student.
+      **options: of ``VQDiffusion.generate``: how the teacher draws.
+    """
+    path = config.distil.prompts
+    prompts = read_prompts(path) if path else None
+    _exit_if_terminated(distil_lib.distil, config, model_dir, workdir, prompts, **options)
+
+
+def _exit_if_terminated(run, *args, **options) -> None:
     try:
-        run(config, workdir)
+        run(*args, **options)
     except Terminated as stopped:
         logging.warning("%s", stopped)
         sys.exit(TERMINATED_STATUS)

@@ -346,6 +346,18 @@ class SamplingOptions:
             raise ValueError("prompts: give at least one text; an empty one will do")
 
 
+@dataclasses.dataclass(frozen=True)
+class DistilOptions:
+    """What a student of few steps learns from. Errors as in ``config.validate``."""
+
+    num_steps: int = 4  # network calls of the student
+    num_pairs: int = 20_000  # pictures that the teacher draws
+    prompts: str = ""  # a file of texts or labels to draw; '' takes the captions of the data set
+
+    def __post_init__(self):
+        require_at_least(self, num_steps=1, num_pairs=1)
+
+
 OPTIONS = {
     "data": DataOptions,
     "diffusion": DiffusionOptions,
@@ -353,6 +365,7 @@ OPTIONS = {
     "mesh": MeshOptions,
     "evaluation": EvaluationOptions,
     "sampling": SamplingOptions,
+    "distil": DistilOptions,
 }
 
 

@@ -333,3 +333,29 @@ def test_remasked_chain_has_the_marginals_and_hides_tokens():
         hidden = ((steps[:-1] < num_codes) & (steps[1:] == num_codes)).any()
         assert hidden == (strength > 0)
         assert (steps[-1] == 2).all()
+
+
+def test_flow_keeps_the_law_of_a_token_and_ties_pictures_to_their_first_tokens():
+    # One token whose law is known: the network is the exact posterior.
+    data, keep, count = np.array([0.6, 0.3, 0.1]), np.array([1.0, 0.7, 0.4, 0.0]), 20_000
+    noise_schedule = schedule.from_tables(keep, 0.25 * (1 - keep), 3)
+    noise = np.array([0.25, 0.25, 0.25, 0.25])  # of the codes and the mask, at every time
+    seen = keep[:, None, None] * np.eye(4)[:3] + (1 - keep)[:, None, None] * noise
+    joint = data[None, :, None] * seen  # [time, clean, shown]
+    joint /= np.maximum(joint.sum(1, keepdims=True), 1e-9)
+    posterior = jnp.log(jnp.asarray(joint, jnp.float32) + 1e-30)
+
+    def network(tokens, time):
+        return posterior[time[:, None], :, tokens]
+
+    result = chain(rules.Flow(), count, 1, noise_schedule, network)
+    for step, time in enumerate((2, 1, 0)):
+        found = np.bincount(result.trajectory[step].ravel(), minlength=4)
+        law = (data @ seen[time])[: 4 if time else 3]
+        assert stats.chisquare(found[: len(law)], law * count).pvalue > 1e-4
+    # A visible token is drawn once at most, and a masked one is not masked anew.
+    before, after = result.trajectory[0], result.trajectory[1]
+    changed = (before != after).mean()
+    # Of noise at time 2, half ends until time 1, and half of that or more is another code then.
+    assert 0.1 < changed < 0.5 * (1 - keep[2]) + 0.01
+    assert not ((before < 3) & (after == 3)).any()

@@ -20,6 +20,7 @@ RULES: dict[str, Callable[[tuple[int, int]], Callable]] = {
     "purity": lambda grid: rules.Purity(1.0),
     "confidence": lambda grid: rules.Confidence(),
     "halton": rules.Halton,
+    "flow": lambda grid: rules.Flow(),
     "remask": lambda grid: rules.Remask(),
     "leave_one_out": lambda grid: rules.LeaveOneOut(),
     "moment": lambda grid: rules.Moment(),

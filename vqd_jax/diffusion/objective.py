@@ -14,6 +14,7 @@ from collections.abc import Callable
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from vqd_jax.diffusion import chunks, transition
@@ -281,6 +282,52 @@ def variational_bound(
         "auxiliary": auxiliary.sum() / (batch * num_tokens),
         "accuracy": jnp.mean(right >= logits.max(axis=-1)),
     }
+
+
+def coupled_noise(
+    key: jax.Array, x0: jax.Array, first: jax.Array, t: jax.Array, schedule: Schedule
+) -> jax.Array:
+    """x_t between two ends: int32 [B, N] of codes ``x0`` and of the tokens ``first`` of time T.
+
+    A token is the clean one with the keep probability of time t [B], else that of time T.
+    """
+    keep = jnp.asarray(schedule.keep)[t][:, None]
+    return jnp.where(jax.random.bernoulli(key, keep, x0.shape), x0, first)
+
+
+def rectified(
+    key: jax.Array,
+    predict_log_x0: PredictX0,
+    x0: jax.Array,
+    first: jax.Array,
+    schedule: Schedule,
+    times: np.ndarray,
+) -> tuple[jax.Array, jax.Array]:
+    """The loss of a student of few steps, nats a token (ReDi, arXiv:2507.15897, section 3).
+
+    It is the cross-entropy of the clean codes, given tokens between them and the tokens that the
+    same chain began with, at the times at which the student calls the network.
+
+    Args:
+      key: PRNG key; decides the times and which tokens are clean.
+      predict_log_x0: of ``variational_bound``.
+      x0: int32 [B, N], codes that a teacher made.
+      first: int32 [B, N], the tokens at time T that it made them of.
+      schedule: the noise schedule.
+      times: int32 [S], different times in 1..T, such as ``sampler.step_times(S, schedule)[:-1]``.
+
+    Returns:
+      loss, float32 [], and the accuracy of the most likely codes.
+    """
+    key_time, key_noise = jax.random.split(key)
+    p = jnp.zeros(schedule.num_steps).at[times - 1].set(1 / len(times))
+    t = sample_times(key_time, p, x0.shape[0])
+    x_t = coupled_noise(key_noise, x0, first, t, schedule)
+    logits = predict_log_x0(x_t, t).astype(jnp.float32)
+    # Of the two terms this is the one that does not depend on the noise.
+    cross_entropy = terms(logits, x0, x_t, t, schedule)[1]
+    right = jnp.take_along_axis(logits, x0[..., None], axis=-1)[..., 0]
+    return cross_entropy.mean(), jnp.mean(right >= logits.max(axis=-1))
 
 
 def likelihood(

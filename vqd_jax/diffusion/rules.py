@@ -3,10 +3,11 @@
 A rule is called for one image as ``rule(key, log_x0, tokens, step, schedule)`` and returns the
 tokens at time s; ``sampler.sample`` lifts it over the batch and runs it in one scan. ``Ancestral``
 is the reverse process itself, for any s < t. ``PublishedFast`` is the published shortcut, kept for
-comparison. ``Remask`` hides some tokens again, and ``LeaveOneOut`` draws some anew. The others
-reveal masked tokens, a given number in every step. They differ in the choice: at random
-(``HighQuality``), where the network is sure (``Purity``, ``Confidence``, ``Moment``), or far apart
-from each other (``Halton``). ``EntropyBound`` reveals more than that where it costs little.
+comparison. ``Flow`` leaves noise as it is until it ends, ``Remask`` hides some tokens again, and
+``LeaveOneOut`` draws some anew. The others reveal masked tokens, a given number in every step. They
+differ in the choice: at random (``HighQuality``), where the network is sure (``Purity``,
+``Confidence``, ``Moment``), or far apart from each other (``Halton``). ``EntropyBound`` reveals
+more than that where it costs little.
 
 The attribute ``start`` of a rule says how its chains begin unless the settings say otherwise: from
 the law of the schedule at time T ("schedule"), or with every token masked ("masked").
@@ -129,6 +130,27 @@ def remasking_bridge(
     more = hide * visible_t / jnp.where(mask_t > 0, mask_t, 1.0)
     stay = jnp.maximum(b.stay_masked - more, 0.0)
     return hide, b._replace(stay_masked=stay, unmask=1 - stay)
+
+
+class Flow(struct.PyTreeNode):
+    """Draws a token from p0 when its noise ends, and leaves it until then (arXiv:2407.15595).
+
+    A token that is noise at t is clean at s with the probability (A_s - A_t) / (1 - A_t), where A
+    is the keep probability. ``Ancestral`` gives a token other noise on its way. Here a chain keeps
+    what it began with until it is drawn, so that the picture depends on the first tokens; a student
+    of ``training/distil.py`` has learnt to rely on them. If masks and replacements grow in
+    proportion, as in every schedule of configs, the law of a token is that of the schedule at every
+    time.
+    """
+
+    start: ClassVar[str] = "schedule"
+
+    def __call__(self, key, log_x0, tokens, step: Step, schedule: Schedule) -> jax.Array:
+        key_clean, key_draw = jax.random.split(key)
+        keep = jnp.asarray(schedule.keep)
+        share = (keep[step.s] - keep[step.t]) / (1 - keep[step.t])
+        clean = jax.random.bernoulli(key_clean, share, tokens.shape)
+        return jnp.where(clean, _draw_codes(key_draw, log_x0), tokens)
 
 
 class LeaveOneOut(struct.PyTreeNode):

@@ -4,6 +4,7 @@ Letters: B batch, N image tokens, L text positions, A parts of a batch.
 """
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,10 @@ from vqd_jax.training import task as task_lib
 from vqd_jax.training.metrics import MetricWriter
 from vqd_jax.training.task import Task
 from vqd_jax.training.workdir import claim
+
+# (key, predict_log_x0, batch, time statistics, config) -> the loss, float32 [], and a pair of the
+# next statistics and metrics.
+Loss = Callable[..., tuple[jax.Array, tuple[objective.TimeStatistics, dict[str, jax.Array]]]]
 
 # What a batch calls the condition of the denoiser, by config.denoiser.condition.
 CONDITION_KEYS = {"text": "text_ids", "class": "label", "none": None}
@@ -128,8 +133,9 @@ def train_step(
     *,
     config: ConfigDict,
     placement: Placement = ONE_DEVICE,
+    loss: Loss | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One step of the optimizer on the bound, and of the moving average.
+    """One step of the optimizer, and of the moving average.
 
     Args:
       state: of the step before.
@@ -137,15 +143,16 @@ def train_step(
         are cached, ``text_features`` [B, L, width] of the text encoder; or ``label`` int32 [B].
       config: the resolved config.
       placement: of the model on several devices.
+      loss: what is minimised; None is ``bound``.
 
     Returns:
-      The next state and float32 scalars: ``loss`` (nats a token), ``bound_bits`` (the variational
-      bound in bits a token), ``accuracy`` of the most likely codes, ``gradient_norm`` before
-      clipping, ``learning_rate``.
+      The next state and float32 scalars: ``loss`` (nats a token), the metrics of the loss, such as
+      ``bound_bits`` (the variational bound in bits a token) and ``accuracy`` of the most likely
+      codes; ``gradient_norm`` before clipping, ``learning_rate``.
     """
     key = jax.random.fold_in(state.key, state.step)
     compute = functools.partial(
-        _gradients, state.params, state=state, config=config, placement=placement
+        _gradients, state.params, state=state, config=config, placement=placement, loss=loss
     )
     parts = config.training.gradient_accumulation
     gradients, statistics, metrics = task_lib.accumulate(
@@ -169,8 +176,22 @@ def train_step(
     ), metrics
 
 
-def _gradients(params, statistics, key, batch, *, config, placement, state=None):
-    """Gradients, updated time statistics and metrics of the objective on some rows of a batch."""
+def bound(key, predict, batch, statistics, config):
+    """The variational bound as a ``Loss``."""
+    loss, aux = objective.variational_bound(
+        key,
+        predict,
+        batch["codes"],
+        config_lib.noise_schedule(config),
+        statistics,
+        auxiliary_weight=config.training.auxiliary_weight,
+    )
+    metrics = {"bound_bits": aux["bound"] / jnp.log(2.0), "accuracy": aux["accuracy"]}
+    return loss, (aux["statistics"], metrics)
+
+
+def _gradients(params, statistics, key, batch, *, config, placement, state=None, loss=None):
+    """Gradients, updated time statistics and metrics of a loss on some rows of a batch."""
     condition = batch.get(CONDITION_KEYS[config.denoiser.condition])
     if condition is not None:
         chex.assert_equal(batch["codes"].shape[0], condition.shape[0])
@@ -180,21 +201,10 @@ def _gradients(params, statistics, key, batch, *, config, placement, state=None)
         whole = complete(state, params)
         model = conditioned.bind(model_config, whole, placement=placement)
         predict = model.predictor(condition, batch.get("text_features"))
-        return objective.variational_bound(
-            key,
-            predict,
-            batch["codes"],
-            config_lib.noise_schedule(config),
-            statistics,
-            auxiliary_weight=config.training.auxiliary_weight,
-        )
+        return (loss or bound)(key, predict, batch, statistics, config)
 
-    (loss, aux), gradients = jax.value_and_grad(loss_fn, has_aux=True)(params)
-    return (
-        gradients,
-        aux["statistics"],
-        {"loss": loss, "bound_bits": aux["bound"] / jnp.log(2.0), "accuracy": aux["accuracy"]},
-    )
+    (value, (statistics, metrics)), gradients = jax.value_and_grad(loss_fn, has_aux=True)(params)
+    return gradients, statistics, {"loss": value} | metrics
 
 
 class DenoiserTask(Task):
@@ -321,7 +331,7 @@ class Evaluation:
         """
         is_last = step == self._config.training.num_steps
         values = {}
-        for split in ("train", "validation") if is_last else ("validation",):
+        for split in self._sets if is_last else self._sets.keys() & {"validation"}:
             values |= self._likelihood(step, params, split)
         if jax.process_count() > 1:
             # A leaf at a time: no device holds the whole model.
