@@ -42,6 +42,41 @@ def test_few_channels(channels, side, padding):
     )
 
 
+@pytest.mark.parametrize(
+    "shape, side, stride, padding",
+    [
+        ((2, 7, 6, 24), 3, 1, ((1, 1), (1, 1))),
+        ((2, 8, 7, 24), 4, 2, ((1, 2), (0, 1))),
+        # More pixels than one block has: rows of one image after the other.
+        ((3, 96, 40, 24), 3, 1, ((1, 1), (1, 1))),
+        ((3, 131, 160, 24), 3, 2, ((0, 1), (0, 1))),
+    ],
+)
+def test_many_channels(shape, side, stride, padding):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=shape).astype(np.float32)
+    kernel = rng.normal(size=(side, side, 24, 32)).astype(np.float32)
+    _same(
+        lambda x, k: convolution.conv(x, k, stride=stride, padding=padding),
+        lambda x, k: jax.lax.conv_general_dilated(
+            x, k, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+        ),
+        x,
+        kernel,
+    )
+
+
+def test_a_kernel_of_bfloat16_has_a_gradient_of_its_own_dtype():
+    x, kernel = jnp.ones((1, 4, 4, 24), jnp.bfloat16), jnp.ones((3, 3, 24, 32), jnp.bfloat16)
+    gradient = jax.grad(lambda k: convolution.conv(x, k, padding=1).sum().astype(jnp.float32))(
+        kernel
+    )
+    assert gradient.dtype == jnp.bfloat16
+    # The centre sees all 16 pixels, a corner 9 of them.
+    np.testing.assert_array_equal(np.asarray(gradient[1, 1], np.float32), 16.0)
+    np.testing.assert_array_equal(np.asarray(gradient[0, 0], np.float32), 9.0)
+
+
 def test_upsampling():
     rng = np.random.default_rng(1)
     x = rng.normal(size=(2, 5, 4, 6)).astype(np.float32)

@@ -8,6 +8,7 @@ Letters: B batch, H/W side of the input, h/w side of the output, k side of the k
 the input, D of the output. Channels are last.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -20,6 +21,10 @@ Padding = tuple[tuple[int, int], tuple[int, int]]
 _DIMENSIONS = ("NHWC", "HWIO", "NHWC")
 # So many channels, those of pixels, leave most of a vector unit unused.
 _FEW = 4
+# From so many pairs of channels on, products are faster than XLA's gradient of a kernel.
+_MANY = 512
+# Pixels of a block whose channels stay in the cache.
+_BLOCK = 2048
 
 
 def conv(
@@ -40,13 +45,12 @@ def conv(
     if isinstance(padding, int):
         padding = ((padding, padding), (padding, padding))
 
-    def plain(x, kernel):
-        return jax.lax.conv_general_dilated(
-            x, kernel, (stride, stride), padding, dimension_numbers=_DIMENSIONS
-        )
-
+    plain = functools.partial(_plain, stride=stride, padding=padding)
     side, _, in_channels, out_channels = kernel.shape
-    if side == 1 or stride > 1 or min(in_channels, out_channels) > _FEW:
+    few = min(in_channels, out_channels) <= _FEW
+    if side > 1 and not few and in_channels * out_channels >= _MANY:
+        return _conv_of_many(x, kernel, stride, padding)
+    if side == 1 or not few or stride > 1:
         return plain(x, kernel)
     written_out = _few_inputs if in_channels <= out_channels else _few_outputs
     return jax.lax.platform_dependent(
@@ -56,6 +60,80 @@ def conv(
         cpu=lambda padded, _, kernel: written_out(padded, kernel),
         default=lambda _, x, kernel: plain(x, kernel),
     )
+
+
+def _plain(x, kernel, stride, padding):
+    return jax.lax.conv_general_dilated(
+        x, kernel, (stride, stride), padding, dimension_numbers=_DIMENSIONS
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _conv_of_many(x, kernel, stride, padding):
+    """XLA's convolution, with a gradient of the kernel that is fast on a CPU, too."""
+    return _plain(x, kernel, stride, padding)
+
+
+def _conv_of_many_backward(stride, padding, saved, gradient):
+    x, kernel = saved
+
+    def plain(x, kernel, gradient):
+        return jax.vjp(lambda k: _plain(x, k, stride, padding), kernel)[1](gradient)[0]
+
+    def products(x, kernel, gradient):
+        padded = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+        return _kernel_gradient(padded, gradient, len(kernel), stride).astype(kernel.dtype)
+
+    by_x = jax.vjp(lambda x: _plain(x, kernel, stride, padding), x)[1](gradient)[0]
+    return by_x, jax.lax.platform_dependent(x, kernel, gradient, cpu=products, default=plain)
+
+
+_conv_of_many.defvjp(
+    lambda x, kernel, stride, padding: (_plain(x, kernel, stride, padding), (x, kernel)),
+    _conv_of_many_backward,
+)
+
+
+def _kernel_gradient(x: jax.Array, gradient: jax.Array, side: int, stride: int) -> jax.Array:
+    """The gradient of a kernel, float32 [k, k, C, D]: for each of its taps a product of all pixels.
+
+    Args:
+      x: [B, H, W, C], padded.
+      gradient: of the result, [B, h, w, D].
+      side: k.
+      stride: of both axes.
+    """
+    batch, height, width, out_channels = gradient.shape
+
+    def products(x, gradient):
+        """All taps of some rows: [b, ., W, C] and [b, r, w, D] -> [k k, C, D]."""
+        down, right = (stride * (n - 1) + 1 for n in gradient.shape[1:3])
+        seen = [
+            x[:, i : i + down : stride, j : j + right : stride].reshape(-1, x.shape[-1])
+            for i in range(side)
+            for j in range(side)
+        ]
+        pixels = gradient.reshape(-1, out_channels)
+        return jnp.stack([jnp.dot(p.T, pixels, preferred_element_type=jnp.float32) for p in seen])
+
+    if batch * height * width <= 4 * _BLOCK:
+        return products(x, gradient).reshape(side, side, -1, out_channels)
+    rows = max(
+        n for n in range(1, height + 1) if height % n == 0 and n * width <= max(_BLOCK, width)
+    )
+    parts = height // rows
+
+    def add(number, total):
+        image, row = number // parts, number % parts * rows
+        size = stride * (rows - 1) + side
+        some_x = jax.lax.dynamic_slice_in_dim(x, image, 1, 0)
+        some_x = jax.lax.dynamic_slice_in_dim(some_x, stride * row, size, 1)
+        some = jax.lax.dynamic_slice_in_dim(gradient, image, 1, 0)
+        return total + products(some_x, jax.lax.dynamic_slice_in_dim(some, row, rows, 1))
+
+    zeros = jnp.zeros((side * side, x.shape[-1], out_channels))
+    total = jax.lax.fori_loop(0, batch * parts, add, zeros)
+    return total.reshape(side, side, -1, out_channels)
 
 
 def depthwise_conv(
