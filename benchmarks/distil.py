@@ -1,0 +1,95 @@
+"""What few steps cost where a caption leaves much open, with and without distillation, on shapes.
+
+python benchmarks/distil.py teacher=runs/teacher student=runs/student --num_steps 1 2 4 10 25 100
+
+Without a caption a picture may show any scene, but all of its tokens must agree on one. ``scenes``
+is the share of such pictures that are one: the objects and the background are read from the pixels
+and drawn again, and the two pictures differ by no less than 20 dB. ``different`` is how many
+different scenes there are among them. ``right`` is the share of pictures of held-out captions in
+which everything is right, as in attribute_accuracy.py. The last row has the true pictures after a
+pass through the tokenizer. Every share has its standard error.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import attribute_accuracy
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from vqd_jax.data import images
+from vqd_jax.data.sets import shapes_text
+from vqd_jax.evaluation import attributes
+from vqd_jax.pipeline import VQDiffusion
+
+_MIN_PSNR = 20.0
+
+
+def scene_of(image: np.ndarray) -> shapes_text.Scene | None:
+    """The scene that a picture uint8 [S, S, 3] shows; None if it shows none."""
+    found = attributes.read_attributes(image)
+    if len(found) not in (1, 2):
+        return None
+    objects = []
+    for shape in found:
+        row, column = divmod(shapes_text.POSITIONS.index(shape["position"]), 3)
+        x, y = shapes_text.GRID[column], shapes_text.GRID[row]
+        radius = float(np.mean(shapes_text.RADII[shape["size"]]))
+        objects.append(shapes_text.Shape(**shape, x=x, y=y, radius=radius))
+    scene = shapes_text.Scene(attributes.read_background(image), tuple(objects))
+    apart = shapes_text.render(scene, len(image)).astype(float) - image
+    squared = max(np.mean(apart**2), 1e-9)
+    return scene if 10 * np.log10(255**2 / squared) >= _MIN_PSNR else None
+
+
+def share(values: list[bool]) -> str:
+    """'97.0 ± 1.2 %'."""
+    mean = float(np.mean(values))
+    return f"{100 * mean:.1f} ± {100 * np.sqrt(mean * (1 - mean) / (len(values) - 1)):.1f} %"
+
+
+def row(name: str, free: np.ndarray, asked: np.ndarray, scenes: list) -> None:
+    """Prints a row: pictures without a caption, and of the captions of scenes."""
+    found = [scene_of(image) for image in free]
+    different = len({scene for scene in found if scene})
+    right = attribute_accuracy.scores(asked, scenes)["all"]
+    print(
+        f"| {name} | {share([scene is not None for scene in found])} | {different} "
+        f"| {100 * right[0]:.1f} ± {100 * right[1]:.1f} % |",
+        flush=True,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("models", nargs="+", help="name=DIR")
+    parser.add_argument("--num_steps", nargs="+", type=int, default=[1, 2, 4, 10, 25, 100])
+    parser.add_argument("--rule", nargs="+", help="the model's own if unset")
+    parser.add_argument("--truncation", type=float, help="likewise")
+    parser.add_argument("--pictures", type=int, default=200)
+    chosen = parser.parse_args()
+    prompts, scenes = attribute_accuracy.asked(chosen.pictures)
+    print("| model, rule, steps | scenes | different | right |\n" + "|---" * 4 + "|")
+    for given in chosen.models:
+        name, _, directory = given.partition("=")
+        model = VQDiffusion.from_pretrained(directory)
+        for rule in chosen.rule or [model.config.sampling.rule]:
+            for steps in chosen.num_steps:
+                options = {"num_steps": steps, "rule": rule, "batch_size": 50}
+                if chosen.truncation:
+                    options["truncation"] = chosen.truncation
+                # Without a caption there is nothing to guide to.
+                free = options | {"guidance_scale": 1.0}
+                without = model.generate([""] * chosen.pictures, seed=1, **free).pixels[:, 0]
+                asked = model.generate(prompts, **options).pixels[:, 0]
+                row(f"{name}, {rule}, {steps}", without, asked, scenes)
+    size = model.config.data.image_size
+    real = np.stack([images.center_crop(shapes_text.render(s, size), size) for s in scenes])
+    tokens = model.reconstruct(real)
+    row("through the tokenizer", tokens, tokens, scenes)
+
+
+if __name__ == "__main__":
+    main()
