@@ -1,8 +1,6 @@
 """The autoregressive model beside ours: sizes, causality, the cache, and what it draws."""
 
 import functools
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -16,17 +14,12 @@ from vqd_jax.models.text_encoder import TextEncoder
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-ROOT = Path(__file__).resolve().parents[2]
 B, N, K, L = 3, 16, 32, 16
 
 
 @pytest.fixture(scope="module")
-def script():
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    import autoregressive
-
-    yield autoregressive
-    sys.path.remove(str(ROOT / "benchmarks"))
+def script(benchmark):
+    return benchmark("autoregressive")
 
 
 @pytest.fixture(scope="module")

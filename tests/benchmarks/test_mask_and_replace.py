@@ -1,8 +1,5 @@
 """The study of the replace mass: its schedules, what it exchanges, and what is not done again."""
 
-import sys
-from pathlib import Path
-
 import jax
 import numpy as np
 import pytest
@@ -13,16 +10,10 @@ from vqd_jax.data.sets import shapes_text
 from vqd_jax.interop import pretrained
 from vqd_jax.models import conditioned
 
-ROOT = Path(__file__).resolve().parents[2]
-
 
 @pytest.fixture(scope="module")
-def script():
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    import mask_and_replace
-
-    yield mask_and_replace
-    sys.path.remove(str(ROOT / "benchmarks"))
+def script(benchmark):
+    return benchmark("mask_and_replace")
 
 
 def test_a_replace_mass_is_that_of_the_schedule(script):

@@ -1,6 +1,6 @@
-"""What few steps cost where a caption leaves much open, with and without distillation, on shapes.
+"""What few steps cost where a caption leaves much open: samplers and distilled students, on shapes.
 
-python benchmarks/distil.py teacher=runs/teacher student=runs/student --num_steps 1 2 4 10 25 100
+python benchmarks/scenes.py teacher=runs/teacher student=runs/student --num_steps 1 2 4 10 25 100
 
 Without a caption a picture may show any scene, but all of its tokens must agree on one. ``scenes``
 is the share of such pictures that are one: the objects and the background are read from the pixels
