@@ -1,6 +1,7 @@
 """What few steps cost where a caption leaves much open: samplers and distilled students, on shapes.
 
 python benchmarks/scenes.py teacher=runs/teacher student=runs/student --num_steps 1 2 4 10 25 100
+python benchmarks/scenes.py teacher=runs/teacher --published_fast 4 10
 
 Without a caption a picture may show any scene, but all of its tokens must agree on one. ``scenes``
 is the share of such pictures that are one: the objects and the background are read from the pixels
@@ -44,7 +45,7 @@ def scene_of(image: np.ndarray) -> shapes_text.Scene | None:
     return scene if 10 * np.log10(255**2 / squared) >= _MIN_PSNR else None
 
 
-def share(values: list[bool]) -> str:
+def percent(values: list[bool]) -> str:
     """'97.0 ± 1.2 %'."""
     mean = float(np.mean(values))
     return f"{100 * mean:.1f} ± {100 * np.sqrt(mean * (1 - mean) / (len(values) - 1)):.1f} %"
@@ -56,35 +57,45 @@ def row(name: str, free: np.ndarray, asked: np.ndarray, scenes: list) -> None:
     different = len({scene for scene in found if scene})
     right = attribute_accuracy.scores(asked, scenes)["all"]
     print(
-        f"| {name} | {share([scene is not None for scene in found])} | {different} "
+        f"| {name} | {percent([scene is not None for scene in found])} | {different} "
         f"| {100 * right[0]:.1f} ± {100 * right[1]:.1f} % |",
         flush=True,
     )
+
+
+def settings(chosen: argparse.Namespace, of_model) -> list[dict]:
+    """What every row asks of ``VQDiffusion.generate``."""
+    truncations = chosen.truncation or [of_model.truncation]
+    if chosen.published_fast:
+        steps = [{"published_fast": speed} for speed in chosen.published_fast]
+    else:
+        rules = chosen.rule or [of_model.rule]
+        steps = [{"rule": rule, "num_steps": n} for rule in rules for n in chosen.num_steps]
+    return [step | {"truncation": share} for step in steps for share in truncations]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("models", nargs="+", help="name=DIR")
     parser.add_argument("--num_steps", nargs="+", type=int, default=[1, 2, 4, 10, 25, 100])
+    parser.add_argument("--published_fast", nargs="+", type=int, help="speeds, not --num_steps")
     parser.add_argument("--rule", nargs="+", help="the model's own if unset")
-    parser.add_argument("--truncation", type=float, help="likewise")
+    parser.add_argument("--truncation", nargs="+", type=float, help="likewise")
     parser.add_argument("--pictures", type=int, default=200)
     chosen = parser.parse_args()
     prompts, scenes = attribute_accuracy.asked(chosen.pictures)
-    print("| model, rule, steps | scenes | different | right |\n" + "|---" * 4 + "|")
+    print("| model, setting | scenes | different | right |\n" + "|---" * 4 + "|")
     for given in chosen.models:
         name, _, directory = given.partition("=")
         model = VQDiffusion.from_pretrained(directory)
-        for rule in chosen.rule or [model.config.sampling.rule]:
-            for steps in chosen.num_steps:
-                options = {"num_steps": steps, "rule": rule, "batch_size": 50}
-                if chosen.truncation:
-                    options["truncation"] = chosen.truncation
-                # Without a caption there is nothing to guide to.
-                free = options | {"guidance_scale": 1.0}
-                without = model.generate([""] * chosen.pictures, seed=1, **free).pixels[:, 0]
-                asked = model.generate(prompts, **options).pixels[:, 0]
-                row(f"{name}, {rule}, {steps}", without, asked, scenes)
+        for options in settings(chosen, model.config.sampling):
+            told = ", ".join(f"{key} {value}" for key, value in options.items())
+            # Without a caption there is nothing to guide to.
+            free = model.generate(
+                [""] * chosen.pictures, seed=1, batch_size=50, guidance_scale=1.0, **options
+            )
+            asked = model.generate(prompts, batch_size=50, **options)
+            row(f"{name}: {told}", free.pixels[:, 0], asked.pixels[:, 0], scenes)
     size = model.config.data.image_size
     real = np.stack([images.center_crop(shapes_text.render(s, size), size) for s in scenes])
     tokens = model.reconstruct(real)
