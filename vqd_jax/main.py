@@ -256,10 +256,15 @@ def _distil(model_dir: str, workdir: str) -> None:
     config = _CONFIG.value
     if config is None:
         raise UserError("--config is missing: a file such as configs/distil.py")
+    for flag, field in (("num_images", "distil.num_pairs"), ("seed", "seed")):
+        if FLAGS[flag].present:
+            raise UserError(f"--{flag} belongs to sampling; --config.{field} here")
     from vqd_jax import config as config_lib
     from vqd_jax import modes
     from vqd_jax.parallel import processes
 
+    # Adapters, which need a model to begin from, begin from the teacher.
+    config.training.init_from = model_dir
     _expand_paths(config)
     config_lib.validate(config)
     options = {n: v for n, v in _values(_SAMPLING).items() if n not in ("num_images", "seed")}

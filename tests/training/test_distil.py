@@ -169,5 +169,7 @@ def test_a_teacher_becomes_a_student(teacher, given, tmp_path, call):
     assert status == 0 and "nothing is left to do" in output
     status, output = call(*flags, "--config.distil.num_steps=2")
     assert status == 1 and "another config (distil.num_steps: 1 -> 2)" in output
+    status, output = call(*flags, "--seed=3")
+    assert status == 1 and "--seed belongs to sampling; --config.seed here" in output
     status, output = call(*flags[:2], f"--workdir={tmp_path}/student")
     assert status == 1 and "--model is missing" in output

@@ -78,7 +78,7 @@ def student_config(teacher: ConfigDict, given: ConfigDict, model_dir: str) -> Co
 def prompts_of(config: ConfigDict) -> list[str] | list[int]:
     """What a teacher is asked to draw where no file of prompts is given.
 
-    They are the captions of its training pictures, the empty one left out, or all labels.
+    They are all labels, or the captions of its training pictures but those that are held out.
 
     Raises:
       UserError: the data set is not there.
@@ -90,7 +90,7 @@ def prompts_of(config: ConfigDict) -> list[str] | list[int]:
     config_lib.require_data(config)
     records = batches.records(encode.data_set(config), encode.TRAIN, decode=False)
     found = {caption for i in range(len(records)) for caption in records[i]["captions"]}
-    return sorted(found - {""})
+    return sorted(found - {"", *config.data.hold_out})
 
 
 def draw_pairs(
