@@ -45,7 +45,7 @@ _PATH_FIELDS = (
     "autoencoder.init_from", "autoencoder.perceptual_path", "text_encoder.path",
     "training.init_from", "training.checkpoints", "evaluation.features_path",
     "evaluation.inception", "evaluation.inception_statistics", "evaluation.clip",
-    "evaluation.cache", "distil.prompts",
+    "evaluation.cache", "distil.prompts_path",
 )  # fmt: skip
 # Tasks that a config describes; each is a function of modes.py.
 ON_CONFIG = ("train", "train_autoencoder", "prepare", "encode", "inspect", "plan")

@@ -55,7 +55,7 @@ def distil(config: ConfigDict, model_dir: str, workdir: str, **options: Any) -> 
       workdir: of the student.
       **options: of ``VQDiffusion.generate``: how the teacher draws.
     """
-    path = config.distil.prompts
+    path = config.distil.prompts_path
     prompts = read_prompts(path) if path else None
     _exit_if_terminated(distil_lib.distil, config, model_dir, workdir, prompts, **options)
 

@@ -151,7 +151,7 @@ def test_a_teacher_becomes_a_student(teacher, given, tmp_path, call):
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
     flags = (
         "--mode=distil", "--config=configs/distil.py", f"--model={tmp_path}/teacher",
-        f"--workdir={tmp_path}/student", f"--config.distil.prompts={tmp_path}/prompts.txt",
+        f"--workdir={tmp_path}/student", f"--config.distil.prompts_path={tmp_path}/prompts.txt",
         "--config.distil.num_pairs=16", "--config.training.num_steps=3",
         "--config.training.batch_size=8", "--config.training.log_every=1",
         "--config.distil.num_steps=1", "--config.sampling.images_per_prompt=1", "--num_steps=2",
