@@ -12,6 +12,7 @@ Letters: R pairs, P prompts, B batch, N image tokens, L text positions, S steps 
 
 import dataclasses
 import hashlib
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -147,7 +148,7 @@ def _read(path: Path) -> dict[str, np.ndarray]:
     try:
         with np.load(path) as stored:
             return {name: stored[name].astype(np.int32) for name in stored.files}
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} is damaged ({error}); remove it, and it is drawn again") from error
 
 
