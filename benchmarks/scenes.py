@@ -82,8 +82,10 @@ def main() -> None:
     parser.add_argument("--rule", nargs="+", help="the model's own if unset")
     parser.add_argument("--truncation", nargs="+", type=float, help="likewise")
     parser.add_argument("--pictures", type=int, default=200)
+    parser.add_argument("--grid", help="file for the first eight pictures of a row")
     chosen = parser.parse_args()
     prompts, scenes = attribute_accuracy.asked(chosen.pictures)
+    shown, names = [], []
     print("| model, setting | scenes | different | right |\n" + "|---" * 4 + "|")
     for given in chosen.models:
         name, _, directory = given.partition("=")
@@ -95,11 +97,15 @@ def main() -> None:
                 [""] * chosen.pictures, seed=1, batch_size=50, guidance_scale=1.0, **options
             )
             asked = model.generate(prompts, batch_size=50, **options)
-            row(f"{name}: {told}", free.pixels[:, 0], asked.pixels[:, 0], scenes)
+            shown.append(free.pixels[:8, 0])
+            names.append(f"{name}: {told}")
+            row(names[-1], free.pixels[:, 0], asked.pixels[:, 0], scenes)
     size = model.config.data.image_size
     real = np.stack([images.center_crop(shapes_text.render(s, size), size) for s in scenes])
     tokens = model.reconstruct(real)
     row("through the tokenizer", tokens, tokens, scenes)
+    if chosen.grid:
+        images.save(chosen.grid, images.grid(np.stack(shown), names))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ def get_config():
     config.training.warmup_steps = 50
     config.training.ema_decay = 0.99
     config.training.eval_every = 500
-    config.sampling.truncation = 1.0
     config.sampling.prompts = ("",)
     config.sampling.images_per_prompt = 8
     return config

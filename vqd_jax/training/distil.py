@@ -3,9 +3,9 @@
 Drawn in one step, tokens do not see each other, and what they have to agree on goes wrong. In a
 chain of ``rules.Flow`` the picture depends on the tokens that the chain began with. A student that
 is trained on such pairs reads in them what the teacher decided later, so that less is left to agree
-on: rectified discrete flow, ReDi (arXiv:2507.15897). Guidance and truncation of the teacher are in
-its pictures, so the student needs neither. A teacher whose chains all begin with masks has nothing
-to tell apart; docs/distillation.md says how to give it other noise.
+on: rectified discrete flow, ReDi (arXiv:2507.15897). The teacher's guidance is in its pictures, so
+the student needs none. A teacher whose chains all begin with masks has nothing to tell apart;
+docs/distillation.md says how to give it other noise.
 
 Letters: R pairs, P prompts, B batch, N image tokens, L text positions, S steps of the student.
 """
