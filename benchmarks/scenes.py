@@ -5,7 +5,7 @@ python benchmarks/scenes.py teacher=runs/teacher --published_fast 4 10
 
 Without a caption a picture may show any scene, but all of its tokens must agree on one. ``scenes``
 is the share of such pictures that are one: the objects and the background are read from the pixels
-and drawn again, and the two pictures differ by no less than 20 dB. ``different`` is how many
+and drawn again, and the PSNR of the two pictures is at least 20 dB. ``different`` is how many
 different scenes there are among them. ``right`` is the share of pictures of held-out captions in
 which everything is right, as in attribute_accuracy.py. The last row has the true pictures after a
 pass through the tokenizer. Every share has its standard error.
