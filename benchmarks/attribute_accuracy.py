@@ -28,8 +28,8 @@ from vqd_jax.pipeline import VQDiffusion
 _DATA_SEED = 0
 
 
-def scores(pictures, scenes) -> dict[str, tuple[float, float]]:
-    """Mean and standard error of every attribute's share, over pictures uint8 [R, S, S, 3].
+def shares(pictures, scenes) -> dict[str, np.ndarray]:
+    """The share of every attribute that is right in pictures uint8 [R, S, S, 3]: float [R].
 
     ``all`` is 1 for a picture in which every attribute of every object and the count are right.
     """
@@ -38,7 +38,12 @@ def scores(pictures, scenes) -> dict[str, tuple[float, float]]:
         for image, scene in zip(pictures, scenes, strict=True)
     ]
     rows = [row | {"all": float(min(row.values()) == 1)} for row in rows]
-    table = {name: np.array([row[name] for row in rows]) for row in rows[:1] for name in row}
+    return {name: np.array([row[name] for row in rows]) for row in rows[:1] for name in row}
+
+
+def scores(pictures, scenes) -> dict[str, tuple[float, float]]:
+    """Mean and standard error of ``shares``."""
+    table = shares(pictures, scenes)
     return {n: (v.mean(), v.std(ddof=1) / np.sqrt(len(v))) for n, v in table.items()}
 
 

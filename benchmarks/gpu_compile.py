@@ -50,7 +50,14 @@ TABLE = (
 
 # Scopes of the rest. Copies have none.
 _OTHERS = re.compile("denoiser|text_encoder|optimizer")
-_FREE = ("parameter", "get-tuple-element", "tuple", "bitcast", "constant", "after-all")
+_FREE = (
+    "parameter", "get-tuple-element", "tuple", "bitcast", "constant", "after-all", "copy-done",
+    "slice-done",
+)  # fmt: skip
+# Arrays in the memory that a TPU has on its chip, as they stand in its programs.
+_ON_CHIP = re.compile(r"\b\w+\[[\d,]*\]\{[^{}]*S\([1-9]\)[^{}]*\}")
+# What a library's kernel may use beside its result.
+_WORKSPACE = re.compile(r", s8\[\d+\]\{0\}\)$")
 
 
 class Instruction(NamedTuple):
@@ -98,26 +105,36 @@ def parse(hlo: str) -> tuple[dict[str, dict[str, Instruction]], str]:
     return computations, entry
 
 
-def read_by_fusion(body: dict[str, Instruction]) -> int:
+def read_by_fusion(
+    body: dict[str, Instruction], computations: dict[str, dict[str, Instruction]]
+) -> int:
     """Bytes that a fusion reads: of an operand that is only sliced, the slices."""
-    total = 0
-    for parameter in body.values():
-        if parameter.operation != "parameter":
+    parameters = (line for line in body.values() if line.operation == "parameter")
+    return sum(_read(parameter, body, computations) for parameter in parameters)
+
+
+def _read(parameter, body, computations) -> int:
+    size = program.size(parameter.result)
+    sliced, names = 0, {parameter.name}
+    for user in body.values():
+        if not names & set(user.operands):
             continue
-        sliced, whole, names = 0, False, {parameter.name}
-        for user in body.values():
-            if not names & set(user.operands):
-                continue
-            if user.operation == "bitcast":
-                names.add(user.name)
-            elif user.operation in ("dynamic-slice", "slice", "gather"):
-                sliced += program.size(user.result)
-            elif user.operation != "dynamic-update-slice" or user.operands[0] not in names:
-                whole = True
-        total += (
-            program.size(parameter.result) if whole else min(sliced, program.size(parameter.result))
-        )
-    return total
+        if user.operation == "bitcast":
+            names.add(user.name)
+        elif user.operation in ("dynamic-slice", "slice", "gather"):
+            sliced += program.size(user.result)
+        elif user.operation == "fusion":
+            # A TPU's product has what feeds it within it.
+            inner = computations[user.named(r"calls=%([\w.\-]+)")]
+            for place, operand in enumerate(user.operands):
+                if operand in names:
+                    found = next(
+                        x for x in inner.values() if x.rest.startswith(f"parameter({place})")
+                    )
+                    sliced += _read(found, inner, computations)
+        elif user.operation != "dynamic-update-slice" or user.operands[0] not in names:
+            return size
+    return min(sliced, size)
 
 
 def written_by_fusion(body: dict[str, Instruction]) -> int:
@@ -156,16 +173,31 @@ def product_flops(kernel: Instruction, body: dict[str, Instruction]) -> float:
     return 0.0
 
 
-def kernels(hlo: str) -> list[Kernel]:
-    """Everything that a compiled program launches, the longest first."""
-    computations, entry = parse(hlo)
+def turns_of(loop: Instruction, computations: dict[str, dict[str, Instruction]]) -> int:
+    """How often a loop turns; a TPU's says it in its condition alone."""
+    if known := loop.named(r'"known_trip_count":\{"n":"(\d+)"'):
+        return int(known)
+    condition = computations.get(loop.named(r"condition=%([\w.\-]+)"), {}).values()
+    limits = [line.named(r"^constant\((\d+)\)") for line in condition]
+    return max((int(limit) for limit in limits if limit), default=1)
+
+
+def kernels(hlo: str, peak: float = PEAK, bandwidth: float = BANDWIDTH) -> list[Kernel]:
+    """Everything that a compiled program launches, the longest first.
+
+    Args:
+      hlo: text of the program.
+      peak: FLOP/s of the chip.
+      bandwidth: bytes/s of its memory.
+    """
+    computations, entry = parse(_ON_CHIP.sub("token[]", hlo))
     found = []
 
     def visit(name, turns):
         body = computations[name]
         for line in body.values():
             if line.operation == "while":
-                again = int(line.named(r'"known_trip_count":\{"n":"(\d+)"') or 1)
+                again = turns_of(line, computations)
                 visit(line.named(r"body=%([\w.\-]+)"), turns * again)
             elif line.operation == "conditional":
                 branches = line.named(r"branch_computations=\{([^}]*)\}")
@@ -176,15 +208,14 @@ def kernels(hlo: str) -> list[Kernel]:
             elif line.operation not in _FREE:
                 inner = computations.get(line.named(r"calls=%([\w.\-]+)"))
                 if inner:
-                    moved = read_by_fusion(inner) + written_by_fusion(inner)
+                    moved = read_by_fusion(inner, computations) + written_by_fusion(inner)
                 else:
-                    moved = program.size(line.result) + sum(
-                        program.size(body[operand].result)
-                        for operand in line.operands
-                        if operand in body
-                    )
+                    read = [body[operand].result for operand in line.operands if operand in body]
+                    # A copy that goes on beside other kernels counts where it begins, once.
+                    written = "" if line.operation.endswith("-start") else line.result
+                    moved = sum(map(program.size, (_WORKSPACE.sub(")", written), *read)))
                 flops = product_flops(line, body) if line.operation == "custom-call" else 0.0
-                seconds = turns * max(flops / PEAK, moved / BANDWIDTH)
+                seconds = turns * max(flops / peak, moved / bandwidth)
                 scope = line.named(r'op_name="([^"]*)"')
                 found.append(Kernel(seconds, turns * flops, turns * moved, turns, line.name, scope))
 

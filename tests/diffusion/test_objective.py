@@ -1,4 +1,5 @@
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from vqd_jax.diffusion import objective, schedule
+from vqd_jax.diffusion import chunks, objective, schedule
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -317,8 +318,9 @@ def test_noise_of_a_batch_has_the_marginal_law():
     "num_tokens",
     [pytest.param(1, marks=pytest.mark.slow), 15, pytest.param(16, marks=pytest.mark.slow), 50],
 )
-def test_chunks_leave_values_and_gradients(num_tokens):
+def test_chunks_leave_values_and_gradients(num_tokens, monkeypatch):
     # Terms are computed a chunk of tokens at a time; the last chunk may overlap the one before.
+    monkeypatch.setattr(chunks, "MIN_SIZE", 1)
     num_codes, batch = 5, 3
     noise_schedule = schedule.paper(NUM_STEPS, num_codes)
     rng = np.random.default_rng(0)
@@ -343,6 +345,26 @@ def test_chunks_leave_values_and_gradients(num_tokens):
     (_, exact), slope = jax.jit(jax.value_and_grad(plain, has_aux=True))(logits)
     np.testing.assert_allclose(ours, exact, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(gradient, slope, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "batch, num_tokens, num_codes, expected",
+    [
+        (1, 64, 128, 1),
+        (1, 64, 2887, 1),
+        (1, 1024, 2887, 12),
+        (4, 1024, 2887, 16),
+        (8, 50, 9000, 13),
+    ],
+)
+def test_small_arrays_have_few_chunks(batch, num_tokens, num_codes, expected):
+    def of_array(x):
+        return chunks.over_tokens(lambda part: part.max(-1), x, axis=1)
+
+    text = str(jax.make_jaxpr(of_array)(np.zeros((batch, num_tokens, num_codes), np.float32)))
+    # The loop over chunks knows how often it turns; one chunk has no loop.
+    found = [int(n) for n in re.findall(r"length=(\d+)", text)] or [1]
+    assert found == [expected]
 
 
 @pytest.mark.slow
