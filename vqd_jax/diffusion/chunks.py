@@ -8,17 +8,17 @@ batch, because the batch may be spread over devices.
 Letters: B batch, N tokens, K codes.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 NUM_CHUNKS = 16
-# A chunk of the largest array has at least as many elements: 1 MiB of float32, which fits the cache
-# of a CPU's core.
-MIN_SIZE = 2**18
+# A chunk of the largest array has at least as many elements. On a CPU it is 1 MiB of float32, which
+# fits the cache of a core; on a GPU or TPU it is enough to be worth a kernel.
+MIN_SIZE = {"cpu": 2**18, "others": 2**22}
 
 
 def over_tokens(function: Callable, *arrays: jax.Array, axis: int) -> Any:
@@ -31,11 +31,23 @@ def over_tokens(function: Callable, *arrays: jax.Array, axis: int) -> Any:
     """
     num_tokens = arrays[0].shape[axis]
     of_token = max(x.size for x in arrays) // num_tokens
-    width = min(max(-(-num_tokens // NUM_CHUNKS), -(-MIN_SIZE // of_token)), num_tokens)
+    widths = [
+        min(max(-(-num_tokens // NUM_CHUNKS), -(-size // of_token)), num_tokens)
+        for size in MIN_SIZE.values()
+    ]
+    on_cpu, on_others = (
+        functools.partial(_in_chunks, function, axis=axis, width=width) for width in widths
+    )
+    if widths[0] == widths[1]:
+        return on_cpu(*arrays)
+    # The platform is known when the program is lowered, which may be for another machine.
+    return jax.lax.platform_dependent(*arrays, cpu=on_cpu, default=on_others)
+
+
+def _in_chunks(function, *arrays, axis, width):
+    num_tokens = arrays[0].shape[axis]
     if width == num_tokens:
         return function(*arrays)
-    # The last chunk overlaps the one before, so that all have one width.
-    starts = np.minimum(np.arange(0, num_tokens, width, dtype=np.int32), num_tokens - width)
 
     def chunk(start):
         cut = (jax.lax.dynamic_slice_in_dim(x, start, width, axis) for x in arrays)
@@ -45,7 +57,8 @@ def over_tokens(function: Callable, *arrays: jax.Array, axis: int) -> Any:
         return jnp.zeros([*part.shape[:axis], num_tokens, *part.shape[axis + 1 :]], part.dtype)
 
     def put(index, results):
-        start = jnp.asarray(starts)[index]
+        # The last chunk overlaps the one before, so that all have one width.
+        start = jnp.minimum(index * width, num_tokens - width)
 
         def write(old, new):
             return jax.lax.dynamic_update_slice_in_dim(old, new, start, axis)
@@ -53,4 +66,4 @@ def over_tokens(function: Callable, *arrays: jax.Array, axis: int) -> Any:
         return jax.tree.map(write, results, chunk(start))
 
     results = jax.tree.map(whole, jax.eval_shape(chunk, 0))
-    return jax.lax.fori_loop(0, len(starts), put, results)
+    return jax.lax.fori_loop(0, -(-num_tokens // width), put, results)
