@@ -13,7 +13,8 @@ squares, at 16x16, and a tie counts against. ``--features`` adds EfficientNet-Li
 
 A model of a folder of one's own, such as one that was fine-tuned, is asked for all its training
 captions among its training pictures, and for all held-out ones among all pictures;
-``--data=emoji_text`` asks it for what its base knew.
+``--data=emoji_text`` asks it for what its base knew, and ``--data=image_text_folder
+--dir=PICTURES`` asks any model for those pictures.
 
 The ceiling is the same for the true pictures after a pass through the tokenizer. PSNR is to the
 true picture. Sharpness is the mean squared difference of neighbouring pixels over that of the true
@@ -162,10 +163,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--features", action="store_true", help="measure in features, too")
     parser.add_argument("--data", default="", help="another data set than the model's own")
+    parser.add_argument("--dir", default="", help="of its files")
     chosen = parser.parse_args()
     model = VQDiffusion.from_pretrained(chosen.model)
     if chosen.data:
-        model.config.data.update({"name": chosen.data, "dir": "", "hold_out": ()})
+        model.config.data.update({"name": chosen.data, "dir": chosen.dir, "hold_out": ()})
     builder = encode.data_set(model.config)
     records = read(builder, model.config.data.image_size, SPLITS)
     num_train = builder.info.splits["train"].num_examples

@@ -46,13 +46,19 @@ ROWS = {
 }
 
 
-def measure(model: VQDiffusion, options: dict, count: int) -> dict[str, list[float]]:
-    """Whether everything is right, 0 or 1, in a picture of each of ``count`` captions."""
-    options = BASE | options
+def options_of(row: str) -> dict:
+    """What a row asks of ``VQDiffusion.generate``."""
+    options = BASE | ROWS[row]
     if "published_fast" in options:
-        options = {key: x for key, x in options.items() if key not in ("rule", "num_steps")}
+        # It has a rule and times of its own.
+        del options["rule"], options["num_steps"]
+    return options
+
+
+def measure(model: VQDiffusion, row: str, count: int) -> dict[str, list[float]]:
+    """Whether everything is right, 0 or 1, in a picture of each of ``count`` captions."""
     prompts, scenes = attribute_accuracy.asked(count)
-    pixels = model.generate(prompts, batch_size=50, **options).pixels[:, 0]
+    pixels = model.generate(prompts, batch_size=50, **options_of(row)).pixels[:, 0]
     return {"right": attribute_accuracy.shares(pixels, scenes)["all"].tolist()}
 
 
@@ -71,16 +77,16 @@ def main() -> None:
     chosen = parser.parse_args()
     found = [pretrained.load_run(directory) for directory in chosen.models]
     shared, lines, right = VQDiffusion(*found[0]), [], {}
-    for name, options in ROWS.items():
+    for name in ROWS:
         measured = []
         for run in found:
             model = shared.with_params(run.params)
             folder = f"{files.fingerprint(run.params)[:16]}_{chosen.pictures}"
-            compute = functools.partial(measure, model, options, chosen.pictures)
+            compute = functools.partial(measure, model, name, chosen.pictures)
             measured.append(study.once(chosen.workdir / folder / f"{name}.json", compute)["right"])
         right[name] = np.array(measured)
         apart = right[name] - next(iter(right.values()))
-        lines.append([name, percent(right[name]), percent(apart, "+") if options else ""])
+        lines.append([name, percent(right[name]), percent(apart, "+") if ROWS[name] else ""])
         print(*lines[-1], sep=" | ", flush=True)
     title = f"Right (%), {len(found)} models, {chosen.pictures} captions"
     study.print_table(title, ["setting", "right", "difference to the first row"], lines)
