@@ -173,6 +173,21 @@ def product_flops(kernel: Instruction, body: dict[str, Instruction]) -> float:
     return 0.0
 
 
+def moved_by(kernel: Instruction, body: dict[str, Instruction]) -> int:
+    """Bytes that what is no fusion reads and writes; a copy that goes on beside others counts once.
+
+    Such a copy counts where it begins.
+    """
+    read = sum(program.size(body[name].result) for name in kernel.operands if name in body)
+    if kernel.operation == "slice-start":
+        bounds = re.findall(r"\[(\d+):(\d+)\]", kernel.named(r"slice=\{([^}]*)\}"))
+        dtype, _ = program.arrays(body[kernel.operands[0]].result)[0]
+        return program.BYTES[dtype] * math.prod(int(end) - int(start) for start, end in bounds)
+    if kernel.operation == "copy-start":
+        return read
+    return read + program.size(_WORKSPACE.sub(")", kernel.result))
+
+
 def turns_of(loop: Instruction, computations: dict[str, dict[str, Instruction]]) -> int:
     """How often a loop turns; a TPU's says it in its condition alone."""
     if known := loop.named(r'"known_trip_count":\{"n":"(\d+)"'):
@@ -210,10 +225,7 @@ def kernels(hlo: str, peak: float = PEAK, bandwidth: float = BANDWIDTH) -> list[
                 if inner:
                     moved = read_by_fusion(inner, computations) + written_by_fusion(inner)
                 else:
-                    read = [body[operand].result for operand in line.operands if operand in body]
-                    # A copy that goes on beside other kernels counts where it begins, once.
-                    written = "" if line.operation.endswith("-start") else line.result
-                    moved = sum(map(program.size, (_WORKSPACE.sub(")", written), *read)))
+                    moved = moved_by(line, body)
                 flops = product_flops(line, body) if line.operation == "custom-call" else 0.0
                 seconds = turns * max(flops / peak, moved / bandwidth)
                 scope = line.named(r'op_name="([^"]*)"')

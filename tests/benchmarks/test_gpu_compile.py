@@ -157,6 +157,8 @@ TPU_HLO = """HloModule jit_step
   %h = f32[4,1024]{1,0:T(8,128)S(1)} get-tuple-element(%p), index=2
   %ahead = (f32[8,1024]{1,0:T(8,128)S(1)}, f32[8,1024]{1,0:T(8,128)}, u32[]{:S(2)}) copy-start(%x)
   %there = f32[8,1024]{1,0:T(8,128)S(1)} copy-done(%ahead)
+  %part = ((f32[8,1024]{1,0:T(8,128)}), f32[2,1024]{1,0:T(8,128)S(1)}, s32[]{:S(2)}) slice-start(%x), slice={[4:6], [0:1024]}
+  %parted = f32[2,1024]{1,0:T(8,128)S(1)} slice-done(%part)
   %made = f32[4,1]{1,0:T(8,128)S(1)} fusion(%x, %i, %h), kind=kOutput, calls=%product
   ROOT %t = (s32[]{:T(128)}, f32[8,1024]{1,0:T(8,128)}, f32[4,1024]{1,0:T(8,128)S(1)}) tuple(%i, %x, %h)
 }
@@ -181,6 +183,7 @@ def test_memory_on_the_chip_of_a_tpu_costs_nothing(script):
     found = script.kernels(TPU_HLO, peak=1e12, bandwidth=1e9)
     assert [(k.name, k.turns, k.moved) for k in found] == [
         ("ahead", 5, 5 * 4 * 8 * 1024),
+        ("part", 5, 5 * 4 * 2 * 1024),
         ("made", 5, 5 * (4 * 1024 + 4)),
     ]
     assert found[0].seconds == pytest.approx(5 * 4 * 8 * 1024 / 1e9)
