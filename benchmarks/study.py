@@ -57,10 +57,14 @@ def begin(flags: argparse.Namespace) -> ConfigDict:
         config.update_from_flattened_dict({key: ast.literal_eval(value)})
     tokenizer = flags.tokenizer or flags.workdir / "tokenizer"
     decisive = config_lib.flatten(config) | {"pictures": flags.pictures, "tokenizer": tokenizer}
-    decisive = json.loads(json.dumps(decisive, default=str))
+    decisive, defaults = (
+        json.loads(json.dumps(fields, default=str))
+        for fields in (decisive, config_lib.flatten(config_lib.default_config()))
+    )
     kept = flags.workdir / "study.json"
     if kept.exists():
-        changed = files.differences(files.read_json(kept, "remove it"), decisive)
+        # A study may have begun before a field was there.
+        changed = files.differences(defaults | files.read_json(kept, "remove it"), decisive)
         if changed:
             raise UserError(
                 f"{flags.workdir} has a study with other settings: {'; '.join(changed)}"

@@ -130,7 +130,7 @@ def draw_pairs(
     if missing:
         logging.info("the teacher draws %d pairs of %d prompts", count, len(prompts))
     there = CHUNK * (len(starts) - len(missing))
-    with progress_bar("pairs", CHUNK * len(starts), there) as bar:
+    with progress_bar("pairs", CHUNK * len(starts), there, "pair") as bar:
         for start in missing:
             drawn = _draw(teacher, prompts, config, range(start, start + CHUNK), options)
             with files.appearing(_path(where, start)) as scratch, open(scratch, "wb") as file:

@@ -80,7 +80,7 @@ def _put_aside(path: Path, step: int) -> None:
     files.write_text(path, "".join(kept))
 
 
-def progress_bar(name: str, total: int, start: int = 0) -> tqdm:
+def progress_bar(name: str, total: int, start: int = 0, unit: str = "step") -> tqdm:
     """A bar with rate and time left; a line every half minute where there is no terminal."""
     live = sys.stderr.isatty()
     return tqdm(
@@ -91,5 +91,5 @@ def progress_bar(name: str, total: int, start: int = 0) -> tqdm:
         dynamic_ncols=live,
         mininterval=0.5 if live else 30,
         maxinterval=1 if live else 60,
-        unit="step",
+        unit=unit,
     )

@@ -213,7 +213,7 @@ def _uses(config, sizes, params, builder) -> np.ndarray:
     )
     count = builder.info.splits[encode.TRAIN].num_examples
     uses, size = np.zeros(sizes.num_codes, np.int64), codec.batch_size
-    with progress_bar("counting codes", count) as bar:
+    with progress_bar("counting codes", count, unit="picture") as bar:
         for start in range(0, count, size):
             numbers = range(start, min(start + size, count))
             crops = [crop(r, config.seed, i) for i in numbers if (r := read(i)) is not None]
