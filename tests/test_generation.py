@@ -42,7 +42,6 @@ def half_known():
             {"rule": "halton", "guidance_scale": 3.0, "guidance_interval": (0.2, 0.7)},
             marks=pytest.mark.slow,
         ),
-        pytest.param({"rule": "entropy_bound"}, marks=pytest.mark.slow),
         pytest.param({"known": half_known()}, marks=pytest.mark.slow),
         {"initial": codes(3), "strength": 0.35, "top_k": 4},
         pytest.param({"times": (0, 1, 5, 10)}, marks=pytest.mark.slow),

@@ -17,9 +17,7 @@ RULES = [
     rules.Purity(1.0),
     rules.Confidence(),
     rules.Halton((4, 4)),
-    rules.LeaveOneOut(),
     rules.Moment(),
-    rules.EntropyBound(),
 ]
 
 
@@ -173,13 +171,12 @@ def test_an_edited_image_depends_on_its_own_key_only():
     np.testing.assert_array_equal(alone.codes[0], together.codes[1])
 
 
-# A batch that shares a key shows in one rule of each kind, so the others are slow tests. Of
-# LeaveOneOut two codes differed once, on another processor; nobody knows why.
+# A batch that shares a key shows in one rule of each kind, so the others are slow tests.
 @pytest.mark.parametrize(
     "rule",
     [
         rule
-        if isinstance(rule, rules.Ancestral | rules.Remask | rules.Halton | rules.EntropyBound)
+        if isinstance(rule, rules.Ancestral | rules.Remask | rules.Halton)
         else pytest.param(rule, marks=pytest.mark.slow)
         for rule in RULES
     ],

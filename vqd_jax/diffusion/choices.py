@@ -22,9 +22,7 @@ RULES: dict[str, Callable[[tuple[int, int]], Callable]] = {
     "halton": rules.Halton,
     "flow": lambda grid: rules.Flow(),
     "remask": lambda grid: rules.Remask(),
-    "leave_one_out": lambda grid: rules.LeaveOneOut(),
     "moment": lambda grid: rules.Moment(),
-    "entropy_bound": lambda grid: rules.EntropyBound(),
 }
 
 

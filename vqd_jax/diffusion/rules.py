@@ -3,11 +3,10 @@
 A rule is called for one image as ``rule(key, log_x0, tokens, step, schedule)`` and returns the
 tokens at time s; ``sampler.sample`` lifts it over the batch and runs it in one scan. ``Ancestral``
 is the reverse process itself, for any s < t. ``PublishedFast`` is the published shortcut, kept for
-comparison. ``Flow`` leaves noise as it is until it ends, ``Remask`` hides some tokens again, and
-``LeaveOneOut`` draws some anew. The others reveal masked tokens, a given number in every step. They
-differ in the choice: at random (``HighQuality``), where the network is sure (``Purity``,
-``Confidence``, ``Moment``), or far apart from each other (``Halton``). ``EntropyBound`` reveals
-more than that where it costs little.
+comparison. ``Flow`` leaves noise as it is until it ends, and ``Remask`` hides some tokens again.
+The others reveal masked tokens, a given number in every step. They differ in the choice: at random
+(``HighQuality``), where the network is sure (``Purity``, ``Confidence``, ``Moment``), or far apart
+from each other (``Halton``).
 
 The attribute ``start`` of a rule says how its chains begin unless the settings say otherwise: from
 the law of the schedule at time T ("schedule"), or with every token masked ("masked").
@@ -153,61 +152,8 @@ class Flow(struct.PyTreeNode):
         return jnp.where(clean, _draw_codes(key_draw, log_x0), tokens)
 
 
-class LeaveOneOut(struct.PyTreeNode):
-    """Draws a share of the tokens anew, as the others suggest (cf. arXiv:2605.22765, section 3).
-
-    What the network says of a token has seen the token itself. Bayes takes that out again:
-
-      p(x_0 = k | others) ~ p0_k / q(x_t | k)      q(x | k) = A [k = x] + B, q(mask | k) = C
-
-    A token of the share is drawn at t from what that law becomes there, which leaves the law of all
-    tokens as it is (a Gibbs step), and goes on to s. Together that is to draw it from what the law
-    becomes at s: A_s p(k | others) + B_s, and masked with probability C_s. Other tokens, and those
-    that show a code where nothing is replaced (B = 0), take the step of ``Ancestral``.
-
-    Attributes:
-      share: 0..1.
-    """
-
-    start: ClassVar[str] = "schedule"
-    share: float = 0.05
-
-    def __call__(self, key, log_x0, tokens, step: Step, schedule: Schedule) -> jax.Array:
-        key_share, key_mask, key_anew, key_draw = jax.random.split(key, 4)
-        drawn = _draw(key_draw, log_x0, tokens, transition.bridge(step.s, step.t, schedule))
-        others = leave_one_out(log_x0, tokens, step.t, schedule)
-        keep, replace, mask = map(jnp.asarray, (schedule.keep, schedule.replace, schedule.mask))
-        visible = keep[step.s] + schedule.num_codes * replace[step.s]
-        share_of = [transition.safe_log(x[step.s] / visible) for x in (keep, replace)]
-        anew = _draw_codes(key_anew, jnp.logaddexp(share_of[0] + others, share_of[1]))
-        # As of ``Remask``: beside known codes the masked share is another one.
-        start = jnp.where(mask[step.start] > 0, mask[step.start], 1.0)
-        hide = step.masked_share * mask[step.s] / start
-        hidden = jax.random.bernoulli(key_mask, hide, tokens.shape)
-        anew = jnp.where(hidden, schedule.num_codes, anew)
-        chosen = jax.random.bernoulli(key_share, self.share, tokens.shape)
-        chosen &= (tokens == schedule.num_codes) | (replace[step.t] > 0)
-        return jnp.where(chosen, anew, drawn)
-
-
-def leave_one_out(
-    log_x0: jax.Array, tokens: jax.Array, t: jax.Array, schedule: Schedule
-) -> jax.Array:
-    """log p(x_0 | the other tokens at t) from log p(x_0 | all tokens at t), float32 [N, K] each.
-
-    Where the token is masked, or B_t = 0, they are taken to be equal.
-    """
-    keep, replace = (jnp.asarray(table)[t] for table in (schedule.keep, schedule.replace))
-    shown = jnp.arange(schedule.num_codes)[None] == tokens[:, None]
-    # q(x_t | k), but for a factor that all k share; A / B may be as much as 1e8.
-    seen = jnp.where(
-        shown & (replace > 0), jnp.log1p(keep / jnp.where(replace > 0, replace, 1.0)), 0.0
-    )
-    return jax.nn.log_softmax(log_x0 - seen)
-
-
 class Reveal(struct.PyTreeNode):
-    """Reveals a given number of masked tokens in every step; the base of six rules.
+    """Reveals a given number of masked tokens in every step; the base of five rules.
 
     A revealed token stays as it is. A subclass says which tokens come first (``priority``) and may
     sharpen the distribution that their codes are drawn from (``sharpened``).
@@ -322,39 +268,6 @@ class Moment(Reveal):
         # Several calls may share the step to time 0; none of them is at temperature 0.
         temperature = self.temperature * jnp.maximum(step.s, 1) / step.start
         return jnp.where(step.is_last, 1.0, 1 + 1 / jnp.maximum(temperature, 1e-2))
-
-
-class EntropyBound(Reveal):
-    """Reveals as many tokens at once as can be drawn apart at little cost (arXiv:2505.24857).
-
-    Tokens i of a set U that are drawn at once miss what they have to do with each other, which is
-
-      sum_U H(p0_i) - H(U) <= sum_U H(p0_i) - max_U H(p0_i),    H the entropy,
-
-    in nats. U is the largest set of the surest masked tokens for which the right side is at most
-    the bound: a token is in it if those surer than it sum to no more. At least as many tokens as
-    the schedule says are revealed, so S steps are enough. With bound 0 it is one token, the surest,
-    or as many as the schedule says; with an infinite bound all tokens are drawn in the first step.
-
-    The tokens run ahead of the schedule, so the sampler tells the network the time whose share of
-    masks they have, and does not call it where nothing is left to reveal.
-
-    Attributes:
-      bound: nats.
-    """
-
-    runs_ahead: ClassVar[bool] = True
-    bound: float = 4.0
-
-    def __call__(self, key, log_x0, tokens, step: Step, schedule: Schedule) -> jax.Array:
-        masked = tokens == schedule.num_codes
-        entropy = -(jnp.exp(log_x0) * log_x0).sum(axis=-1)
-        order = jnp.argsort(jnp.where(masked, entropy, jnp.inf))
-        sorted_entropy = jnp.where(masked, entropy, 0.0)[order]
-        surer = jnp.cumsum(sorted_entropy) - sorted_entropy
-        enough = jnp.arange(len(order)) < num_to_reveal(tokens, step, schedule)
-        chosen = masked & (enough | (surer <= self.bound))[jnp.argsort(order)]
-        return jnp.where(chosen, _draw_codes(key, log_x0), tokens)
 
 
 class Halton(Reveal):

@@ -83,7 +83,7 @@ class Settings(struct.PyTreeNode):
         if self.calls_per_step > 1 and not reveals:
             raise ValueError(
                 f"calls_per_step={self.calls_per_step}: {name} does a step in one call; "
-                "high_quality, purity, confidence, halton, moment, entropy_bound can share it out"
+                "high_quality, purity, confidence, halton, moment can share it out"
             )
         if self.start == "schedule" and reveals:
             raise ValueError(f"start='schedule': {name} takes no noise back, so it needs 'masked'")
@@ -188,24 +188,19 @@ def sample(
     chain, steps = begin(key, shape, schedule, settings)
     # An image that begins before time T may have fewer times than there are steps.
     begins_later = settings.initial is not None or settings.known is not None
-    runs_ahead = getattr(settings.rule, "runs_ahead", False)
 
     def step(tokens, at):
-        changes = at.s < at.t
-        if runs_ahead:
-            changes &= (tokens == schedule.num_codes).any(axis=1)
-
         def move(tokens):
-            log_x0 = _predict(predict_log_x0, tokens, at, schedule, settings)
-            predictions = _likeliest(log_x0, tokens, settings)
+            log_x0 = _predict(predict_log_x0, tokens, at, settings)
+            predictions = _likeliest(log_x0, settings)
             return _moved(key, log_x0, tokens, chain, at, schedule, settings), predictions
 
         def rest(tokens):
             # Where nothing is left to find, the tokens are the codes.
             return tokens, tokens if settings.trajectory else None
 
-        if begins_later or runs_ahead:
-            tokens, predictions = jax.lax.cond(jnp.any(changes), move, rest, tokens)
+        if begins_later:
+            tokens, predictions = jax.lax.cond(jnp.any(at.s < at.t), move, rest, tokens)
         else:
             tokens, predictions = move(tokens)
         return tokens, (tokens, predictions) if settings.trajectory else None
@@ -312,12 +307,12 @@ def advance(
         at, changes, is_last = at
 
         def move(tokens, answer):
-            log_x0 = _predict(predict_log_x0, tokens, at, schedule, settings)
+            log_x0 = _predict(predict_log_x0, tokens, at, settings)
             moved = _moved(key, log_x0, tokens, chain, at, schedule, settings)
             answer = jax.lax.cond(
                 is_last, lambda: _answer(log_x0, moved, shape[-1]), lambda: answer
             )
-            return (moved, answer), _likeliest(log_x0, tokens, settings)
+            return (moved, answer), _likeliest(log_x0, settings)
 
         def rest(tokens, answer):
             return (tokens, answer), jnp.zeros_like(tokens) if settings.trajectory else None
@@ -339,15 +334,9 @@ def _moved(key, log_x0, tokens, chain, at, schedule, settings):
     return _restore(moved, schedule, settings)
 
 
-def _likeliest(log_x0, tokens, settings):
+def _likeliest(log_x0, settings):
     """The most likely clean codes [B, N], if they are asked for."""
-    if not settings.trajectory:
-        return None
-    codes = log_x0.argmax(-1).astype(jnp.int32)
-    if getattr(settings.rule, "runs_ahead", False):
-        # What is revealed stays; so it is, too, where no call is made any more.
-        return jnp.where(tokens < log_x0.shape[-1], tokens, codes)
-    return codes
+    return log_x0.argmax(-1).astype(jnp.int32) if settings.trajectory else None
 
 
 def _answer(log_x0, tokens, num_candidates):
@@ -423,11 +412,9 @@ def pairs(even: jax.Array, odd: jax.Array) -> jax.Array:
     return jnp.stack([even, odd], axis=1).reshape(-1, *even.shape[1:])
 
 
-def _predict(predict_log_x0, tokens, at, schedule, settings):
+def _predict(predict_log_x0, tokens, at, settings):
     """log p0 [B, N, K] at the step ``at``, one of ``Steps``."""
     t, scale = at.t, at.scale
-    if getattr(settings.rule, "runs_ahead", False):
-        t = masked_time(jnp.mean(tokens == schedule.num_codes, axis=1), schedule)
 
     def conditional():
         return shape_x0(predict_log_x0(tokens, t), settings)
