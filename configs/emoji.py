@@ -13,8 +13,7 @@ brought 69 and 5 %.
 
 Most concepts have one picture, and people have most pictures. To take rare concepts more often
 gives to the objects what it takes from the people: with data.balance_by="concept", the same steps
-brought 35.5 +- 3.4 % of the people and 22.0 +- 2.9 % of the objects. (1,900 steps of AdamW had
-brought 1 and 3.5 %.)
+brought 35.5 +- 3.4 % of the people and 22.0 +- 2.9 % of the objects (docs/training.md has more).
 """
 
 from vqd_jax.config import default_config
