@@ -2,7 +2,6 @@
 
 python benchmarks/autoregressive.py --workdir=DIR
 python benchmarks/autoregressive.py --workdir=DIR --time --size=shapes
-python benchmarks/autoregressive.py --workdir=DIR --time --size=coco --tokens 64 --chip=h100:1
 
 Both models have the same width, depth, heads, text encoder, codes, batches and steps of training,
 and learn in the same loop. The autoregressive one is causal, in raster order, and has no time, so
@@ -10,8 +9,8 @@ the parameters of the time's norms are in its MLPs: the sizes agree within 5 %. 
 key-value cache, one scan over the tokens, under the same guidance and truncation. A training or a
 measurement that is finished is a file in DIR and is not done again.
 
-With ``--time`` both have random weights, and take turns in one process; nothing is trained. With
-``--chip`` their programs are compiled for a chip that is not there, and timed on paper.
+With ``--time`` both have random weights, and take turns in one process; nothing is trained.
+``autoregressive_chips.py`` times them on paper, for a chip that is not there.
 
 Letters: B batch, R rows of the network (2B with guidance), N image tokens, L text positions,
 D width, H heads, K codes.
@@ -25,14 +24,12 @@ import time
 from typing import Any, NamedTuple
 
 import attribute_accuracy
-import gpu_compile
 import jax
 import jax.numpy as jnp
 import mask_and_replace
 import numpy as np
 import optax
 import study
-import tpu_compile
 from flax import nnx, struct
 
 from vqd_jax import config as config_lib
@@ -46,7 +43,6 @@ from vqd_jax.interop import pretrained
 from vqd_jax.models import attention, conditioned, functional
 from vqd_jax.models.denoiser import DenoiserConfig, normal
 from vqd_jax.models.text_encoder import TextEncoder, TextEncoderConfig
-from vqd_jax.parallel import program as program_lib
 from vqd_jax.parallel import rows, sharding
 from vqd_jax.pipeline import VQDiffusion
 from vqd_jax.training import loop, optimizer
@@ -54,8 +50,6 @@ from vqd_jax.training.task import Task
 
 # Ours is asked with these numbers of network calls.
 STEPS = (10, 25, 100)
-# Published bfloat16 FLOP/s, and bytes/s of memory.
-CHIPS = {"h100": (gpu_compile.PEAK, gpu_compile.BANDWIDTH), "v5e": (197e12, 819e9)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -449,63 +443,24 @@ def seconds(config, side: int, batch: int, rounds: int) -> dict[str, float]:
     return {name: float(np.median(x)) / batch for name, x in times.items()}
 
 
-def on_paper(config, side: int, batch: int, chip: str) -> dict[str, tuple[float, int]]:
-    """Seconds a picture on a chip that is not there, and kernels a batch, of each program.
-
-    A program takes as long as the chip's memory needs for what its kernels read and write, or as
-    the products of the formulas do at the peak, whichever is longer. A launch takes nothing.
-    """
-    peak, bandwidth = CHIPS[chip.split(":")[0]]
-    mesh = sharding.make_mesh(config, program_lib.topology(chip))
-    placed = sharding.replicated(mesh)
-    flops = 2 * batch * tpu_compile.forward_flops(config) * side**2
-    flops /= math.prod(config_lib.model_config(config).denoiser.grid)
-
-    def abstract(x):
-        if not hasattr(x, "shape"):
-            return x
-        # Parameters and the two numbers of the request; the latter do not matter.
-        dtype = jnp.bfloat16 if x.dtype == jnp.float32 else x.dtype
-        return jax.ShapeDtypeStruct(x.shape, dtype, sharding=placed)
-
-    found = {}
-    for name, (sampled, (make, *arguments)) in programs(config, side, batch, (25,)).items():
-        shapes = jax.tree.map(abstract, (jax.eval_shape(make), *arguments))
-        compiled = program_lib.compiled(sampled.lower(*shapes), mesh.devices.flat[0])
-        launched = gpu_compile.kernels(compiled.as_text(), peak, bandwidth)
-        passes = 1 if name == "autoregressive" else 25
-        moved = sum(kernel.moved for kernel in launched)
-        total = max(moved / bandwidth, passes * flops / peak)
-        found[name] = total / batch, sum(kernel.turns for kernel in launched)
-    return found
-
-
 def print_seconds(flags) -> None:
     """Prints the table of seconds a picture."""
     config, lines = importlib.import_module(f"configs.{flags.size}").get_config(), []
-    if flags.chip:
-        config.denoiser.dtype = "bfloat16"
-        config.denoiser.scan_unroll = config.denoiser.num_layers
     for side in (math.isqrt(n) for n in flags.tokens):
         for batch in flags.batch:
-            if flags.chip:
-                found = on_paper(config, side, batch, flags.chip)
-                cells = [f"{1e3 * x:.2f} ms, {count} kernels" for x, count in found.values()]
-            else:
-                found = seconds(config, side, batch, flags.rounds)
-                first = found["autoregressive"]
-                cells = [f"{x:.3f} ({first / x:.2f} times)" for x in found.values()]
+            found = seconds(config, side, batch, flags.rounds)
+            first = found["autoregressive"]
+            cells = [f"{x:.3f} ({first / x:.2f} times)" for x in found.values()]
             lines.append([side**2, batch, *cells])
             print(lines[-1], flush=True)
-    where = f"{flags.chip}, on paper" if flags.chip else jax.devices()[0].device_kind
-    title = f"Time of a picture at the size of configs/{flags.size}.py, with guidance ({where})"
+    title = f"Seconds a picture at the size of configs/{flags.size}.py, with guidance"
+    title += f" ({jax.devices()[0].device_kind})"
     study.print_table(title, ["N", "batch", *found], lines)
 
 
 def main() -> None:
     parser = study.parser(__doc__.splitlines()[0])
     parser.add_argument("--time", action="store_true", help="seconds a picture, random weights")
-    parser.add_argument("--chip", help="such as h100:1 or v5e:1: time on paper, in bfloat16")
     parser.add_argument("--size", default="shapes", help="a file of configs/")
     parser.add_argument("--tokens", nargs="+", type=int, default=[64, 256], help="squares")
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 16])

@@ -352,9 +352,8 @@ class DistilOptions:
 
     num_steps: int = 4  # network calls of the student
     num_pairs: int = 20_000  # pictures that the teacher draws
-    prompts_path: str = (
-        ""  # a file of texts or labels to draw; '' takes the captions of the data set
-    )
+    # A file of texts or labels to draw; '' takes the captions of the data set.
+    prompts_path: str = ""
 
     def __post_init__(self):
         require_at_least(self, num_steps=1, num_pairs=1)

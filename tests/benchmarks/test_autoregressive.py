@@ -1,13 +1,17 @@
 """The autoregressive model beside ours: sizes, causality, the cache, and what it draws."""
 
 import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import emoji, shapes, tiny
+from configs import coco, emoji, shapes, tiny
 from vqd_jax import config as config_lib
 from vqd_jax.models import conditioned, functional
 from vqd_jax.models.text_encoder import TextEncoder
@@ -15,6 +19,7 @@ from vqd_jax.models.text_encoder import TextEncoder
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 B, N, K, L = 3, 16, 32, 16
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -127,3 +132,22 @@ def test_its_loss_is_its_likelihood(script, sizes, params, logits):
         np.asarray(jax.nn.log_softmax(logits(codes, texts))), codes[..., None], -1
     )[..., 0]
     np.testing.assert_allclose(found, exact, rtol=1e-5, atol=1e-5)
+
+
+def test_the_products_of_a_pass_grow_with_the_grid(benchmark):
+    chips, tpu_compile = benchmark("autoregressive_chips"), benchmark("tpu_compile")
+    config = coco.get_config()
+    # 32 rows are those of the config; the attention of a token grows with their square.
+    assert chips.pass_flops(config, 32) == tpu_compile.forward_flops(config)
+    assert chips.pass_flops(config, 8) < chips.pass_flops(config, 32) / 16
+
+
+def test_what_trains_and_times_here_does_not_choose_the_platform():
+    # The scripts for chips that are not there keep JAX on the CPU; this one must not be one.
+    code = "import os, autoregressive; print(os.environ.get('JAX_PLATFORMS'))"
+    environment = {k: v for k, v in os.environ.items() if k != "JAX_PLATFORMS"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT / "benchmarks"), str(ROOT)])
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "None"
