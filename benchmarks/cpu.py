@@ -1,12 +1,18 @@
-"""Two choices for a CPU: attention head by head, and float32 as the compute dtype.
+"""Choices for a CPU: attention head by head, float32 as the compute dtype, and huge pages.
 
 python benchmarks/cpu.py
+python benchmarks/cpu.py --pages
 
 Prints how long XLA's attention takes beside attention head by head, and how long a training step of
 configs/emoji.py takes in bfloat16 beside float32. Times are the smallest of several runs, which
-alternate between the two sides.
+alternate between the two sides. --pages prints how long that step takes in a process whose C
+library asks Linux for huge pages, beside one that does not: the median of all steps of three
+processes of each kind, which take turns.
 """
 
+import argparse
+import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -76,7 +82,46 @@ def train_step(dtype: str):
     return run
 
 
+def step_seconds(count: int = 10) -> list[float]:
+    """Seconds of training steps, without the first two."""
+    run, times = train_step("float32"), []
+    for _ in range(count + 2):
+        start = time.perf_counter()
+        jax.block_until_ready(run())
+        times.append(time.perf_counter() - start)
+    return times[2:]
+
+
+def compare_pages() -> None:
+    """Steps with small pages and with huge ones."""
+    tunables = {"small": "", "huge": "glibc.malloc.hugetlb=1"}
+    times = {pages: [] for pages in tunables}
+    for _ in range(3):
+        for pages, value in tunables.items():
+            process = subprocess.run(
+                [sys.executable, __file__, "--steps"],
+                env=os.environ | {"GLIBC_TUNABLES": value},
+                check=True,
+                capture_output=True,
+                text=True,
+            )
+            times[pages] += map(float, process.stdout.split())
+    small, huge = (np.median(found) for found in times.values())
+    print(
+        f"training step of configs/emoji.py: {1e3 * small:.0f} ms with small pages, "
+        f"{1e3 * huge:.0f} ms with huge pages, {small / huge:.2f} times as fast"
+    )
+
+
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--pages", action="store_true", help="compare pages, and nothing else")
+    parser.add_argument("--steps", action="store_true", help=argparse.SUPPRESS)
+    flags = parser.parse_args()
+    if flags.steps:
+        return print(*step_seconds())
+    if flags.pages:
+        return compare_pages()
     compare_attention()
     slow, fast = fastest([train_step("bfloat16"), train_step("float32")], 5)
     print(

@@ -9,6 +9,11 @@ model's truncation. A picture is right if the true one is the nearest of all tra
 (``emoji_retrieval``). The ratio is of diffusers' largest number of steps, and of our smallest whose
 share of right pictures is not lower by more than two standard errors of the difference.
 
+``--student`` adds a model that was distilled from the packaged one, with its own rule:
+
+python -m vqd_jax.main --mode=distil --model=emoji --config=configs/distil.py --workdir=DIR
+python benchmarks/equal_quality.py --student=DIR
+
 Seconds are of batches of one picture and of eight, without the first of each. Every side is a
 process of its own, with the cores that this one may use, and the sides take turns. Needs the extra
 "convert".
@@ -16,6 +21,7 @@ process of its own, with the cores that this one may use, and the sides take tur
 
 import argparse
 import functools
+import itertools
 import os
 import subprocess
 import sys
@@ -47,13 +53,14 @@ def captions(count: int):
     return [records.captions[place] for place in places], records.pixels, asked
 
 
-def drawer(side: str, folder: Path):
+def drawer(side: str, folder: Path, student: str):
     """(prompts, steps, seed) -> uint8 [P, S, S, 3], all in one batch."""
     model = VQDiffusion.from_pretrained("emoji")
-    if side == "ours":
+    if side in ("ours", "student"):
+        drawn_by = VQDiffusion.from_workdir(student) if side == "student" else model
 
         def ours(prompts, steps, seed):
-            made = model.generate(prompts, num_steps=steps, seed=seed, guidance_scale=1.0)
+            made = drawn_by.generate(prompts, num_steps=steps, seed=seed, guidance_scale=1.0)
             return made.pixels[:, 0]
 
         return ours
@@ -91,9 +98,11 @@ def exported(folder: Path) -> None:
     model.save_pretrained(str(folder), format="diffusers")
 
 
-def draw(side: str, folder: Path, steps: int, prompts: list[str], target: Path) -> None:
+def draw(
+    side: str, folder: Path, steps: int, prompts: list[str], target: Path, student: str
+) -> None:
     """Draws the pictures of a side into ``target``, and times it; a process of its own."""
-    run = drawer(side, folder)
+    run = drawer(side, folder, student)
     pixels = [run(prompts[i : i + 50], steps, i) for i in range(0, len(prompts), 50)]
     seconds = {}
     for batch in BATCHES:
@@ -106,11 +115,11 @@ def draw(side: str, folder: Path, steps: int, prompts: list[str], target: Path) 
     np.savez(target, pixels=np.concatenate(pixels), **seconds)
 
 
-def in_process(side: str, folder: Path, steps: int, count: int) -> dict:
+def in_process(side: str, folder: Path, steps: int, count: int, student: str) -> dict:
     """What ``draw`` makes, of a fresh process."""
     target = folder.parent / "drawn.npz"
     command = [sys.executable, __file__, "--part", side, str(folder), str(steps), str(target)]
-    subprocess.run([*command, f"--count={count}"], check=True)
+    subprocess.run([*command, f"--count={count}", f"--student={student}"], check=True)
     return dict(np.load(target))
 
 
@@ -119,24 +128,27 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=100, help="captions of each group")
     parser.add_argument("--ours", type=int, nargs="+", default=[1, 2, 4, 10, 25, 100])
     parser.add_argument("--diffusers", type=int, nargs="+", default=[25, 50, 100])
+    parser.add_argument("--student", default="", help="workdir of a model distilled from ours")
+    parser.add_argument("--student_steps", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--rounds", type=int, default=3, help="of the timings")
     parser.add_argument("--part", nargs=4, help=argparse.SUPPRESS)
     flags = parser.parse_args()
     prompts, real, asked = captions(flags.count)
     if flags.part:
         side, folder, steps, target = flags.part
-        return draw(side, Path(folder), int(steps), prompts, Path(target))
+        return draw(side, Path(folder), int(steps), prompts, Path(target), flags.student)
 
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch, "diffusers")
         exported(folder)
         rows = [("diffusers", n) for n in flags.diffusers] + [("ours", n) for n in flags.ours]
+        rows += [("student", n) for n in flags.student_steps if flags.student]
         found = {row: [] for row in rows}
         for number in range(flags.rounds):
             for side, steps in rows:
                 # The first round draws all pictures, the others those that are timed.
                 count = flags.count if number == 0 else BATCHES[-1] // 2
-                found[side, steps].append(in_process(side, folder, steps, count))
+                found[side, steps].append(in_process(side, folder, steps, count, flags.student))
     cores = len(os.sched_getaffinity(0))
     print(f"{cores} cores; {len(prompts)} captions; medians of {flags.rounds} rounds")
     print("| side, steps | right | PSNR, dB | seconds a picture, one | of eight |")
@@ -154,13 +166,14 @@ def main() -> None:
             f"{psnr.value:.1f} ± {psnr.error:.1f} | {cells} |"
         )
     best = ("diffusers", max(flags.diffusers))
-    equal = [("ours", n) for n in sorted(flags.ours) if no_worse(right["ours", n], right[best])]
-    if not equal:
-        print("no number of our steps is as good as diffusers")
-        return
-    ratios = np.divide(seconds[best], seconds[equal[0]])
-    said = ", ".join(f"{r:.1f} times at batch {b}" for r, b in zip(ratios, BATCHES, strict=True))
-    print(f"equal at {equal[0][1]} steps of ours: {said}")
+    for side, of_side in itertools.groupby(rows[len(flags.diffusers) :], key=lambda row: row[0]):
+        equal = [row for row in sorted(of_side) if no_worse(right[row], right[best])]
+        if not equal:
+            print(f"{side}: no number of steps is as good as diffusers")
+            continue
+        ratios = np.divide(seconds[best], seconds[equal[0]])
+        said = (f"{r:.1f} times at batch {b}" for r, b in zip(ratios, BATCHES, strict=True))
+        print(f"{side}: equal at {equal[0][1]} steps: {', '.join(said)}")
 
 
 def no_worse(ours: np.ndarray, theirs: np.ndarray) -> bool:

@@ -76,10 +76,14 @@ def main() -> None:
     parser.add_argument("--workdir", type=Path, required=True, help="folder of the study")
     parser.add_argument("--models", nargs="+", required=True, help="workdirs, one for each seed")
     parser.add_argument("--pictures", type=int, default=200, help="captions")
+    parser.add_argument(
+        "--row", action="append", choices=tuple(ROWS), help="beside the first; all if unset"
+    )
     chosen = parser.parse_args()
     found = [pretrained.load_run(directory) for directory in chosen.models]
     shared, lines, right = VQDiffusion(*found[0]), [], {}
-    for name in ROWS:
+    first, *others = ROWS
+    for name in [first, *(chosen.row or others)]:
         measured = []
         for run in found:
             model = shared.with_params(run.params)
