@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from vqd_jax.errors import require_at_least, require_choice, require_divisible
-from vqd_jax.models import attention
+from vqd_jax.models import attention, linear
 from vqd_jax.models.attention import ONE_DEVICE, Placement
 
 CONDITIONS = ("text", "class", "none")
@@ -153,7 +153,7 @@ class Block(nnx.Module):
         self, config: DenoiserConfig, *, rngs: nnx.Rngs, placement: Placement = ONE_DEVICE
     ):
         dtype = attention.float_dtype(config.dtype)
-        make_linear = functools.partial(nnx.Linear, kernel_init=normal(config), dtype=dtype)
+        make_linear = functools.partial(linear.Linear, kernel_init=normal(config), dtype=dtype)
         width, hidden = config.width, config.width * config.mlp_ratio
         make_attention = functools.partial(
             attention.Attention,
@@ -212,18 +212,6 @@ class Block(nnx.Module):
         image = x if self.grid is None else x.reshape(x.shape[0], *self.grid, x.shape[-1])
         hidden = attention.product(self.mlp_in(image))
         return self.mlp_out(attention.quick_gelu(hidden)).reshape(x.shape)
-
-
-@jax.custom_jvp
-def _product_in_float32(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    return jnp.matmul(x, kernel, preferred_element_type=jnp.float32)
-
-
-@_product_in_float32.defjvp
-def _product_in_float32_jvp(primals, tangents):
-    # In the gradient, both inputs of a product have the compute dtype, which makes them fast.
-    tangent = jax.jvp(jnp.matmul, primals, tangents)[1]
-    return _product_in_float32(*primals), tangent.astype(jnp.float32)
 
 
 class Denoiser(nnx.Module):
@@ -318,7 +306,7 @@ class Denoiser(nnx.Module):
         it their rounding errors.
         """
         kernel, bias = self.to_logits.kernel[...], self.to_logits.bias[...]
-        return _product_in_float32(h, kernel.astype(h.dtype)) + bias[None, None]
+        return linear.product(h, kernel.astype(h.dtype), jnp.float32) + bias[None, None]
 
     def __call__(
         self, tokens: jax.Array, time: jax.Array, condition: jax.Array | None = None

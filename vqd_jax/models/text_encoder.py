@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from vqd_jax.errors import require_at_least, require_divisible
-from vqd_jax.models import attention, functional
+from vqd_jax.models import attention, functional, linear
 from vqd_jax.models.attention import ONE_DEVICE, Placement
 
 
@@ -63,8 +63,8 @@ class EncoderBlock(nnx.Module):
         width, dtype = config.width, attention.float_dtype(config.dtype)
         normal = nnx.initializers.normal
         # Initial scales of the published tower: a branch of a deeper network starts smaller.
-        linear = functools.partial(nnx.Linear, dtype=dtype)
-        make_linear = functools.partial(linear, kernel_init=normal(width**-0.5))
+        make = functools.partial(linear.Linear, dtype=dtype)
+        make_linear = functools.partial(make, kernel_init=normal(width**-0.5))
         branch = normal((2 * width * config.num_layers) ** -0.5)
         self.causal = causal
         self.norm_attention = nnx.LayerNorm(width, epsilon=1e-5, dtype=dtype, rngs=rngs)
@@ -77,8 +77,8 @@ class EncoderBlock(nnx.Module):
             placement=placement,
         )
         self.norm_mlp = nnx.LayerNorm(width, epsilon=1e-5, dtype=dtype, rngs=rngs)
-        self.mlp_in = linear(width, 4 * width, kernel_init=normal((2 * width) ** -0.5), rngs=rngs)
-        self.mlp_out = linear(4 * width, width, kernel_init=branch, rngs=rngs)
+        self.mlp_in = make(width, 4 * width, kernel_init=normal((2 * width) ** -0.5), rngs=rngs)
+        self.mlp_out = make(4 * width, width, kernel_init=branch, rngs=rngs)
 
     @jax.named_scope("text_encoder")
     def __call__(self, h: jax.Array, _: Any) -> jax.Array:

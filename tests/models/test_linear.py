@@ -1,0 +1,53 @@
+"""The product of a linear layer, and its gradients, are those of jnp.matmul."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from vqd_jax.models import linear
+
+
+def _gradients(function, x, kernel, cotangent):
+    value, back = jax.jit(lambda *a: jax.vjp(function, *a))(x, kernel)
+    return value, *back(cotangent)
+
+
+# Rows of 0 to 3 axes; kernels that are wider, narrower and square.
+@pytest.mark.parametrize("rows", [(), (5,), (3, 4), (2, 3, 4)])
+@pytest.mark.parametrize("sizes", [(6, 10), (10, 6), (7, 7)])
+def test_equals_matmul(rows, sizes):
+    rng = np.random.default_rng(0)
+    x, kernel = rng.normal(size=(*rows, sizes[0])), rng.normal(size=sizes)
+    cotangent = rng.normal(size=(*rows, sizes[1]))
+    by_kernel = np.tensordot(x, cotangent, axes=(range(len(rows)), range(len(rows))))
+    expected = x @ kernel, cotangent @ kernel.T, by_kernel
+    found = _gradients(linear.product, *map(jnp.float32, (x, kernel, cotangent)))
+    for ours, theirs in zip(found, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_bfloat16_summed_in_float32():
+    rng = np.random.default_rng(1)
+    x, kernel = (jnp.asarray(rng.normal(size=s), jnp.bfloat16) for s in ((4, 300), (300, 5)))
+    cotangent = jnp.ones((4, 5), jnp.float32)
+    value, by_x, by_kernel = _gradients(
+        lambda x, kernel: linear.product(x, kernel, jnp.float32), x, kernel, cotangent
+    )
+    assert (value.dtype, by_x.dtype, by_kernel.dtype) == (jnp.float32, jnp.bfloat16, jnp.bfloat16)
+    exact = np.float64(x) @ np.float64(kernel)
+    np.testing.assert_allclose(value, exact, atol=1e-4)
+    np.testing.assert_array_equal(by_kernel[:, 0], by_kernel[:, 4])
+
+
+def test_layer_is_that_of_flax():
+    ours, theirs = (make(6, 9, rngs=nnx.Rngs(0)) for make in (linear.Linear, nnx.Linear))
+    x = jax.random.normal(jax.random.key(0), (2, 5, 6))
+    np.testing.assert_array_equal(ours(x), theirs(x))
+
+    def loss(layer):
+        return jnp.square(layer(x)).sum()
+
+    for a, b in zip(*(jax.tree.leaves(nnx.grad(loss)(m)) for m in (ours, theirs)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5)
