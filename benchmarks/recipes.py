@@ -36,8 +36,8 @@ SETS = {"emoji": emoji, "shapes": shapes}
 # Changes of the set's config, by dotted keys. "as configured" is the config itself.
 ROWS = {
     "as configured": {},
-    "rare concepts more often": {"data.balance_by": "concept"},
-    "all concepts equally often": {"data.balance_by": "concept", "data.balance_power": 0.0},
+    "all pictures equally often": {"data.balance_by": ""},
+    "all concepts equally often": {"data.balance_power": 0.0},
     "AdamW, half the rate": {"training.optimizer": "adamw", "training.learning_rate": 2e-3},
     "half the learning rate": {"training.learning_rate": 2e-3},
     "twice the learning rate": {"training.learning_rate": 8e-3},
@@ -46,10 +46,11 @@ ROWS = {
     "averages of 0.998": {"training.ema_decay": 0.998},
     "batches of 16": {"training.batch_size": 16},
     "batches of 64": {"training.batch_size": 64},
-    "8 layers of 112": {"denoiser.num_layers": 8, "denoiser.width": 112},
+    "6 layers of 128": {"denoiser.num_layers": 6, "denoiser.width": 128},
+    "3 layers of 64": {"denoiser.num_layers": 3, "denoiser.width": 64},
 }
 # Rows that have a meaning on one set alone.
-_ONLY = {"rare concepts more often": "emoji", "all concepts equally often": "emoji"}
+_ONLY = {"all pictures equally often": "emoji", "all concepts equally often": "emoji"}
 
 
 def rows_of(name: str) -> list[str]:
