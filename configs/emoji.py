@@ -1,4 +1,4 @@
-"""Text to emoji on two CPU cores: both stages, from nothing, in a quarter to half an hour.
+"""Text to emoji on two CPU cores: both stages, from nothing, in about half an hour.
 
 python -m vqd_jax.main --config=configs/emoji.py --workdir=DIR
 
@@ -6,9 +6,8 @@ A picture has 32x32 pixels and 8x8 tokens, from a codebook of 128. The denoiser 
 parameters, and a small text encoder is trained with it. A picture is taken by the square root of
 its concept's size: most concepts have one picture, and people have most pictures.
 
-The steps take the time that 2,000 steps of the network of an earlier version took, with 2.1 M
-parameters: 13 minutes on two slow cores that were quiet, and twice as long when they were not. The
-autoencoder and the codes take 3 to 7 minutes more. Captions of 200 training objects then brought
+On two slow cores a run of 2,600 steps took 22.5 minutes, 7 of them for the autoencoder. The figures
+are of 4,400 steps. Captions of 200 training objects then brought
 their own picture, the nearest of all, in 81.0 +- 2.8 %, and those of 200 people in 63.0 +- 3.4 %
 (benchmarks/emoji_retrieval.py --num_steps=10). A token of a training picture cost 1.81 bits, and
 one of a validation picture, whose concept the model never saw, 7.74 bits. docs/training.md compares
