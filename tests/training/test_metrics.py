@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 
 import numpy as np
 from tensorboardX.proto.event_pb2 import Event
@@ -84,3 +86,19 @@ def test_pictures_are_in_the_event_file(tmp_path):
     writer.close()
     (value,) = [v for e in events(tmp_path / "tensorboard") for v in e.summary.value]
     assert (value.image.height, value.image.width) == (2, 3)
+
+
+def test_events_do_not_bring_pytorch(tmp_path):
+    program = (
+        "import importlib.util, sys\n"
+        "from vqd_jax.training.metrics import MetricWriter\n"
+        f"writer = MetricWriter({str(tmp_path)!r}, 0)\n"
+        "writer.write(1, {'loss': 2.0})\n"
+        "writer.close()\n"
+        "assert 'torch' not in sys.modules\n"
+        "if importlib.util.find_spec('torch'):\n"
+        "    import torch\n"
+        "    assert torch.ones(2).sum() == 2\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+    assert [e.step for e in events(tmp_path / "tensorboard") if e.summary.value] == [1]

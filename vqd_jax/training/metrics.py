@@ -26,10 +26,7 @@ class MetricWriter:
         self._path = Path(workdir) / "metrics.jsonl"
         if self._path.exists():
             _put_aside(self._path, step)
-        # It imports PyTorch where there is one, whose memory sampling shall not pay for.
-        from tensorboardX import SummaryWriter
-
-        self._events = SummaryWriter(
+        self._events = _summary_writer()(
             str(Path(workdir) / "tensorboard"),
             purge_step=step + 1,
             # Any number may wait: on a full disk the thread that writes them has ended, and the run
@@ -63,6 +60,23 @@ class MetricWriter:
         """Closes the event file."""
         if self._active:
             self._events.close()
+
+
+def _summary_writer() -> type:
+    """tensorboardX's writer of events; sampling does not need it.
+
+    tensorboardX imports PyTorch where there is one, for the names of its types only. That takes
+    seconds and memory at the start of every run, and is left out.
+    """
+    spared = "torch" not in sys.modules
+    if spared:
+        sys.modules["torch"] = None  # ``import torch`` is an ImportError now.
+    try:
+        from tensorboardX import SummaryWriter
+    finally:
+        if spared:
+            del sys.modules["torch"]
+    return SummaryWriter
 
 
 def _put_aside(path: Path, step: int) -> None:
