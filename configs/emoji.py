@@ -1,17 +1,16 @@
-"""Text to emoji on two CPU cores: both stages, from nothing, in about half an hour.
+"""Text to emoji on two CPU cores: both stages, from nothing, in a quarter of an hour.
 
 python -m vqd_jax.main --config=configs/emoji.py --workdir=DIR
 
-A picture has 32x32 pixels and 8x8 tokens, from a codebook of 128. The denoiser has 0.8 M
+A picture has 32x32 pixels and 8x8 tokens, from a codebook of 128. The denoiser has 0.4 M
 parameters, and a small text encoder is trained with it. A picture is taken by the square root of
 its concept's size: most concepts have one picture, and people have most pictures.
 
-On two slow cores a run of 2,600 steps took 22.5 minutes, 7 of them for the autoencoder. The figures
-are of 4,400 steps. Captions of 200 training objects then brought
-their own picture, the nearest of all, in 81.0 +- 2.8 %, and those of 200 people in 63.0 +- 3.4 %
-(benchmarks/emoji_retrieval.py --num_steps=10). A token of a training picture cost 1.81 bits, and
-one of a validation picture, whose concept the model never saw, 7.74 bits. docs/training.md compares
-sizes.
+A run on two slow cores, with huge pages (docs/performance.md), took 15.5 minutes. Captions of 200
+training objects then brought their own picture, the nearest of all, in 46.0 +- 3.5 %, and those of
+200 people in 46.0 +- 3.5 % (benchmarks/emoji_retrieval.py --num_steps=25). A token of a training
+picture cost 3.17 bits, and one of a validation picture, whose concept the model never saw, 6.76
+bits. Most is learned late: longer runs are far better, and docs/training.md has their figures.
 """
 
 from vqd_jax.config import default_config
@@ -23,20 +22,21 @@ def get_config():
     # make better pictures than codes that keep every detail.
     config.autoencoder.num_codes = 128
     config.autoencoder.revival_threshold = 0.05
-    config.autoencoder.num_steps = 2000
+    config.autoencoder.num_steps = 1500
     config.text_encoder.context_length = 32
     config.data.balance_by = "concept"
     # A small network takes more steps in the same time, and learns more in it.
-    config.denoiser.width = 96
+    config.denoiser.width = 64
     config.denoiser.num_layers = 4
     config.denoiser.init_std = 0.06
-    config.denoiser.scan_unroll = 4
-    config.training.num_steps = 4400
+    config.training.num_steps = 3400
+    # Two cores wait less for each other between steps that are one program.
+    config.training.steps_per_call = 10
     config.training.optimizer = "muon"
     config.training.learning_rate = 4e-3
     config.training.auxiliary_weight = 1e-2
     config.training.ema_decay = 0.995
-    config.training.eval_every = 2200
+    config.training.eval_every = 1700
     config.training.save_every = 500
     config.sampling.guidance_scale = 1.5
     config.sampling.prompts = (

@@ -40,10 +40,12 @@ gc.freeze()
 gc.set_threshold(200_000, 50, 50)
 
 # Files that take longest begin first, so that no worker is left alone with one at the end. (Without
-# ``--no-loadscope-reorder``, xdist begins with the files of most tests.)
+# ``--no-loadscope-reorder``, xdist begins with the files of most tests.) The first one makes
+# ``tiny_run``; what is beside it must not wait for that.
 _LONGEST = (
-    "parallel/test_processes.py", "test_main.py", "test_mistakes.py", "test_reliability.py",
-    "data/test_kills.py", "web/test_page.py", "test_bulk.py",
+    "test_main.py", "test_bulk.py", "data/test_kills.py", "parallel/test_processes.py",
+    "test_reliability.py", "test_mistakes.py", "web/test_page.py", "training/test_distil.py",
+    "training/test_stage_two.py",
 )  # fmt: skip
 
 

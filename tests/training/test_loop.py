@@ -108,6 +108,25 @@ def test_a_run_that_broke_off_ends_as_the_one_that_did_not(tmp_path):
     assert sorted(metrics(tmp_path / "whole")) == list(range(2, 21, 2))
 
 
+@pytest.mark.parametrize("steps_per_call", [3, 7, 20, 64])
+def test_the_last_call_has_the_steps_that_are_left(tmp_path, steps_per_call):
+    schedule = dataclasses.replace(SCHEDULE, steps_per_call=steps_per_call)
+    # The second start goes on from a step that is no multiple.
+    for num_steps in (11, 20):
+        several = dataclasses.replace(schedule, num_steps=num_steps)
+        found = loop.fit(Sum(None, -1), several, place_in(tmp_path / "several"))
+        expected = fit(tmp_path / "one", num_steps)
+        assert int(found.step) == num_steps
+        # A scan may order the sums of a step in another way.
+        np.testing.assert_allclose(found.total, expected.total, rtol=1e-5, atol=1e-5)
+    logged, wanted = metrics(tmp_path / "several"), metrics(tmp_path / "one")
+    assert {11, 20} <= set(logged) <= {*range(21)}
+    for step, loss in logged.items():
+        assert loss == pytest.approx(wanted.get(step, loss), rel=1e-5)
+    saved = sorted(p.name for p in (tmp_path / "several" / "checkpoints").iterdir())
+    assert saved[-1] == "20" and len(saved) == 2
+
+
 def test_the_saved_state_is_not_touched_by_later_steps(tmp_path):
     # The write goes on in the background while later steps overwrite donated buffers.
     at_fifteen = fit(tmp_path / "short", num_steps=15)

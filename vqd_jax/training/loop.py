@@ -5,7 +5,6 @@ It knows no model; a task does (``task.py``). One process or many run the same l
 
 import contextlib
 import dataclasses
-import functools
 import signal
 import time
 from collections.abc import Iterable
@@ -76,7 +75,7 @@ class Schedule:
       log_every, eval_every, save_every: steps. All are due after the last step, too. What is due
         between the steps of one call is done after it.
       keep_checkpoints: how many are kept; the newest stay.
-      steps_per_call: steps in one compiled program, a divisor of what is left of ``num_steps``.
+      steps_per_call: steps in one compiled program. The last call has those that are left.
       profile_steps: steps that are traced to ``directory/profile``, after the first calls.
     """
 
@@ -98,6 +97,10 @@ class Schedule:
     def due(self, every: int, before: int, step: int) -> bool:
         """Whether the call that went from ``before`` to ``step`` passed a multiple, or is last."""
         return step == self.num_steps or before // every < step // every
+
+    def call_after(self, step: int) -> int:
+        """The number of steps of the call that begins after ``step``."""
+        return min(self.steps_per_call, self.num_steps - step)
 
 
 class Place(NamedTuple):
@@ -132,7 +135,7 @@ def fit(task: Task, schedule: Schedule, place: Place) -> Any:
         saved = Checkpoints(place.checkpoints, schedule.keep_checkpoints)
         # Whatever ends the run, a write that has begun is completed.
         stack.callback(saved.close)
-        fetch = functools.partial(_next_batches, mesh=place.mesh, count=schedule.steps_per_call)
+        fetch = _Fetch(schedule, place.mesh)
         iterator = order.Ahead(iter(task.batches), fetch)
         if saved.latest_step is None:
             state = task.begin(task_lib.init_state(task, place.mesh))
@@ -145,7 +148,7 @@ def fit(task: Task, schedule: Schedule, place: Place) -> Any:
             done = f"{task.name} is done ({step} steps in {place.directory})"
             logging.info("%s; nothing is left to do", done)
             return state
-        _require_whole_calls(schedule, step)
+        fetch.step = step
         if step:
             logging.info("%s goes on from step %d in %s", task.name, step, place.directory)
         writer = stack.enter_context(contextlib.closing(MetricWriter(place.directory, step)))
@@ -154,15 +157,6 @@ def fit(task: Task, schedule: Schedule, place: Place) -> Any:
             postponed.clear()
         run = stack.enter_context(_Run(task, schedule, place, saved, writer, step))
         return run.finish(state, iterator)
-
-
-def _require_whole_calls(schedule: Schedule, step: int) -> None:
-    left = schedule.num_steps - step
-    if left % schedule.steps_per_call:
-        raise UserError(
-            f"config.training.steps_per_call={schedule.steps_per_call} does not divide the "
-            f"{left} steps that are left; choose a divisor"
-        )
 
 
 class _Run(contextlib.ExitStack):
@@ -184,7 +178,7 @@ class _Run(contextlib.ExitStack):
         schedule, last = self._schedule, None
         while self._step < schedule.num_steps and not self._sigterm.raised:
             state, metrics = self._train_step(state, next(iterator))
-            before, self._step = self._step, self._step + schedule.steps_per_call
+            before, self._step = self._step, self._step + schedule.call_after(self._step)
             self._sigterm.after_steps(range(before + 1, self._step + 1))
             self._profiler.after_call(metrics)
             log, evaluate, save = (
@@ -198,7 +192,7 @@ class _Run(contextlib.ExitStack):
                 _require_finite(last, self._saved)
             if log:
                 self._log(metrics)
-            self._bar.update(schedule.steps_per_call)
+            self._bar.update(self._step - before)
             with self._speed.paused():
                 # Before the save: what a kill cuts off in here is done again after the restart.
                 if evaluate and self._sigterm.raised:
@@ -244,12 +238,26 @@ class _Postponed:
             self._path.unlink()
 
 
-def _next_batches(iterator, mesh: Mesh, count: int) -> Any:
-    """The next batch on the mesh; of more than one, their stack."""
-    if count == 1:
-        return sharding.put_batch(next(iterator), mesh)
-    batches = [next(iterator) for _ in range(count)]
-    return sharding.put_batch(jax.tree.map(lambda *x: np.stack(x), *batches), mesh, leading=1)
+class _Fetch:
+    """Puts the batches of one call after the other on the mesh, up to the last step of a run.
+
+    Where calls have several steps, the batches of a call are stacked.
+    """
+
+    def __init__(self, schedule: Schedule, mesh: Mesh):
+        self._schedule, self._mesh = schedule, mesh
+        self.step = 0  # after which the next call begins
+
+    def __call__(self, iterator: grain.DatasetIterator) -> Any:
+        count = self._schedule.call_after(self.step)
+        if count <= 0:
+            raise StopIteration
+        batches = [next(iterator) for _ in range(count)]
+        self.step += count
+        if self._schedule.steps_per_call == 1:
+            return sharding.put_batch(batches[0], self._mesh)
+        stack = jax.tree.map(lambda *x: np.stack(x), *batches)
+        return sharding.put_batch(stack, self._mesh, leading=1)
 
 
 class _Profiler(contextlib.ExitStack):

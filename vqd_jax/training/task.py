@@ -70,7 +70,7 @@ def jit_step(task: Task, mesh: Mesh, steps_per_call: int = 1) -> Callable:
     """The compiled step, on one device or on thousands; it consumes the state that it is given.
 
     With ``steps_per_call`` S > 1 it is S steps: the leaves of the batch have S as an axis before
-    their rows, and so have the metrics.
+    their rows, and so have the metrics. A call of fewer steps is another program.
     """
     placed, several = _places(task, mesh), steps_per_call > 1
     step = functools.partial(task.train_step, placement=sharding.placement(mesh))
