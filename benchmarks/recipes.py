@@ -67,6 +67,8 @@ def row_config(name: str, row: str, seed: int, num_steps: int, tokenizer: Path) 
     config.training.num_steps = num_steps
     config.training.eval_every = num_steps
     config.training.save_every = max(num_steps // 4, 1)
+    # As they are timed.
+    config.training.steps_per_call = 1
     config_lib.validate(config)
     return config
 
