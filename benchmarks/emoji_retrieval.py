@@ -14,7 +14,8 @@ squares, at 16x16, and a tie counts against. ``--features`` adds EfficientNet-Li
 A model of a folder of one's own, such as one that was fine-tuned, is asked for all its training
 captions among its training pictures, and for all held-out ones among all pictures;
 ``--data=emoji_text`` asks it for what its base knew, and ``--data=image_text_folder
---dir=PICTURES`` asks any model for those pictures.
+--dir=PICTURES`` asks any model for those pictures. Where the model's own training pictures have
+the same captions, a row says how often these are the nearest: what a perfect memory would have.
 
 The ceiling is the same for the true pictures after a pass through the tokenizer. PSNR is to the
 true picture. Sharpness is the mean squared difference of neighbouring pixels over that of the true
@@ -166,7 +167,10 @@ def main() -> None:
     parser.add_argument("--dir", default="", help="of its files")
     chosen = parser.parse_args()
     model = VQDiffusion.from_pretrained(chosen.model)
+    remembered = {}
     if chosen.data:
+        own = read(encode.data_set(model.config), model.config.data.image_size, SPLITS[:1])
+        remembered = dict(zip(own.captions, own.pixels, strict=True))
         model.config.data.update({"name": chosen.data, "dir": chosen.dir, "hold_out": ()})
     builder = encode.data_set(model.config)
     records = read(builder, model.config.data.image_size, SPLITS)
@@ -206,6 +210,9 @@ def main() -> None:
             f"{name}: through the tokenizer", model.reconstruct(records.pixels[asked.places]), asked
         )
         prompts = [records.captions[place] for place in asked.places]
+        if remembered and remembered.keys() >= set(prompts):
+            pictures = np.stack([remembered[prompt] for prompt in prompts])
+            line(f"{name}: the model's own training pictures", pictures, asked)
         for values in itertools.product(*(getattr(chosen, name) for name in SWEPT)):
             given = zip(SWEPT, values, strict=True)
             options = {key: value for key, value in given if value is not None}

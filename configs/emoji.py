@@ -6,11 +6,11 @@ A picture has 32x32 pixels and 8x8 tokens, from a codebook of 128. The denoiser 
 parameters, and a small text encoder is trained with it. A picture is taken by the square root of
 its concept's size: most concepts have one picture, and people have most pictures.
 
-A run on two slow cores, with huge pages (docs/performance.md), took 15.5 minutes. Captions of 200
-training objects then brought their own picture, the nearest of all, in 46.0 +- 3.5 %, and those of
-200 people in 46.0 +- 3.5 % (benchmarks/emoji_retrieval.py --num_steps=25). A token of a training
-picture cost 3.17 bits, and one of a validation picture, whose concept the model never saw, 6.76
-bits. Most is learned late: longer runs are far better, and docs/training.md has their figures.
+A run on two cores, with huge pages (docs/performance.md), took 11.5 minutes; on a slow day the same
+cores take twenty. Captions of 200 training objects then brought their own picture, the nearest of
+all, in 66.0 +- 3.4 %, and those of 200 people in 52.5 +- 3.5 % (benchmarks/emoji_retrieval.py
+--num_steps=25). A token of a training picture cost 2.43 bits, and one of a validation picture,
+whose concept the model never saw, 7.52 bits. docs/training.md has the figures of other sizes.
 """
 
 from vqd_jax.config import default_config
@@ -29,14 +29,14 @@ def get_config():
     config.denoiser.width = 64
     config.denoiser.num_layers = 4
     config.denoiser.init_std = 0.06
-    config.training.num_steps = 3400
+    config.training.num_steps = 4400
     # Ten steps in one program are faster on two cores than ten programs.
     config.training.steps_per_call = 10
     config.training.optimizer = "muon"
     config.training.learning_rate = 4e-3
     config.training.auxiliary_weight = 1e-2
     config.training.ema_decay = 0.995
-    config.training.eval_every = 1700
+    config.training.eval_every = 2200
     config.training.save_every = 500
     config.sampling.guidance_scale = 1.5
     config.sampling.prompts = (
