@@ -30,6 +30,7 @@ from typing import NamedTuple
 import numpy as np
 
 from vqd_jax.data import batches, encode, images
+from vqd_jax.errors import UserError
 from vqd_jax.evaluation import distances, features, measures
 from vqd_jax.pipeline import VQDiffusion
 
@@ -148,6 +149,15 @@ def of_model(model: VQDiffusion, count: int) -> dict[str, float]:
     return found
 
 
+def remembered_by(model: VQDiffusion) -> dict[str, np.ndarray]:
+    """The model's own training pictures by caption; none where they are not on this machine."""
+    try:
+        own = read(encode.data_set(model.config), model.config.data.image_size, SPLITS[:1])
+    except UserError:
+        return {}
+    return dict(zip(own.captions, own.pixels, strict=True))
+
+
 def numbers(kind):
     return lambda text: [kind(part) for part in text.split(",")]
 
@@ -167,10 +177,8 @@ def main() -> None:
     parser.add_argument("--dir", default="", help="of its files")
     chosen = parser.parse_args()
     model = VQDiffusion.from_pretrained(chosen.model)
-    remembered = {}
+    remembered = remembered_by(model) if chosen.data else {}
     if chosen.data:
-        own = read(encode.data_set(model.config), model.config.data.image_size, SPLITS[:1])
-        remembered = dict(zip(own.captions, own.pixels, strict=True))
         model.config.data.update({"name": chosen.data, "dir": chosen.dir, "hold_out": ()})
     builder = encode.data_set(model.config)
     records = read(builder, model.config.data.image_size, SPLITS)
