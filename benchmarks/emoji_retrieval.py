@@ -177,8 +177,9 @@ def main() -> None:
     parser.add_argument("--dir", default="", help="of its files")
     chosen = parser.parse_args()
     model = VQDiffusion.from_pretrained(chosen.model)
-    remembered = remembered_by(model) if chosen.data else {}
+    remembered = {}
     if chosen.data:
+        remembered = remembered_by(model)
         model.config.data.update({"name": chosen.data, "dir": chosen.dir, "hold_out": ()})
     builder = encode.data_set(model.config)
     records = read(builder, model.config.data.image_size, SPLITS)
