@@ -6,11 +6,12 @@ A picture has 32x32 pixels and 8x8 tokens, from a codebook of 128. The denoiser 
 parameters, and a small text encoder is trained with it. A picture is taken by the square root of
 its concept's size: most concepts have one picture, and people have most pictures.
 
-A run on two cores, with huge pages (docs/performance.md), took 11.5 minutes; on a slow day
-3,400 of the 4,400 steps took 15.5. Captions of 200 training objects then brought their own picture, the nearest of
-all, in 66.0 +- 3.4 %, and those of 200 people in 52.5 +- 3.5 % (benchmarks/emoji_retrieval.py
---num_steps=25). A token of a training picture cost 2.43 bits, and one of a validation picture,
-whose concept the model never saw, 7.52 bits. docs/training.md has the figures of other sizes.
+A run on two cores, with huge pages (docs/performance.md), took 11.5 minutes; on a slow day 3,400 of
+the 4,400 steps took 15.5. Captions of 200 training objects then brought their own picture, the
+nearest of all, in 66.0 +- 3.4 %, and those of 200 people in 52.5 +- 3.5 %
+(benchmarks/emoji_retrieval.py --num_steps=25). A token of a training picture cost 2.43 bits, and
+one of a validation picture, whose concept the model never saw, 7.52 bits. docs/training.md has the
+figures of other sizes.
 """
 
 from vqd_jax.config import default_config
