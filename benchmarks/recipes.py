@@ -119,7 +119,8 @@ def drawn_right(name: str, model: VQDiffusion) -> dict[str, float]:
         return attribute_accuracy.of_model(model, 100)
     import emoji_retrieval
 
-    return emoji_retrieval.of_model(model, 100)
+    found = emoji_retrieval.of_model(model, 100)
+    return {name: float(nearest.mean()) for name, nearest in found.items()}
 
 
 def report(place: Path, name: str, seeds: int, chosen: list[str]) -> None:

@@ -25,6 +25,8 @@ def get_config():
     config.denoiser.width = 32
     config.denoiser.num_layers = 2
     config.denoiser.num_heads = 2
+    # A run is then the same on every processor.
+    config.denoiser.product_dtype = "float32"
     config.diffusion.num_steps = 10
     config.training.num_steps = 40
     config.training.warmup_steps = 5

@@ -42,7 +42,7 @@ def default_config() -> ConfigDict:
     text = TextEncoderConfig(VOCAB_SIZE, context_length=77, width=64, num_layers=2, num_heads=2)
     denoiser = DenoiserConfig(
         num_codes=512, grid=(8, 8), num_steps=100, width=128, num_layers=6, num_heads=4,
-        text_width=64,
+        text_width=64, product_dtype="auto",
     )  # fmt: skip
     sections = {name: _fields(options()) for name, options in OPTIONS.items()}
     # A path names trained weights; '' trains them here. An autoencoder is a model folder or a
@@ -50,7 +50,7 @@ def default_config() -> ConfigDict:
     sections["autoencoder"] = (
         {"path": ""} | _fields(codec, "image_size") | _fields(AutoencoderOptions())
     ) | {"codebook_size": 0}
-    sections["text_encoder"] = {"path": ""} | _fields(text, "dtype")
+    sections["text_encoder"] = {"path": ""} | _fields(text, "dtype", "product_dtype")
     derived = ("num_codes", "grid", "num_steps", "text_width")
     sections["denoiser"] = _fields(denoiser, *derived) | {"position_table": ()}
     order = ("data", "autoencoder", "text_encoder", "denoiser", *OPTIONS)
@@ -102,6 +102,7 @@ MAY_CHANGE = (
     "training.evaluate_pictures",
     "training.best_metric",
     "mesh.",
+    "denoiser.product_dtype",
     "denoiser.remat",
     "denoiser.scan_unroll",
     "evaluation.",
@@ -194,7 +195,8 @@ def model_config(config: ConfigDict) -> ConditionedDenoiserConfig:
     c = config.denoiser
     grid = autoencoder_config(config).grid_size
     has_text = c.condition == "text"
-    text_encoder = _build(TextEncoderConfig, config.text_encoder, dtype=c.dtype)
+    dtypes = {"dtype": c.dtype, "product_dtype": c.product_dtype}
+    text_encoder = _build(TextEncoderConfig, config.text_encoder, **dtypes)
     denoiser = _build(
         DenoiserConfig,
         c,

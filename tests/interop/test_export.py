@@ -22,7 +22,7 @@ TEXT = {"num_heads": 4, "remap": str(GOLDEN / "text_model_mapping.pt")}
 def load(tmp_path_factory, source, **options):
     target = tmp_path_factory.mktemp("models") / "model"
     convert.convert(str(GOLDEN / source), str(target), **options)
-    return VQDiffusion.from_pretrained(str(target))
+    return VQDiffusion.from_pretrained(str(target), dtype="float32")
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +81,9 @@ def assert_same(ours, back):
 
 def test_diffusers_layout_comes_back(pipeline_model, exported, tmp_path):
     convert.convert(str(exported), str(tmp_path / "back"))
-    assert_same(pipeline_model, VQDiffusion.from_pretrained(str(tmp_path / "back")))
+    assert_same(
+        pipeline_model, VQDiffusion.from_pretrained(str(tmp_path / "back"), dtype="float32")
+    )
 
 
 def test_diffusers_gives_the_same_logits(pipeline_model, theirs):
@@ -154,7 +156,7 @@ def test_published_layout_comes_back(text_model, tmp_path):
             np.testing.assert_allclose(tensor.numpy()[finite], stored[finite], rtol=2e-6)
     options = TEXT | {"remap": str(tmp_path / "model_mapping.pt")}
     convert.convert(str(tmp_path / "model.pth"), str(tmp_path / "back"), **options)
-    assert_same(text_model, VQDiffusion.from_pretrained(str(tmp_path / "back")))
+    assert_same(text_model, VQDiffusion.from_pretrained(str(tmp_path / "back"), dtype="float32"))
 
 
 def test_what_a_layout_cannot_hold_is_an_error(tmp_path_factory, tmp_path):

@@ -81,7 +81,7 @@ def source(codec, params, tmp_path_factory):
 def model(source, tmp_path_factory):
     target = tmp_path_factory.mktemp("models") / "ithq"
     convert.convert(str(source), str(target), num_heads=4)
-    return VQDiffusion.from_pretrained(str(target))
+    return VQDiffusion.from_pretrained(str(target), dtype="float32")
 
 
 def test_what_was_found(model):
@@ -108,7 +108,7 @@ def test_the_tokenizer_gives_the_published_numbers(model, numbers):
 def test_the_networks_are_the_given_ones(model, source, params, weights, tmp_path):
     if weights == "raw":
         convert.convert(str(source), str(tmp_path / "raw"), num_heads=4, weights="raw")
-        model = VQDiffusion.from_pretrained(str(tmp_path / "raw"))
+        model = VQDiffusion.from_pretrained(str(tmp_path / "raw"), dtype="float32")
     given = {name: params[name] for name in ("text_encoder", "null_text")}
     given["denoiser"] = params["denoiser" if weights == "ema" else "raw"]
     exact = conditioned.bind(CONFIG, given)

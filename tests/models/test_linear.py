@@ -41,8 +41,39 @@ def test_bfloat16_summed_in_float32():
     np.testing.assert_array_equal(by_kernel[:, 0], by_kernel[:, 4])
 
 
+def test_rounded_products_are_summed_in_float32():
+    rng = np.random.default_rng(2)
+    sizes = (3, 40, 300), (300, 50), (3, 40, 50)
+    x, kernel, cotangent = (jnp.asarray(rng.normal(size=size), jnp.float32) for size in sizes)
+    found = _gradients(
+        lambda x, kernel: linear.product(x, kernel, None, "bfloat16"), x, kernel, cotangent
+    )
+    a, b, c = (np.float64(y.astype(jnp.bfloat16)) for y in (x, kernel, cotangent))
+    expected = a @ b, c @ b.T, np.tensordot(a, c, axes=((0, 1), (0, 1)))
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.dtype == jnp.float32
+        np.testing.assert_allclose(ours, theirs, atol=1e-4)
+    # Rounding is seen: without it the sums would be those of the inputs.
+    assert np.abs(found[0] - np.float64(x) @ np.float64(kernel)).max() > 0.05
+
+
+@pytest.mark.parametrize("has", [False, True])
+@pytest.mark.parametrize("platform", ["cpu", "tpu", "cuda"])
+def test_auto_rounds_on_a_cpu_with_such_products(monkeypatch, has, platform):
+    monkeypatch.setattr(linear, "cpu_has_bfloat16", lambda: has)
+    make = nnx.eval_shape(lambda: linear.layer(jnp.float32, "auto")(8, 4, rngs=nnx.Rngs(0)))
+    graph, params = nnx.split(make)
+
+    def loss(params, x):
+        return jnp.square(nnx.merge(graph, params)(x)).sum()
+
+    traced = jax.jit(jax.grad(loss)).trace(params, jax.ShapeDtypeStruct((2, 8), jnp.float32))
+    program = traced.lower(lowering_platforms=(platform,)).as_text()
+    assert ("bf16" in program) == (has and platform == "cpu")
+
+
 def test_layer_is_that_of_flax():
-    ours, theirs = (make(6, 9, rngs=nnx.Rngs(0)) for make in (linear.Linear, nnx.Linear))
+    ours, theirs = (make(6, 9, rngs=nnx.Rngs(0)) for make in (linear.layer(None), nnx.Linear))
     x = jax.random.normal(jax.random.key(0), (2, 5, 6))
     np.testing.assert_array_equal(ours(x), theirs(x))
 

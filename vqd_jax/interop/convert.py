@@ -181,7 +181,8 @@ def model_config(parts: Mapping[str, Part]) -> ConfigDict:
     for name, found in sizes.items():
         section = config[name]
         for field, value in dataclasses.asdict(found).items():
-            if field in section:
+            # How a model computes is no part of what was published.
+            if field in section and field != "product_dtype":
                 # A config has no None: an empty value of the field's type says the same.
                 section[field] = type(section[field])() if value is None else value
     config.data.image_size = codec.image_size

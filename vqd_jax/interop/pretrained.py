@@ -145,7 +145,9 @@ def text_features(config: ConfigDict) -> TextFeatures | None:
     """
     if not config.data.cache_text_features:
         return None
-    sizes = dataclasses.replace(config_lib.model_config(config).text_encoder, dtype="float32")
+    # Features that are kept must not depend on the processor.
+    exact = {"dtype": "float32", "product_dtype": "float32"}
+    sizes = dataclasses.replace(config_lib.model_config(config).text_encoder, **exact)
     params = load_text_encoder(config)
     compute = jax.jit(lambda params, ids: text_encoder.bind(sizes, params)(ids))
     return TextFeatures(functools.partial(compute, params), sizes.width, files.fingerprint(params))
@@ -267,7 +269,7 @@ def _in_dtype(params: Any, config: ConfigDict, dtype: str | None) -> Any:
     if dtype is not None:
         if dtype not in ("float32", "bfloat16"):
             raise UserError(f"dtype={dtype!r}: must be float32 or bfloat16")
-        config.denoiser.dtype = dtype
+        config.denoiser.dtype = config.denoiser.product_dtype = dtype
         params = jax.tree.map(lambda x: x.astype(dtype), params)
     sharding.warn_of_slow_dtype(config, jax.devices()[0])
     return params
@@ -282,8 +284,8 @@ def load_model(
 
     Args:
       directory: the folder, or the name of a packaged model.
-      dtype: "float32" or "bfloat16", in which the text encoder and the denoiser compute and keep
-        their parameters; None is that of the config, with parameters as they are stored.
+      dtype: "float32" or "bfloat16", in which the text encoder and the denoiser compute, products
+        too, and keep their parameters; None is that of the config, with parameters as stored.
       place: called with every array of a model folder as soon as it is read.
 
     Raises:

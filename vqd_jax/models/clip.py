@@ -34,6 +34,7 @@ class ImageEncoderConfig:
       patch_size: P, in pixels.
       width, num_layers, num_heads: D, number of blocks, number of heads.
       dtype: compute dtype, "float32" or "bfloat16".
+      product_dtype: what the inputs of products with weights are rounded to; see ``linear``.
     """
 
     image_size: int
@@ -42,6 +43,7 @@ class ImageEncoderConfig:
     num_layers: int
     num_heads: int
     dtype: str = "float32"
+    product_dtype: str = "float32"
 
     def __post_init__(self):
         require_divisible(self, "image_encoder.", width="num_heads", image_size="patch_size")

@@ -52,6 +52,8 @@ class DenoiserConfig:
       init_std: standard deviation of the initial weights. The published code has 0.02; narrow
         networks learn faster from larger weights.
       dtype: compute dtype, "float32" or "bfloat16"; parameters are float32.
+      product_dtype: what the inputs of products with weights are rounded to: "float32", "bfloat16",
+        or "auto", which is bfloat16 on a CPU with instructions for it and float32 elsewhere.
     """
 
     num_codes: int
@@ -71,6 +73,7 @@ class DenoiserConfig:
     scan_unroll: int = 1
     init_std: float = 0.02
     dtype: str = "float32"
+    product_dtype: str = "float32"
 
     def __post_init__(self):
         sizes = dict.fromkeys(("width", "num_layers", "num_heads", "mlp_ratio", "scan_unroll"), 1)
@@ -80,6 +83,7 @@ class DenoiserConfig:
         require_divisible(self, "denoiser.", width="num_heads")
         of_model = {"condition": CONDITIONS, "mlp": ("fc", "conv")}
         of_program = {"remat": attention.REMAT_POLICIES, "dtype": attention.DTYPES}
+        of_program["product_dtype"] = linear.PRODUCT_DTYPES
         require_choice(self, "denoiser.", **of_model, **of_program)
         if self.condition == "text" and self.text_width < 1:
             raise ValueError(f"denoiser.text_width={self.text_width}: must be positive")
@@ -153,7 +157,8 @@ class Block(nnx.Module):
         self, config: DenoiserConfig, *, rngs: nnx.Rngs, placement: Placement = ONE_DEVICE
     ):
         dtype = attention.float_dtype(config.dtype)
-        make_linear = functools.partial(linear.Linear, kernel_init=normal(config), dtype=dtype)
+        make = linear.layer(dtype, config.product_dtype)
+        make_linear = functools.partial(make, kernel_init=normal(config))
         width, hidden = config.width, config.width * config.mlp_ratio
         make_attention = functools.partial(
             attention.Attention,
@@ -306,7 +311,9 @@ class Denoiser(nnx.Module):
         it their rounding errors.
         """
         kernel, bias = self.to_logits.kernel[...], self.to_logits.bias[...]
-        return linear.product(h, kernel.astype(h.dtype), jnp.float32) + bias[None, None]
+        rounding = self.config.product_dtype
+        made = linear.product(h, kernel.astype(h.dtype), jnp.float32, rounding)
+        return made + bias[None, None]
 
     def __call__(
         self, tokens: jax.Array, time: jax.Array, condition: jax.Array | None = None

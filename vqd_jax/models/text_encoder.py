@@ -31,6 +31,7 @@ class TextEncoderConfig:
       normalize: scale the feature of every position to length 1, as VQ-Diffusion does with the
         features of the pretrained tower.
       dtype: compute dtype, "float32" or "bfloat16".
+      product_dtype: what the inputs of products with weights are rounded to; see ``linear``.
     """
 
     vocab_size: int
@@ -40,6 +41,7 @@ class TextEncoderConfig:
     num_heads: int
     normalize: bool = False
     dtype: str = "float32"
+    product_dtype: str = "float32"
 
     def __post_init__(self):
         sizes = dict.fromkeys(("width", "num_layers", "num_heads"), 1)
@@ -51,7 +53,7 @@ class EncoderBlock(nnx.Module):
     """One layer of either tower of CLIP: pre-norm attention and MLP, both added to the stream.
 
     Args:
-      config: has ``width``, ``num_layers``, ``num_heads`` and ``dtype``.
+      config: has ``width``, ``num_layers``, ``num_heads``, ``dtype`` and ``product_dtype``.
       causal: no position attends to a later one.
       rngs: with a ``params`` stream.
       placement: of the activations on several devices.
@@ -63,7 +65,7 @@ class EncoderBlock(nnx.Module):
         width, dtype = config.width, attention.float_dtype(config.dtype)
         normal = nnx.initializers.normal
         # Initial scales of the published tower: a branch of a deeper network starts smaller.
-        make = functools.partial(linear.Linear, dtype=dtype)
+        make = linear.layer(dtype, config.product_dtype)
         make_linear = functools.partial(make, kernel_init=normal(width**-0.5))
         branch = normal((2 * width * config.num_layers) ** -0.5)
         self.causal = causal
