@@ -40,7 +40,7 @@ from vqd_jax.data.text import ClipTokenizer
 from vqd_jax.diffusion import draws, sampler, shaping
 from vqd_jax.evaluation import likelihood
 from vqd_jax.interop import pretrained
-from vqd_jax.models import attention, conditioned, functional
+from vqd_jax.models import attention, conditioned, functional, linear
 from vqd_jax.models.denoiser import DenoiserConfig, normal
 from vqd_jax.models.text_encoder import TextEncoder, TextEncoderConfig
 from vqd_jax.parallel import rows, sharding
@@ -90,16 +90,17 @@ class CausalBlock(nnx.Module):
 
     def __init__(self, config: CausalConfig, *, rngs: nnx.Rngs):
         d, dtype = config.denoiser, attention.float_dtype(config.denoiser.dtype)
-        linear = functools.partial(nnx.Linear, kernel_init=normal(d), dtype=dtype)
+        layer = linear.layer(dtype, d.product_dtype)
+        make_linear = functools.partial(layer, kernel_init=normal(d))
         attend = functools.partial(
-            attention.Attention, d.width, num_heads=d.num_heads, make_linear=linear, rngs=rngs
+            attention.Attention, d.width, num_heads=d.num_heads, make_linear=make_linear, rngs=rngs
         )
         norm = functools.partial(nnx.LayerNorm, d.width, epsilon=1e-5, dtype=dtype, rngs=rngs)
         self.norm_self, self.norm_cross, self.norm_mlp = norm(), norm(), norm()
         self.self_attention = attend(d.width)
         self.cross_attention = attend(d.text_width)
-        self.mlp_in = linear(d.width, config.hidden, rngs=rngs)
-        self.mlp_out = linear(config.hidden, d.width, rngs=rngs)
+        self.mlp_in = make_linear(d.width, config.hidden, rngs=rngs)
+        self.mlp_out = make_linear(config.hidden, d.width, rngs=rngs)
 
     def __call__(self, h: jax.Array, context) -> jax.Array:
         """All positions at once: [R, N, D] and keys and values [R, L, H, D/H] -> [R, N, D]."""
@@ -171,9 +172,8 @@ class Causal(nnx.Module):
             lambda rngs: CausalBlock(config, rngs=rngs), d.num_layers, rngs
         )
         self.norm_out = nnx.LayerNorm(d.width, epsilon=1e-5, dtype=dtype, rngs=rngs)
-        self.to_logits = nnx.Linear(
-            d.width, d.num_codes, kernel_init=normal(d), dtype=dtype, rngs=rngs
-        )
+        layer = linear.layer(dtype, d.product_dtype)
+        self.to_logits = layer(d.width, d.num_codes, kernel_init=normal(d), rngs=rngs)
 
     def positions(self) -> jax.Array:
         """[N, D]: row plus column embedding of the token that is predicted."""

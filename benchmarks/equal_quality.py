@@ -55,9 +55,12 @@ def captions(count: int):
 
 def drawer(side: str, folder: Path, student: str):
     """(prompts, steps, seed) -> uint8 [P, S, S, 3], all in one batch."""
-    model = VQDiffusion.from_pretrained("emoji")
+    # Both sides compute in float32.
+    model = VQDiffusion.from_pretrained("emoji", dtype="float32")
     if side in ("ours", "student"):
-        drawn_by = VQDiffusion.from_workdir(student) if side == "student" else model
+        drawn_by = model
+        if side == "student":
+            drawn_by = VQDiffusion.from_pretrained(student, dtype="float32")
 
         def ours(prompts, steps, seed):
             made = drawn_by.generate(prompts, num_steps=steps, seed=seed, guidance_scale=1.0)

@@ -63,8 +63,9 @@ def begin(flags: argparse.Namespace) -> ConfigDict:
     )
     kept = flags.workdir / "study.json"
     if kept.exists():
-        # A study may have begun before a field was there.
-        changed = files.differences(defaults | files.read_json(kept, "remove it"), decisive)
+        # A study may have begun before a field was there, and before products were rounded.
+        before = defaults | {"denoiser.product_dtype": "float32"}
+        changed = files.differences(before | files.read_json(kept, "remove it"), decisive)
         if changed:
             raise UserError(
                 f"{flags.workdir} has a study with other settings: {'; '.join(changed)}"

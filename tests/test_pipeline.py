@@ -10,7 +10,7 @@ from vqd_jax.diffusion import rules, sampler, schedule
 from vqd_jax.errors import UserError
 from vqd_jax.generation import draw
 from vqd_jax.interop import pretrained
-from vqd_jax.models import conditioned
+from vqd_jax.models import conditioned, linear
 from vqd_jax.models.denoiser import DenoiserConfig
 from vqd_jax.models.text_encoder import TextEncoderConfig
 from vqd_jax.pipeline import RULES, VQDiffusion
@@ -297,6 +297,19 @@ def test_a_folder_in_the_home_directory_is_found(model, tmp_path, monkeypatch):
     assert VQDiffusion.from_pretrained("~/model").fingerprint() == model.fingerprint()
     # What it makes goes beside it, and not into the working directory.
     assert pretrained.beside("~/model") == tmp_path / "model"
+
+
+def test_fingerprint_says_whether_products_are_rounded(tiny_run, monkeypatch):
+    def fingerprint(product_dtype, has_bfloat16):
+        monkeypatch.setattr(linear, "cpu_has_bfloat16", lambda: has_bfloat16)
+        found = pretrained.load_run(str(tiny_run))
+        found.config.denoiser.product_dtype = product_dtype
+        return VQDiffusion(*found).fingerprint()
+
+    exact, rounded = fingerprint("float32", True), fingerprint("bfloat16", False)
+    assert exact != rounded
+    assert fingerprint("auto", False) == exact
+    assert fingerprint("auto", True) == rounded
 
 
 def test_folders_of_other_things_are_named(model, tmp_path):

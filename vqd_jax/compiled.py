@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from vqd_jax import config as config_lib
 from vqd_jax import generation
 from vqd_jax.diffusion import sampler
-from vqd_jax.models import autoencoder
+from vqd_jax.models import autoencoder, linear
 from vqd_jax.models.attention import ONE_DEVICE
 from vqd_jax.parallel import rows, sharding
 from vqd_jax.request import Rows, require
@@ -69,6 +69,14 @@ class Networks:
         other = object.__new__(Networks)
         other.__dict__.update(self.__dict__, params=params)
         return other
+
+    def described(self) -> str:
+        """The sizes, and whether products are rounded here: "auto" does not say so."""
+        product_dtype = self.sizes.denoiser.product_dtype
+        sizes = str(self.sizes).replace(f", product_dtype={product_dtype!r}", "")
+        devices = jax.devices() if self.mesh is None else self.mesh.devices.flat
+        rounded = linear.rounds(product_dtype, devices[0].platform)
+        return sizes + ", rounded products" * rounded
 
     def draw(
         self,

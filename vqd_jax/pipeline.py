@@ -96,7 +96,7 @@ class VQDiffusion:
         Args:
           directory: the folder, or "emoji": the model that comes with this package.
           dtype: "float32" or "bfloat16": what the text encoder and the denoiser compute and keep
-            their parameters in; None is what the config says.
+            their parameters in; "float32" rounds no product, either. None is what the config says.
           autoencoder_dtype: likewise, of the decoder.
           mesh: devices that share the model and the pictures, such as those of
             ``parallel.sharding.make_mesh``; None is one device.
@@ -148,7 +148,7 @@ class VQDiffusion:
         decisive = {
             "params": self._networks.params,
             "autoencoder": self._networks.autoencoder_params,
-            "sizes": [str(self._networks.sizes), str(config_lib.autoencoder_config(self.config))],
+            "sizes": [self._networks.described(), str(config_lib.autoencoder_config(self.config))],
             "noise": dataclasses.asdict(self._networks.schedule),
             "tokenizer": self.tokenizer.files("tokenizer"),
         }

@@ -1,6 +1,6 @@
 """Pictures of another style, to fine-tune on: Fluent Emoji (Microsoft, MIT) from an npm package.
 
-npm pack @iconify-json/fluent-emoji-flat && pip install resvg-py
+npm pack @iconify-json/fluent-emoji-flat@1.2.6 && pip install resvg-py
 python docs/examples/flat_emoji.py iconify-json-fluent-emoji-flat-1.2.6.tgz PICTURES
 
 Writes 200 pictures of 64x64 pixels to PICTURES/train and 50 others to PICTURES/validation, with a

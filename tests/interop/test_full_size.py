@@ -32,6 +32,7 @@ def run_ours(folder):
 
     config = ithq.get_config()
     config.denoiser.dtype, config.denoiser.remat = "float32", "none"
+    config.denoiser.product_dtype = "float32"
     rng, key = np.random.default_rng(0), jax.random.key(0)
 
     def draw(path, leaf):

@@ -1,5 +1,7 @@
 """The product of a linear layer, and its gradients, are those of jnp.matmul."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -70,6 +72,22 @@ def test_auto_rounds_on_a_cpu_with_such_products(monkeypatch, has, platform):
     traced = jax.jit(jax.grad(loss)).trace(params, jax.ShapeDtypeStruct((2, 8), jnp.float32))
     program = traced.lower(lowering_platforms=(platform,)).as_text()
     assert ("bf16" in program) == (has and platform == "cpu")
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+def test_other_platforms_multiply_bfloat16_numbers_as_they_are(platform):
+    x, kernel = (jax.ShapeDtypeStruct(size, jnp.bfloat16) for size in ((2, 8), (8, 4)))
+
+    def program(product_dtype):
+        def loss(x, kernel):
+            return linear.product(x, kernel, None, product_dtype).sum()
+
+        traced = jax.jit(jax.grad(loss, argnums=(0, 1))).trace(x, kernel)
+        return traced.lower(lowering_platforms=(platform,)).as_text()
+
+    # Sums that are kept in float32 would be written and read once more.
+    assert not re.search("dot_general.*xf32", program("auto"))
+    assert program("auto") == program("float32") == program("bfloat16")
 
 
 def test_layer_is_that_of_flax():

@@ -269,7 +269,9 @@ def _in_dtype(params: Any, config: ConfigDict, dtype: str | None) -> Any:
     if dtype is not None:
         if dtype not in ("float32", "bfloat16"):
             raise UserError(f"dtype={dtype!r}: must be float32 or bfloat16")
-        config.denoiser.dtype = config.denoiser.product_dtype = dtype
+        config.denoiser.dtype = dtype
+        if dtype == "float32":
+            config.denoiser.product_dtype = dtype
         params = jax.tree.map(lambda x: x.astype(dtype), params)
     sharding.warn_of_slow_dtype(config, jax.devices()[0])
     return params
@@ -284,8 +286,9 @@ def load_model(
 
     Args:
       directory: the folder, or the name of a packaged model.
-      dtype: "float32" or "bfloat16", in which the text encoder and the denoiser compute, products
-        too, and keep their parameters; None is that of the config, with parameters as stored.
+      dtype: "float32" or "bfloat16", in which the text encoder and the denoiser compute and keep
+        their parameters; "float32" rounds no product, either. None is that of the config, with
+        parameters as they are stored.
       place: called with every array of a model folder as soon as it is read.
 
     Raises:

@@ -35,6 +35,13 @@ def cpu_has_bfloat16() -> bool:
     return not {"avx512_bf16", "amx_bf16"}.isdisjoint(words)
 
 
+def rounds(product_dtype: str, platform: str) -> bool:
+    """Whether float32 inputs of products are rounded to bfloat16 on a platform such as "cpu"."""
+    if product_dtype == "auto":
+        return platform == "cpu" and cpu_has_bfloat16()
+    return product_dtype == "bfloat16"
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def product(
     x: jax.Array, kernel: jax.Array, out_dtype: Any = None, product_dtype: str = "float32"
@@ -46,25 +53,26 @@ def product(
     Args:
       x, kernel: the inputs.
       out_dtype: of the result; None is that of ``x``.
-      product_dtype: what the inputs of this product, and of those of its gradient, are rounded to;
-        one of ``PRODUCT_DTYPES``.
+      product_dtype: what float32 inputs of this product, and of those of its gradient, are rounded
+        to; one of ``PRODUCT_DTYPES``.
     """
     out_dtype = out_dtype or x.dtype
 
-    def on_cpu(x, kernel):
-        return _dot(x, kernel, ((x.ndim - 1,), (0,)), product_dtype).astype(out_dtype)
+    def summed_in_float32(x, kernel, rounded):
+        return _dot(x, kernel, ((x.ndim - 1,), (0,)), rounded).astype(out_dtype)
 
     def elsewhere(x, kernel):
-        if product_dtype == "bfloat16":
-            return on_cpu(x, kernel)
+        if product_dtype == "bfloat16" and x.dtype == jnp.float32:
+            return summed_in_float32(x, kernel, rounded=True)
         return jnp.matmul(x, kernel, preferred_element_type=out_dtype)
 
+    on_cpu = functools.partial(summed_in_float32, rounded=rounds(product_dtype, "cpu"))
     return jax.lax.platform_dependent(x, kernel, cpu=on_cpu, default=elsewhere)
 
 
-def _dot(a: jax.Array, b: jax.Array, axes: tuple, product_dtype: str) -> jax.Array:
-    """Contracts the axes of ``a`` with those of ``b``, as fast as this CPU can; float32."""
-    if product_dtype == "bfloat16" or (product_dtype == "auto" and cpu_has_bfloat16()):
+def _dot(a: jax.Array, b: jax.Array, axes: tuple, rounded: bool) -> jax.Array:
+    """Contracts the axes of ``a`` with those of ``b``; the sums are float32."""
+    if rounded:
         a, b = a.astype(jnp.bfloat16), b.astype(jnp.bfloat16)
     return jax.lax.dot_general(a, b, (axes, ((), ())), preferred_element_type=jnp.float32)
 
@@ -77,22 +85,23 @@ def _backward(out_dtype, product_dtype, kept, gradient):
     x, kernel = kept
     gradient = gradient.astype(x.dtype)
 
-    def on_cpu(x, kernel, gradient):
-        by_x = _dot(gradient, kernel, ((x.ndim - 1,), (1,)), product_dtype)
+    def summed_in_float32(x, kernel, gradient, rounded):
+        by_x = _dot(gradient, kernel, ((x.ndim - 1,), (1,)), rounded)
         # A transposition is slow as well, so it is that of the narrower one.
         narrow, wide = (x, gradient) if kernel.shape[0] <= kernel.shape[1] else (gradient, x)
         turned = jax.lax.optimization_barrier(jnp.moveaxis(narrow, -1, 0))
         rows = range(x.ndim - 1)
-        by_kernel = _dot(turned, wide, (tuple(i + 1 for i in rows), tuple(rows)), product_dtype)
+        by_kernel = _dot(turned, wide, (tuple(i + 1 for i in rows), tuple(rows)), rounded)
         if narrow is not x:
             by_kernel = jax.lax.optimization_barrier(by_kernel).T
         return by_x.astype(x.dtype), by_kernel.astype(x.dtype)
 
     def elsewhere(x, kernel, gradient):
-        if product_dtype == "bfloat16":
-            return on_cpu(x, kernel, gradient)
+        if product_dtype == "bfloat16" and x.dtype == jnp.float32:
+            return summed_in_float32(x, kernel, gradient, rounded=True)
         return jax.vjp(jnp.matmul, x, kernel)[1](gradient)
 
+    on_cpu = functools.partial(summed_in_float32, rounded=rounds(product_dtype, "cpu"))
     return jax.lax.platform_dependent(x, kernel, gradient, cpu=on_cpu, default=elsewhere)
 
 
