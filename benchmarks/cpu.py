@@ -127,26 +127,28 @@ def compare_pages() -> None:
     )
 
 
+def forward(x: jax.Array, kernel: jax.Array, kind: str) -> jax.Array:
+    """A product whose inputs are rounded to ``kind``."""
+    return linear.product(x, kernel, None, kind)
+
+
+def with_gradients(x: jax.Array, kernel: jax.Array, kind: str) -> tuple[jax.Array, jax.Array]:
+    """The gradients of a product, which needs the product itself for their cotangent."""
+    made, pull = jax.vjp(functools.partial(forward, kind=kind), x, kernel)
+    return pull(made)
+
+
 def compare_products() -> None:
     """The two dtypes of products: in time, and in what is drawn."""
     kinds = ("float32", "bfloat16")
     print(
-        f"this processor has bfloat16 products: {linear.cpu_has_bfloat16()}; jax {jax.__version__}"
+        f"bfloat16 products on this processor: {linear.cpu_has_bfloat16()}; jax {jax.__version__}"
     )
-    print(
-        "| rows, inputs, outputs | | float32, ms | bfloat16, ms | faster |\n|---|---|---|---|---|"
-    )
+    print("| rows, inputs, outputs | | float32, ms | bfloat16, ms | faster |")
+    print("|---|---|---|---|---|")
     for rows, inputs, outputs in PRODUCTS:
         x, kernel = (jnp.ones(size, jnp.float32) for size in ((rows, inputs), (inputs, outputs)))
-
-        def back(x, kernel, kind):
-            made, pull = jax.vjp(functools.partial(forward, kind=kind), x, kernel)
-            return pull(made)
-
-        def forward(x, kernel, kind):
-            return linear.product(x, kernel, None, kind)
-
-        for name, function in (("forward", forward), ("with gradients", back)):
+        for name, function in (("forward", forward), ("with gradients", with_gradients)):
             made = [jax.jit(functools.partial(function, kind=kind)) for kind in kinds]
             slow, fast = fastest([functools.partial(f, x, kernel) for f in made], 20)
             size = f"{rows}, {inputs}, {outputs}"

@@ -147,9 +147,8 @@ _DRAWS = flags.DEFINE_integer(
 )
 _DTYPE = flags.DEFINE_enum(
     "dtype", None, ["float32", "bfloat16"],
-    "sample, likelihood: of the networks, products too, the config's if unset; convert: as stored, "
-    "or float32; "
-    "export: as stored by vqd_jax, float32 if unset.",
+    "sample, likelihood: of the networks, where float32 rounds no product; the config's if unset. "
+    "convert: as stored, or float32; export: as stored by vqd_jax, float32 if unset.",
 )  # fmt: skip
 _LOADING = [
     _DTYPE,

@@ -224,6 +224,14 @@ def test_bfloat16_is_stored_in_half_the_bytes(converted, models, tmp_path):
     assert np.abs(half.decode_codes(codes) - whole).max() < 10
 
 
+def test_how_products_are_computed_is_not_taken_from_a_file(converted):
+    path = converted["text_model"]
+    assert VQDiffusion.from_pretrained(path).config.denoiser.product_dtype == "auto"
+    for dtype, expected in (("float32", "float32"), ("bfloat16", "auto")):
+        config = VQDiffusion.from_pretrained(path, dtype=dtype).config
+        assert (config.denoiser.dtype, config.denoiser.product_dtype) == (dtype, expected)
+
+
 def test_saving_and_loading_changes_nothing(converted, tmp_path):
     VQDiffusion.from_pretrained(converted["text_model"]).save_pretrained(str(tmp_path / "again"))
     for name in ("config.json", "model.safetensors", "tokenizer/merges.txt"):
