@@ -334,9 +334,9 @@ def bits(params, config, split: str) -> float:
     return float(np.concatenate(found).mean())
 
 
-def drawn_right(params, config, count: int) -> dict[str, float]:
-    """``mask_and_replace.drawn_right`` of the autoregressive model."""
-    prompts, scenes = attribute_accuracy.asked(count)
+def draw_and_judge(params, config, count: int) -> dict[str, float]:
+    """``mask_and_replace.draw_and_judge`` of the autoregressive model."""
+    prompts = attribute_accuracy.asked(count)[0]
     tokenizer, s = ClipTokenizer(config.text_encoder.context_length), config.sampling
     draw = jax.jit(functools.partial(sample, config=beside(config_lib.model_config(config))))
     # The same keys as ours has, and the same meaning of 1.
@@ -351,8 +351,7 @@ def drawn_right(params, config, count: int) -> dict[str, float]:
         config, pretrained.autoencoder_folder(config.autoencoder.path)
     )
     pixels = VQDiffusion(config, None, codec).decode_codes(np.asarray(codes), batch_size=64)
-    found = attribute_accuracy.scores(pixels, scenes)
-    return {name: float(mean) for name, (mean, _) in found.items()}
+    return mask_and_replace.judged(pixels)
 
 
 def measure(config, flags) -> None:
@@ -363,13 +362,11 @@ def measure(config, flags) -> None:
         theirs, ours = (flags.workdir / f"{kind}_seed_{seed}" for kind in ("causal", "ours"))
 
         def learn(config=of_run, workdir=theirs):
-            start = time.perf_counter()
             params = trained(config, workdir)
-            found = {f"{s} bits": bits(params, config, s) for s in ("train", "validation")}
-            return found | {"seconds": time.perf_counter() - start}
+            return {f"{s} bits": bits(params, config, s) for s in ("train", "validation")}
 
         def draw(config=of_run, workdir=theirs):
-            return drawn_right(trained(config, workdir), config, flags.pictures)
+            return draw_and_judge(trained(config, workdir), config, flags.pictures)
 
         study.once(theirs / "trained.json", learn)
         study.once(theirs / "drawn.json", draw)
@@ -377,7 +374,7 @@ def measure(config, flags) -> None:
         model = VQDiffusion.from_workdir(str(ours))
         for steps in STEPS:
             arguments = model, of_run.sampling.rule, steps, flags.pictures
-            compute = functools.partial(mask_and_replace.drawn_right, *arguments)
+            compute = functools.partial(mask_and_replace.draw_and_judge, *arguments)
             study.once(ours / f"drawn_{steps}.json", compute)
 
 
@@ -395,10 +392,12 @@ def report(flags) -> None:
             for name in (file, "trained")
         )
         cells = [study.over_seeds([d[name] for d in drawn], percent=True) for name in names]
+        cells.append(study.over_seeds([d["kid"] for d in drawn if "kid" in d]))
         found = study.over_seeds([x["validation bits"] for x in learnt])
         lines.append([kind, calls, len(drawn), found, *cells])
     columns = ["model", "network calls", "seeds", "bits a token, validation (ours: at most)"]
-    study.print_table("Right (%)", [*columns, *(name for name in names)], lines)
+    study.print_table("Right (%)", [*columns, *names, "KID"], lines)
+    study.print_cost(flags.workdir)
 
 
 def programs(config, side: int, batch: int, calls: tuple[int, ...]) -> dict[str, tuple[Any, tuple]]:

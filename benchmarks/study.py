@@ -9,6 +9,7 @@ import ast
 import functools
 import json
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -82,10 +83,24 @@ def begin(flags: argparse.Namespace) -> ConfigDict:
 
 
 def once(path: Path, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What ``compute`` returned, now or at an earlier start."""
+    """What ``compute`` returned, now or at an earlier start, and the ``seconds`` that it took."""
     if not path.exists():
-        files.write_json(path, compute())
+        start = time.perf_counter()
+        found = compute()
+        files.write_json(path, found | {"seconds": time.perf_counter() - start})
     return files.read_json(path, "remove it")
+
+
+def print_cost(workdir: Path) -> None:
+    """Prints how long everything took that ``once`` has kept in a study, by the file's kind."""
+    minutes = {}
+    for path in sorted(workdir.glob("*/*.json")):
+        found = files.read_json(path, "remove it")
+        if "seconds" in found:
+            kind = path.stem.partition("_")[0]
+            minutes.setdefault(kind, []).append(found["seconds"] / 60)
+    told = (f"{len(x)} of {kind} in {sum(x):.1f} minutes" for kind, x in minutes.items())
+    print("\nIt took: " + "; ".join(told))
 
 
 def metrics(workdir: Path) -> dict[str, float]:

@@ -66,13 +66,31 @@ def test_nothing_is_put_right_where_nothing_was_ever_replaced(script):
     assert list(found["0"]) == ["0.1", "0.25", "0.5", "0.75", "1.0"]
 
 
-def test_what_is_finished_is_not_done_again(script, tmp_path):
+def test_what_is_finished_is_not_done_again(script, tmp_path, capsys):
     study = script.study
-    assert study.once(tmp_path / "a" / "b.json", lambda: {"x": 1.5}) == {"x": 1.5}
-    assert study.once(tmp_path / "a" / "b.json", lambda: 1 / 0) == {"x": 1.5}
+    made = study.once(tmp_path / "a" / "b_1.json", lambda: {"x": 1.5})
+    assert made["x"] == 1.5 and 0 <= made["seconds"] < 1
+    assert study.once(tmp_path / "a" / "b_1.json", lambda: 1 / 0) == made
+    study.files.write_json(tmp_path / "a" / "b_1.json", {"x": 1.5, "seconds": 90.0})
+    study.files.write_json(tmp_path / "a" / "b_2.json", {"seconds": 60.0})
+    # Files of an earlier kind have no time in them.
+    study.files.write_json(tmp_path / "a" / "c.json", {"x": 2.0})
+    study.print_cost(tmp_path)
+    assert capsys.readouterr().out == "\nIt took: 2 of b in 2.5 minutes\n"
     assert study.over_seeds([0.1, 0.2, 0.3], percent=True) == "20.0 ± 5.8"
     assert study.over_seeds([]) == "–"
     assert study.over_seeds([0.25]) == "0.250"
+
+
+def test_true_pictures_are_nearer_to_each_other_than_others_are(script):
+    scenes = script.attribute_accuracy.asked(20)[1]
+    true = np.stack([np.asarray(shapes_text.render(scene, 32)) for scene in scenes])
+    found = script.judged(true)
+    assert (found["all"], found["shape"]) == (1, 1)
+    # An unbiased distance of a set to itself lies a little below 0.
+    assert -0.1 < found["kid"] < 0
+    assert script.judged(true[::-1].copy())["kid"] == pytest.approx(found["kid"], abs=1e-6)
+    assert script.judged(255 - true)["kid"] > 0.01
 
 
 def test_everything_is_right_only_if_every_attribute_is(script):
