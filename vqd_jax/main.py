@@ -264,7 +264,7 @@ def _distil(model_dir: str, workdir: str) -> None:
     from vqd_jax.parallel import processes
 
     # Adapters, which need a model to begin from, begin from the teacher.
-    config.training.init_from = model_dir
+    config.training.init_from = config.training.init_from or model_dir
     _expand_paths(config)
     config_lib.validate(config)
     options = {n: v for n, v in _values(_SAMPLING).items() if n not in ("num_images", "seed")}

@@ -330,6 +330,58 @@ def rectified(
     return cross_entropy.mean(), jnp.mean(right >= logits.max(axis=-1))
 
 
+def matched(
+    key: jax.Array,
+    student: PredictX0,
+    auxiliary: PredictX0,
+    teacher: PredictX0,
+    x0: jax.Array,
+    first: jax.Array,
+    schedule: Schedule,
+    times: np.ndarray,
+) -> tuple[jax.Array, jax.Array]:
+    """The two losses of matching moments, nats a token (D-MMD, arXiv:2603.20155, equation 11).
+
+    A student is right if the pictures x that it draws, with noise on them, leave as much to be
+    guessed as those of its teacher: E[x | x_s] is the same for both, for every x_s. What it is for
+    the student an auxiliary network learns. With p of the student at x_t, x drawn from p, x_s of x,
+    q of the teacher and r of the auxiliary network, both at x_s:
+
+      student:    E_p[log r - log q] = CE(p, q) - CE(p, r), in which p alone has a gradient;
+      auxiliary:  CE(x, r) + CE(q, r), in which r alone has one.
+
+    The second term of the auxiliary network keeps it half way between the two, where
+    log r - log q is at least -log 2.
+
+    Args:
+      key: PRNG key; decides the times, the noise and x.
+      student, auxiliary, teacher: each as ``predict_log_x0`` of ``variational_bound``.
+      x0: int32 [B, N], codes that the student finds some of at its later times.
+      first: int32 [B, N], the tokens at time T that it finds in the places of the others.
+      schedule: the noise schedule.
+      times: int32 [S], the different times of the student's calls in 1..T, decreasing. The time of
+        x_s lies between a call and the next one.
+
+    Returns:
+      The losses of the student and of the auxiliary network, float32 [] each.
+    """
+    key_call, key_clean, key_draw, key_between, key_noise = jax.random.split(key, 5)
+    times = jnp.asarray(times, jnp.int32)
+    call = jax.random.randint(key_call, x0.shape[:1], 0, len(times))
+    t, after = times[call], jnp.append(times[1:], 1)[call]
+    x_t = coupled_noise(key_clean, x0, first, t, schedule)
+    log_p = jax.nn.log_softmax(student(x_t, t).astype(jnp.float32))
+    drawn = jax.random.categorical(key_draw, log_p).astype(jnp.int32)
+    s = jax.random.randint(key_between, t.shape, after, t + 1)
+    x_s = noise(key_noise, drawn, s, schedule)
+    log_r = jax.nn.log_softmax(auxiliary(x_s, s).astype(jnp.float32))
+    log_q = jax.lax.stop_gradient(jax.nn.log_softmax(teacher(x_s, s).astype(jnp.float32)))
+    of_student = (jnp.exp(log_p) * jax.lax.stop_gradient(log_r - log_q)).sum(-1)
+    of_drawn = jnp.take_along_axis(log_r, drawn[..., None], axis=-1)[..., 0]
+    of_auxiliary = -of_drawn - (jnp.exp(log_q) * log_r).sum(-1)
+    return of_student.mean(), of_auxiliary.mean()
+
+
 def likelihood(
     key: jax.Array,
     predict_log_x0: PredictX0,

@@ -32,7 +32,7 @@ from vqd_jax.generation import image_keys
 from vqd_jax.interop import folder, pretrained
 from vqd_jax.parallel import sharding
 from vqd_jax.pipeline import VQDiffusion
-from vqd_jax.training import loop
+from vqd_jax.training import loop, moments
 from vqd_jax.training.metrics import progress_bar
 from vqd_jax.training.stage_two import CONDITION_KEYS, DenoiserTask, Evaluation, train_step
 from vqd_jax.training.workdir import claim
@@ -51,6 +51,7 @@ def student_config(teacher: ConfigDict, given: ConfigDict, model_dir: str) -> Co
     Args:
       teacher: config of the teacher.
       given: its sections ``training``, ``mesh``, ``sampling`` and ``distil`` count, and its seed.
+        The student begins as ``training.init_from``, or as its teacher where that is ''.
         ``text_encoder.path`` names a text encoder that stays as it is; '' keeps the teacher's.
       model_dir: the teacher's model folder or workdir.
 
@@ -62,7 +63,8 @@ def student_config(teacher: ConfigDict, given: ConfigDict, model_dir: str) -> Co
         for section in _GIVEN:
             config[section] = given[section].copy_and_resolve_references()
     config.seed = given.seed
-    config.training.init_from = config.autoencoder.path = model_dir
+    config.autoencoder.path = model_dir
+    config.training.init_from = given.training.init_from or model_dir
     config.text_encoder.path = given.text_encoder.path or config.text_encoder.path
     config.data.cache_text_features = False
     config.sampling.num_steps = config.distil.num_steps
@@ -71,6 +73,11 @@ def student_config(teacher: ConfigDict, given: ConfigDict, model_dir: str) -> Co
         raise UserError(
             f"config.distil.num_steps={config.distil.num_steps}: must not exceed the "
             f"{config.diffusion.num_steps} times of {model_dir}"
+        )
+    if config.distil.match_moments and config.training.adapter_rank:
+        raise UserError(
+            "config.distil.match_moments trains all parameters; leave config.training.adapter_rank "
+            "at 0"
         )
     config_lib.validate(config)
     return config
@@ -265,6 +272,10 @@ def distil(
         where = str(Path(workdir) / "pairs")
         pairs = draw_pairs(teacher, prompts, config, where, fingerprint, **options)
         evaluation = Evaluation(config, workdir, {}, found.autoencoder_params, mesh)
-        task = StudentTask(config, pair_dataset(pairs, c.batch_size, config.seed), evaluation)
+        pairs = pair_dataset(pairs, c.batch_size, config.seed)
+        if config.distil.match_moments:
+            task = moments.MatchedTask(config, pairs, evaluation, found.params)
+        else:
+            task = StudentTask(config, pairs, evaluation)
         place = loop.Place(workdir, str(checkpoint.folder(config, workdir)), mesh, config)
         loop.fit(task, loop.Schedule.of(config), place)

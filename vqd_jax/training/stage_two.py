@@ -158,10 +158,20 @@ def train_step(
     gradients, statistics, metrics = task_lib.accumulate(
         compute, state.time_statistics, key, batch, parts
     )
+    return updated(state, gradients, statistics, metrics, config)
+
+
+def updated(
+    state: TrainState,
+    gradients: Any,
+    statistics: objective.TimeStatistics,
+    metrics: dict[str, jax.Array],
+    config: ConfigDict,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """The state after a step with these gradients of ``params``, and the metrics with its own."""
     transform, rate = _optimizer(config)
-    metrics["learning_rate"] = rate(state.step)
     with jax.named_scope("optimizer"):
-        metrics["gradient_norm"] = optax.tree.norm(gradients)
+        norm = optax.tree.norm(gradients)
         updates, opt_state = transform.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema_params = optimizer.averaged(
@@ -173,7 +183,7 @@ def train_step(
         ema_params=ema_params,
         opt_state=opt_state,
         time_statistics=statistics,
-    ), metrics
+    ), metrics | {"learning_rate": rate(state.step), "gradient_norm": norm}
 
 
 def bound(key, predict, batch, statistics, config):
