@@ -354,11 +354,11 @@ class DistilOptions:
     num_pairs: int = 20_000  # pictures that the teacher draws
     # A file of texts or labels to draw; '' takes the captions of the data set.
     prompts_path: str = ""
-    # True: the teacher judges what the student draws (training/moments.py), beside the pairs.
-    match_moments: bool = False
+    # Of the teacher's judgement on what the student draws (training/moments.py), beside the pairs.
+    moment_weight: float = 0.0
 
     def __post_init__(self):
-        require_at_least(self, num_steps=1, num_pairs=1)
+        require_at_least(self, num_steps=1, num_pairs=1, moment_weight=0)
 
 
 OPTIONS = {

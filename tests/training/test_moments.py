@@ -112,6 +112,9 @@ def test_the_losses_are_the_cross_entropies_of_the_paper(true_logits):
         name: -(np.exp(log_p) * log).sum(-1).mean() for name, log in (("q", log_q), ("r", log_r))
     }
     np.testing.assert_allclose(found[0], cross["q"] - cross["r"], rtol=1e-5)
+    # The pairs cost what they do without a judge.
+    of_pairs = -np.take_along_axis(log_p, np.asarray(x0)[..., None], -1).mean()
+    np.testing.assert_allclose(found[2], of_pairs, rtol=1e-5)
     # Of the auxiliary network: x is drawn, so it is right on average over draws of p.
     expected = -(np.exp(log_q) * log_r).sum(-1).mean()
     kept = np.asarray(NOISE.keep, np.float64)[s][:, None, None]
@@ -130,7 +133,8 @@ def test_a_student_of_one_step_learns_that_its_tokens_agree(true_logits, times):
         tables, state = carry
 
         def total(tables):
-            return sum(losses(tables["student"], tables["auxiliary"], true_logits, key, times))
+            found = losses(tables["student"], tables["auxiliary"], true_logits, key, times)
+            return found[0] + found[1]
 
         updates, state = optimizer.update(jax.grad(total)(tables), state)
         return (optax.apply_updates(tables, updates), state), tables["student"]
@@ -167,7 +171,7 @@ def command(untrained, tmp_path):
         f"--config.distil.prompts_path={tmp_path}/prompts.txt",
         "--config.distil.num_pairs=16", "--config.training.batch_size=8",
         "--config.training.log_every=1", "--config.distil.num_steps=1", "--num_steps=2",
-        "--config.sampling.images_per_prompt=1", "--config.distil.match_moments=True",
+        "--config.sampling.images_per_prompt=1", "--config.distil.moment_weight=0.5",
         f"--workdir={tmp_path}/student",
     )  # fmt: skip
 
@@ -198,6 +202,10 @@ def test_a_judged_student_goes_on_with_all_three_networks(command, call, tmp_pat
     config = distil.student_config(tiny.get_config(), _given(), str(tmp_path / "teacher"))
     whole, parted = (pretrained.load_averaged(config, str(tmp_path / name)) for name in runs)
     jax.tree.map(np.testing.assert_array_equal, whole, parted)
+    # A run can be a teacher, too.
+    flags = (*flags, f"--model={tmp_path}/whole", f"--workdir={tmp_path}/pupil")
+    status, output = call(*flags, "--config.training.num_steps=2")
+    assert status == 0, output
 
 
 def _given():
@@ -206,7 +214,7 @@ def _given():
 
 def test_adapters_have_no_part_in_it():
     given = _given()
-    given.distil.match_moments, given.training.adapter_rank = True, 4
+    given.distil.moment_weight, given.training.adapter_rank = 0.5, 4
     given.training.init_from = "models/teacher"
     with pytest.raises(UserError, match="adapter_rank"):
         distil.student_config(tiny.get_config(), given, "models/teacher")

@@ -339,8 +339,8 @@ def matched(
     first: jax.Array,
     schedule: Schedule,
     times: np.ndarray,
-) -> tuple[jax.Array, jax.Array]:
-    """The two losses of matching moments, nats a token (D-MMD, arXiv:2603.20155, equation 11).
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The losses of matching moments, nats a token (D-MMD, arXiv:2603.20155, equation 11).
 
     A student is right if the pictures x that it draws, with noise on them, leave as much to be
     guessed as those of its teacher: E[x | x_s] is the same for both, for every x_s. What it is for
@@ -351,19 +351,18 @@ def matched(
       auxiliary:  CE(x, r) + CE(q, r), in which r alone has one.
 
     The second term of the auxiliary network keeps it half way between the two, where
-    log r - log q is at least -log 2.
+    log r - log q is at least -log 2. Alone, the first loss is content with a few kinds of pictures;
+    the cross-entropy of pairs at the same x_t, which costs nothing more, holds it to all of them.
 
     Args:
       key: PRNG key; decides the times, the noise and x.
       student, auxiliary, teacher: each as ``predict_log_x0`` of ``variational_bound``.
-      x0: int32 [B, N], codes that the student finds some of at its later times.
-      first: int32 [B, N], the tokens at time T that it finds in the places of the others.
-      schedule: the noise schedule.
-      times: int32 [S], the different times of the student's calls in 1..T, decreasing. The time of
-        x_s lies between a call and the next one.
+      x0, first, schedule: of ``rectified``.
+      times: likewise, and decreasing. The time of x_s lies between a call and the next one.
 
     Returns:
-      The losses of the student and of the auxiliary network, float32 [] each.
+      The losses of the student and of the auxiliary network, and that of ``rectified``; float32 []
+      each.
     """
     key_call, key_clean, key_draw, key_between, key_noise = jax.random.split(key, 5)
     times = jnp.asarray(times, jnp.int32)
@@ -379,7 +378,8 @@ def matched(
     of_student = (jnp.exp(log_p) * jax.lax.stop_gradient(log_r - log_q)).sum(-1)
     of_drawn = jnp.take_along_axis(log_r, drawn[..., None], axis=-1)[..., 0]
     of_auxiliary = -of_drawn - (jnp.exp(log_q) * log_r).sum(-1)
-    return of_student.mean(), of_auxiliary.mean()
+    of_pairs = -jnp.take_along_axis(log_p, x0[..., None], axis=-1)[..., 0]
+    return of_student.mean(), of_auxiliary.mean(), of_pairs.mean()
 
 
 def likelihood(

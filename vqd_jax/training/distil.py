@@ -74,10 +74,10 @@ def student_config(teacher: ConfigDict, given: ConfigDict, model_dir: str) -> Co
             f"config.distil.num_steps={config.distil.num_steps}: must not exceed the "
             f"{config.diffusion.num_steps} times of {model_dir}"
         )
-    if config.distil.match_moments and config.training.adapter_rank:
+    if config.distil.moment_weight and config.training.adapter_rank:
         raise UserError(
-            "config.distil.match_moments trains all parameters; leave config.training.adapter_rank "
-            "at 0"
+            "config.distil.moment_weight: a student that is judged trains all of its parameters; "
+            "leave config.training.adapter_rank at 0"
         )
     config_lib.validate(config)
     return config
@@ -273,7 +273,7 @@ def distil(
         pairs = draw_pairs(teacher, prompts, config, where, fingerprint, **options)
         evaluation = Evaluation(config, workdir, {}, found.autoencoder_params, mesh)
         pairs = pair_dataset(pairs, c.batch_size, config.seed)
-        if config.distil.match_moments:
+        if config.distil.moment_weight:
             task = moments.MatchedTask(config, pairs, evaluation, found.params)
         else:
             task = StudentTask(config, pairs, evaluation)

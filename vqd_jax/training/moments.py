@@ -1,17 +1,17 @@
 """Few steps: a student whose pictures leave a teacher as much to guess as its own would.
 
 A student of ``distil.py`` learns from pairs and knows no better than the chain that drew them. Here
-it draws, and a teacher judges: discrete moment matching, D-MMD (arXiv:2603.20155). Noise is put on
-what the student drew. The teacher says what it takes the clean codes for, and an auxiliary network,
-which learns along, says what they are for the student. Where the two differ, the student moves
-towards the teacher. The losses are ``objective.matched``.
+it draws, too, and a teacher judges: discrete moment matching, D-MMD (arXiv:2603.20155). Noise is
+put on what the student drew. The teacher says what it takes the clean codes for, and an auxiliary
+network, which learns along, says what they are for the student. Where the two differ, the student
+moves towards the teacher. The losses are ``objective.matched``.
 """
 
-import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 
 from vqd_jax import config as config_lib
@@ -52,8 +52,9 @@ def train_step(
       placement: of the networks on several devices.
 
     Returns:
-      The next state and float32 scalars: those of ``stage_two.train_step`` of the student, and
-      ``auxiliary_loss`` and ``auxiliary_gradient_norm``.
+      The next state and float32 scalars: ``loss`` of the student, which is ``pairs`` and
+      ``config.distil.moment_weight`` times ``moments``; ``auxiliary_loss``; ``gradient_norm`` and
+      ``auxiliary_gradient_norm`` before clipping; ``learning_rate``.
     """
     schedule = config_lib.noise_schedule(config)
     times = sampler.step_times(config.distil.num_steps, schedule)[:-1]
@@ -66,9 +67,14 @@ def train_step(
             for params in (*learning, state.teacher)
         )
         ends = batch["codes"], batch["first"]
-        # Neither loss has a gradient in the other's network, so that of the sum is both of them.
         found = objective.matched(key, *networks, *ends, schedule, times)
-        return sum(found), found
+        of_student, of_auxiliary, of_pairs = found
+        loss = of_pairs + config.distil.moment_weight * of_student
+        # Neither loss has a gradient in the other's network, so that of the sum is both of them.
+        return loss + of_auxiliary, (
+            {"loss": loss, "moments": of_student, "pairs": of_pairs},
+            {"loss": of_auxiliary},
+        )
 
     def gradients(_, key, batch):
         learning = state.params, state.auxiliary.params
@@ -79,9 +85,9 @@ def train_step(
     parts = config.training.gradient_accumulation
     made, _, found = task_lib.accumulate(gradients, None, key, batch, parts)
     statistics = state.time_statistics
-    following, metrics = stage_two.updated(state, made[0], statistics, {"loss": found[0]}, config)
+    following, metrics = stage_two.updated(state, made[0], statistics, found[0], config)
     auxiliary, of_auxiliary = stage_two.updated(
-        state.auxiliary, made[1], statistics, {"loss": found[1]}, config
+        state.auxiliary, made[1], statistics, found[1], config
     )
     kept = {f"auxiliary_{name}": of_auxiliary[name] for name in ("loss", "gradient_norm")}
     return following.replace(auxiliary=auxiliary), metrics | kept
@@ -111,10 +117,11 @@ class MatchedTask(DenoiserTask):
         return train_step(state, batch, config=self._config, placement=placement)
 
     def begin(self, state):
-        placed = functools.partial(jax.tree.map, sharding.put_like)
+        def placed(old):
+            # A copy for each: a donated state must not hold one buffer twice.
+            return sharding.put_like(old, jax.tree.map(np.array, self._teacher))
+
         auxiliary = state.auxiliary.replace(
-            params=placed(state.auxiliary.params, self._teacher),
-            ema_params=placed(state.auxiliary.ema_params, self._teacher),
+            params=placed(state.auxiliary.params), ema_params=placed(state.auxiliary.ema_params)
         )
-        teacher = placed(state.teacher, self._teacher)
-        return super().begin(state).replace(auxiliary=auxiliary, teacher=teacher)
+        return super().begin(state).replace(auxiliary=auxiliary, teacher=placed(state.teacher))
