@@ -4,7 +4,9 @@ python -m vqd_jax.main --mode=distil --model=MODEL --config=configs/distil.py --
 
 The network, the tokenizer and the noise are those of MODEL. ``--num_steps``, ``--guidance_scale``
 and ``--truncation`` say how the teacher draws, ``config.distil.num_steps`` for how many steps the
-student is made. docs/distillation.md says which teachers have something to teach.
+student is made. ``config.distil.moment_weight`` above 0 lets MODEL judge what the student draws;
+0.5 was tried, with a student of pairs in ``config.training.init_from``. docs/distillation.md says
+which teachers have something to teach.
 """
 
 from vqd_jax.config import default_config
