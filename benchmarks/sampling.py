@@ -96,7 +96,7 @@ def main() -> None:
         print(*lines[-1], sep=" | ", flush=True)
     title = f"Right (%), {len(found)} models, {chosen.pictures} captions"
     study.print_table(title, ["setting", "right", "difference to the first row"], lines)
-    study.print_cost(chosen.workdir)
+    study.print_cost(chosen.workdir, "")
 
 
 if __name__ == "__main__":

@@ -83,7 +83,10 @@ def begin(flags: argparse.Namespace) -> ConfigDict:
 
 
 def once(path: Path, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What ``compute`` returned, now or at an earlier start, and the ``seconds`` that it took."""
+    """What ``compute`` returned, now or at an earlier start, and the ``seconds`` that it took.
+
+    Of a computation that was stopped and began again, they are those of the last start.
+    """
     if not path.exists():
         start = time.perf_counter()
         found = compute()
@@ -91,16 +94,12 @@ def once(path: Path, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     return files.read_json(path, "remove it")
 
 
-def print_cost(workdir: Path) -> None:
-    """Prints how long everything took that ``once`` has kept in a study, by the file's kind."""
-    minutes = {}
-    for path in sorted(workdir.glob("*/*.json")):
-        found = files.read_json(path, "remove it")
-        if "seconds" in found:
-            kind = path.stem.partition("_")[0]
-            minutes.setdefault(kind, []).append(found["seconds"] / 60)
-    told = (f"{len(x)} of {kind} in {sum(x):.1f} minutes" for kind, x in minutes.items())
-    print("\nIt took: " + "; ".join(told))
+def print_cost(workdir: Path, *kinds: str) -> None:
+    """Prints how long that took which ``once`` has kept in files whose names begin with a kind."""
+    for kind in kinds:
+        found = [files.read_json(path, "remove it") for path in workdir.glob(f"*/{kind}*.json")]
+        seconds = [x["seconds"] for x in found if "seconds" in x]
+        print(f"{len(seconds)} of {kind or 'all'} took {sum(seconds) / 60:.1f} minutes")
 
 
 def metrics(workdir: Path) -> dict[str, float]:

@@ -141,6 +141,10 @@ def test_a_student_has_the_model_of_its_teacher_and_the_settings_that_are_given(
     assert (config.sampling.num_steps, config.training.batch_size, config.seed) == (2, 16, 5)
     assert (config.sampling.rule, config.sampling.guidance_scale) == ("flow", 1.0)
     assert config.training.init_from == config.autoencoder.path == "models/teacher"
+    given.training.init_from = "models/student"
+    begun = distil.student_config(teacher_config(), given, "models/teacher")
+    assert begun.training.init_from == "models/student"
+    assert begun.autoencoder.path == "models/teacher"
     given.distil.num_steps = 11
     with pytest.raises(UserError, match="config.distil.num_steps=11: must not exceed the 10 times"):
         distil.student_config(teacher_config(), given, "models/teacher")

@@ -1,6 +1,8 @@
 """Matching moments: a teacher judges what a student draws."""
 
+import functools
 import itertools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +16,7 @@ from vqd_jax.diffusion import objective, schedule
 from vqd_jax.errors import UserError
 from vqd_jax.interop import pretrained
 from vqd_jax.pipeline import VQDiffusion
-from vqd_jax.training import distil
+from vqd_jax.training import distil, moments
 
 # Two tokens of two codes, and a mask.
 NUM_CODES, MASK = 2, 2
@@ -115,11 +117,34 @@ def test_the_losses_are_the_cross_entropies_of_the_paper(true_logits):
     # The pairs cost what they do without a judge.
     of_pairs = -np.take_along_axis(log_p, np.asarray(x0)[..., None], -1).mean()
     np.testing.assert_allclose(found[2], of_pairs, rtol=1e-5)
-    # Of the auxiliary network: x is drawn, so it is right on average over draws of p.
-    expected = -(np.exp(log_q) * log_r).sum(-1).mean()
-    kept = np.asarray(NOISE.keep, np.float64)[s][:, None, None]
-    assert found[1] > expected
-    assert kept.min() < 1e-4 < kept.max()
+
+
+def test_the_auxiliary_network_learns_what_the_student_drew(true_logits):
+    # Next to nothing is noise up to time 9, so that x_s is what was drawn.
+    keep, mask = np.array([1.0] + [1 - 1e-6] * 9 + [0.0]), np.array([0.0] + [1e-6] * 9 + [1.0])
+    noise = schedule.Schedule(keep, np.zeros(11), mask, NUM_CODES)
+    rng = np.random.default_rng(0)
+    student, auxiliary = (
+        jnp.asarray(rng.normal(size=true_logits.shape), jnp.float32) for _ in range(2)
+    )
+    seen = []
+
+    def judge(tokens, t):
+        seen.append((np.asarray(tokens), np.asarray(t)))
+        return network(true_logits)(tokens, t)
+
+    ends = pictures(jax.random.key(6), 300)
+    key, times = jax.random.key(5), np.array([9])
+    found = objective.matched(key, network(student), network(auxiliary), judge, *ends, noise, times)
+    ((drawn, s),) = seen
+    assert (drawn != MASK).all() and (drawn != np.asarray(ends[0])).any()
+    log_r, log_q = (
+        np.asarray(jax.nn.log_softmax(network(table)(drawn, s)))
+        for table in (auxiliary, true_logits)
+    )
+    of_drawn = np.take_along_axis(log_r, drawn[..., None], -1)[..., 0]
+    expected = -of_drawn - (np.exp(log_q) * log_r).sum(-1)
+    np.testing.assert_allclose(found[1], expected.mean(), rtol=1e-5)
 
 
 @pytest.mark.parametrize("times", [[10], [10, 5]])
@@ -180,11 +205,41 @@ def test_a_judged_student(command, call, tmp_path):
     teacher, flags = command
     status, output = call(*flags, "--config.training.num_steps=2")
     assert status == 0, output
+    assert "the judge of config.distil.moment_weight has none" in output
     student = VQDiffusion.from_pretrained(str(tmp_path / "student"))
     # It began from its teacher, and two steps change little.
     ours, theirs = (m._networks.params["denoiser"] for m in (student, teacher))
     apart = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), ours, theirs)
     assert 0 < max(jax.tree.leaves(apart)) < 0.01
+    lines = (tmp_path / "student" / "metrics.jsonl").read_text().splitlines()
+    logged = [line for line in map(json.loads, lines) if "train/loss" in line]
+    assert len(logged) == 2
+    for line in logged:
+        parts = line["train/pairs"] + 0.5 * line["train/moments"]
+        assert line["train/loss"] == pytest.approx(parts, rel=1e-6)
+        assert line["train/auxiliary_gradient_norm"] > 0
+
+
+def test_a_step_moves_two_networks_of_three(untrained):
+    config = distil.student_config(tiny.get_config(), _given(), "models/teacher")
+    config.training.init_from, config.distil.moment_weight = "", 0.5
+    config.training.warmup_steps, config.training.gradient_accumulation = 0, 2
+    state = jax.jit(moments.MatchedTask(config).create_state)()
+    rng = np.random.default_rng(0)
+    batch = {name: rng.integers(0, 32, (4, 16)).astype(np.int32) for name in ("codes", "first")}
+    batch["text_ids"] = rng.integers(1, 400, (4, 16)).astype(np.int32)
+    following, metrics = jax.jit(functools.partial(moments.train_step, config=config))(state, batch)
+
+    def moved(before, after):
+        apart = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), before, after)
+        return max(jax.tree.leaves(apart))
+
+    assert moved(state.params, following.params) > 1e-5
+    assert moved(state.auxiliary.params, following.auxiliary.params) > 1e-5
+    assert moved(state.teacher, following.teacher) == 0
+    # The three networks were one, and then the student and its judges agree.
+    assert metrics["moments"] == pytest.approx(0, abs=1e-6)
+    assert metrics["auxiliary_gradient_norm"] > 0.01
 
 
 @pytest.mark.slow

@@ -342,17 +342,16 @@ def matched(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The losses of matching moments, nats a token (D-MMD, arXiv:2603.20155, equation 11).
 
-    A student is right if the pictures x that it draws, with noise on them, leave as much to be
-    guessed as those of its teacher: E[x | x_s] is the same for both, for every x_s. What it is for
-    the student an auxiliary network learns. With p of the student at x_t, x drawn from p, x_s of x,
-    q of the teacher and r of the auxiliary network, both at x_s:
+    A student is right if its pictures x with noise on them, x_s, say of each code what the
+    teacher's do: the law of a code given x_s is the same for both. For the student an auxiliary
+    network learns it. With p of the student at x_t, x drawn from p, x_s of x, q of the teacher and
+    r of the auxiliary network, both at x_s:
 
       student:    E_p[log r - log q] = CE(p, q) - CE(p, r), in which p alone has a gradient;
       auxiliary:  CE(x, r) + CE(q, r), in which r alone has one.
 
     The second term of the auxiliary network keeps it half way between the two, where
-    log r - log q is at least -log 2. Alone, the first loss is content with a few kinds of pictures;
-    the cross-entropy of pairs at the same x_t, which costs nothing more, holds it to all of them.
+    log r - log q is at least -log 2. The cross-entropy of pairs at the same x_t costs nothing more.
 
     Args:
       key: PRNG key; decides the times, the noise and x.

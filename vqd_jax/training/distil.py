@@ -274,7 +274,14 @@ def distil(
         evaluation = Evaluation(config, workdir, {}, found.autoencoder_params, mesh)
         pairs = pair_dataset(pairs, c.batch_size, config.seed)
         if config.distil.moment_weight:
-            task = moments.MatchedTask(config, pairs, evaluation, found.params)
+            given_options = {name: x for name, x in options.items() if x is not None}
+            if teacher.settings(**given_options).guidance is not None:
+                logging.warning(
+                    "the pairs are drawn with guidance, and the judge of config.distil."
+                    "moment_weight has none: they pull apart; --guidance_scale=1 ends that"
+                )
+            judge = jax.tree.map(np.asarray, found.params)
+            task = moments.MatchedTask(config, pairs, evaluation, judge)
         else:
             task = StudentTask(config, pairs, evaluation)
         place = loop.Place(workdir, str(checkpoint.folder(config, workdir)), mesh, config)

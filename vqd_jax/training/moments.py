@@ -1,10 +1,10 @@
-"""Few steps: a student whose pictures leave a teacher as much to guess as its own would.
+"""Few steps: a student whose own pictures a teacher judges, beside the pairs that it learns from.
 
 A student of ``distil.py`` learns from pairs and knows no better than the chain that drew them. Here
-it draws, too, and a teacher judges: discrete moment matching, D-MMD (arXiv:2603.20155). Noise is
-put on what the student drew. The teacher says what it takes the clean codes for, and an auxiliary
-network, which learns along, says what they are for the student. Where the two differ, the student
-moves towards the teacher. The losses are ``objective.matched``.
+it draws, too: discrete moment matching, D-MMD (arXiv:2603.20155). Noise is put on what the student
+drew. The teacher says what it takes the clean codes for, without guidance or truncation, and an
+auxiliary network, which learns along, says what they are for the student. Where the two differ, the
+student moves towards the teacher. The losses are ``objective.matched``.
 """
 
 from typing import Any
@@ -110,8 +110,8 @@ class MatchedTask(DenoiserTask):
         state = stage_two.create_state(self._config)
         fields = {name: getattr(state, name) for name in state.__dataclass_fields__}
         # Copies: a donated state must not hold one buffer twice.
-        auxiliary = jax.tree.map(jnp.copy, state)
-        return MatchedState(**fields, auxiliary=auxiliary, teacher=auxiliary.ema_params)
+        auxiliary, teacher = (jax.tree.map(jnp.copy, x) for x in (state, state.params))
+        return MatchedState(**fields, auxiliary=auxiliary, teacher=teacher)
 
     def train_step(self, state, batch, placement):
         return train_step(state, batch, config=self._config, placement=placement)
