@@ -22,3 +22,10 @@ def test_drawings_are_scenes_and_mixtures_are_none(benchmark):
     mixed = tokens.transpose(0, 1, 3, 2, 4, 5)[chosen, rows, columns]
     mixed = mixed.transpose(0, 1, 3, 2, 4, 5).reshape(20, 32, 32, 3)
     assert [scene_of(picture) for picture in mixed] == [None] * 20
+
+
+def test_colours_are_counted_by_how_often_they_come(benchmark):
+    effective = benchmark("scenes").effective
+    assert effective(["red"] * 7) == 1
+    np.testing.assert_allclose(effective(["red", "blue", "blue", "red"]), 2)
+    np.testing.assert_allclose(effective(["red"] * 3 + ["blue"]), 0.75**-0.75 * 0.25**-0.25)
