@@ -84,6 +84,7 @@ def test_what_is_finished_is_not_done_again(script, tmp_path, capsys):
     assert study.over_seeds([0.25]) == "0.250"
 
 
+@pytest.mark.slow
 def test_true_pictures_are_nearer_to_each_other_than_others_are(script):
     scenes = script.attribute_accuracy.asked(20)[1]
     true = np.stack([np.asarray(shapes_text.render(scene, 32)) for scene in scenes])
