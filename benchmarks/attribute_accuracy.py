@@ -55,6 +55,11 @@ def asked(count: int) -> tuple[list[str], list]:
     return [shapes_text.captions(scene)[0] for scene in scenes], scenes
 
 
+def true_pictures(scenes: list, size: int) -> np.ndarray:
+    """What scenes look like: uint8 [R, size, size, 3]."""
+    return np.stack([images.center_crop(shapes_text.render(s, size), size) for s in scenes])
+
+
 def of_model(model: VQDiffusion, count: int) -> dict[str, float]:
     """The share of every attribute that is right, in a picture of each of ``count`` captions."""
     prompts, scenes = asked(count)
@@ -95,8 +100,7 @@ def main() -> None:
     if chosen.rule:
         print_steps(model, prompts, scenes, chosen.rule, chosen.num_steps, options)
         return
-    size = model.config.data.image_size
-    real = np.stack([images.center_crop(shapes_text.render(scene, size), size) for scene in scenes])
+    real = true_pictures(scenes, model.config.data.image_size)
     made = model.generate(prompts, **options)
     columns = {
         "generated": scores(made.pixels[:, 0], scenes),

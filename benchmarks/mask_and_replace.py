@@ -27,8 +27,6 @@ from ml_collections import ConfigDict
 
 from vqd_jax import config as config_lib
 from vqd_jax.data import codes as codes_lib
-from vqd_jax.data import images
-from vqd_jax.data.sets import shapes_text
 from vqd_jax.diffusion import sampler, schedule
 from vqd_jax.evaluation import distances, features, likelihood
 from vqd_jax.interop import pretrained
@@ -100,16 +98,11 @@ def net() -> features.FeatureNet:
     return features.efficientnet_lite0()
 
 
-def true_pictures(count: int, size: int) -> np.ndarray:
-    """The pictures that the captions belong to: uint8 [count, size, size, 3]."""
-    scenes = attribute_accuracy.asked(count)[1]
-    return np.stack([images.center_crop(shapes_text.render(s, size), size) for s in scenes])
-
-
 @functools.cache
 def true_features(count: int, size: int) -> np.ndarray:
-    """Features of ``true_pictures``."""
-    return seen(true_pictures(count, size))
+    """Features of the pictures that the captions belong to."""
+    scenes = attribute_accuracy.asked(count)[1]
+    return seen(attribute_accuracy.true_pictures(scenes, size))
 
 
 def judged(pictures: np.ndarray) -> dict[str, float]:
@@ -126,6 +119,13 @@ def draw_and_judge(model: VQDiffusion, rule: str, num_steps: int, count: int) ->
     prompts = attribute_accuracy.asked(count)[0]
     made = model.generate(prompts, rule=rule, num_steps=num_steps, batch_size=count)
     return judged(made.pixels[:, 0])
+
+
+def ceiling(model: VQDiffusion, count: int) -> dict[str, float]:
+    """What the tokenizer allows: the true pictures after a pass through it, judged."""
+    scenes = attribute_accuracy.asked(count)[1]
+    real = attribute_accuracy.true_pictures(scenes, model.config.data.image_size)
+    return judged(model.reconstruct(real))
 
 
 def exchanged(key: jax.Array, codes: jax.Array, num_codes: int) -> tuple[jax.Array, jax.Array]:
@@ -206,8 +206,7 @@ def measure(config: ConfigDict, flags) -> None:
         correct = functools.partial(self_correction, found, codes, conditions)
         study.once(workdir / "self_correction.json", correct)
         model = shared.setdefault(mass, VQDiffusion(*found)).with_params(found.params)
-        real = functools.partial(true_pictures, flags.pictures, config.data.image_size)
-        study.once(_ceiling(flags), lambda: judged(model.reconstruct(real())))  # noqa: B023
+        study.once(_ceiling(flags), functools.partial(ceiling, model, flags.pictures))
         for rule in rules_of(mass, flags.rule):
             for steps in flags.steps:
                 draw = functools.partial(draw_and_judge, model, rule, steps, flags.pictures)

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from vqd_jax.data import images
 from vqd_jax.data.sets import shapes_text
-from vqd_jax.evaluation import attributes
+from vqd_jax.evaluation import attributes, measures
 from vqd_jax.pipeline import VQDiffusion
 
 _MIN_PSNR = 20.0
@@ -55,8 +55,7 @@ def percent(values: list[bool]) -> str:
 
 def effective(values: list) -> float:
     """How many different values there are, e to the entropy of their shares."""
-    shares = np.unique(values, return_counts=True)[1] / len(values)
-    return float(np.exp(-(shares * np.log(shares)).sum()))
+    return measures.code_use(np.unique(values, return_counts=True)[1])["code_perplexity"]
 
 
 def row(name: str, free: np.ndarray, asked: np.ndarray, scenes: list) -> None:
@@ -109,8 +108,7 @@ def main() -> None:
             shown.append(free.pixels[:8, 0])
             names.append(f"{name}: {told}")
             row(names[-1], free.pixels[:, 0], asked.pixels[:, 0], scenes)
-    size = model.config.data.image_size
-    real = np.stack([images.center_crop(shapes_text.render(s, size), size) for s in scenes])
+    real = attribute_accuracy.true_pictures(scenes, model.config.data.image_size)
     tokens = model.reconstruct(real)
     row("through the tokenizer", tokens, tokens, scenes)
     if chosen.grid:

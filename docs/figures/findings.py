@@ -1,4 +1,6 @@
-"""Draws the tables of docs/findings.md, so that figure and table cannot differ.
+"""Draws steps.png, settings.png and seconds.png from the tables of docs/findings.md.
+
+Run it again when a table has changed.
 
 pip install -e '.[docs]'
 python docs/figures/findings.py

@@ -76,9 +76,8 @@ def test_what_is_finished_is_not_done_again(script, tmp_path, capsys):
     # Files of an earlier kind have no time in them.
     study.files.write_json(tmp_path / "a" / "c.json", {"x": 2.0})
     study.print_cost(tmp_path, "b", "c", "")
-    assert capsys.readouterr().out.splitlines() == [
-        "2 of b took 2.5 minutes", "0 of c took 0.0 minutes", "2 of all took 2.5 minutes"
-    ]  # fmt: skip
+    told = "2 of b took 2.5 minutes\n0 of c took 0.0 minutes\n2 of all took 2.5 minutes\n"
+    assert capsys.readouterr().out == told
     assert study.over_seeds([0.1, 0.2, 0.3], percent=True) == "20.0 ± 5.8"
     assert study.over_seeds([]) == "–"
     assert study.over_seeds([0.25]) == "0.250"

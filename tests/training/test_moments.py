@@ -93,10 +93,8 @@ def test_the_losses_are_the_cross_entropies_of_the_paper(true_logits):
 
     key = jax.random.key(5)
     x0, first = pictures(jax.random.key(6), 4000)
-    found = objective.matched(
-        key, watched("p", student), watched("r", auxiliary), watched("q", true_logits),
-        x0, first, NOISE, np.array([10, 5]),
-    )  # fmt: skip
+    networks = watched("p", student), watched("r", auxiliary), watched("q", true_logits)
+    found = objective.matched(key, *networks, x0, first, NOISE, np.array([10, 5]))
     (x_t, t), (x_s, s) = seen["p"], seen["q"]
     np.testing.assert_array_equal(seen["r"][0], x_s)
     # Each call of the student as often as the other, and x_s between it and the next call.
@@ -220,7 +218,7 @@ def test_a_judged_student(command, call, tmp_path):
         assert line["train/auxiliary_gradient_norm"] > 0
 
 
-def test_a_step_moves_two_networks_of_three(untrained):
+def test_a_step_moves_two_networks_of_three():
     config = distil.student_config(tiny.get_config(), _given(), "models/teacher")
     config.training.init_from, config.distil.moment_weight = "", 0.5
     config.training.warmup_steps, config.training.gradient_accumulation = 0, 2

@@ -129,7 +129,7 @@ def draw_pairs(
     Raises:
       UserError: the files are of another teacher, or of other settings.
     """
-    options = {"rule": "flow"} | {name: x for name, x in options.items() if x is not None}
+    options = {"rule": "flow"} | options
     where, count = Path(directory), config.distil.num_pairs
     _claim_pairs(where, fingerprint, teacher.config, prompts, config, options)
     starts = range(0, count, CHUNK)
@@ -253,6 +253,8 @@ def distil(
     """
     if jax.process_count() > 1:
         raise UserError("--mode=distil works in one process, on all of its devices")
+    # None is a flag that was not given.
+    options = {name: x for name, x in options.items() if x is not None}
     found = pretrained.load_model(model_dir, place=np.asarray)
     config = student_config(found.config, given, model_dir)
     mesh, c = sharding.make_mesh(config), config.training
@@ -274,8 +276,7 @@ def distil(
         evaluation = Evaluation(config, workdir, {}, found.autoencoder_params, mesh)
         pairs = pair_dataset(pairs, c.batch_size, config.seed)
         if config.distil.moment_weight:
-            given_options = {name: x for name, x in options.items() if x is not None}
-            if teacher.settings(**given_options).guidance is not None:
+            if teacher.settings(**options).guidance is not None:
                 logging.warning(
                     "the pairs are drawn with guidance, and the judge of config.distil."
                     "moment_weight has none: they pull apart; --guidance_scale=1 ends that"
